@@ -1,0 +1,128 @@
+"""Data sets of the two stages and of evaluation, built from a `DatasetSpec` and list files."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from dataset.classes import DATASETS, DatasetSpec
+from dataset.fewshot import FewShotDataset
+from dataset.labels import label_table
+from dataset.lists import FoldLists, ensure_class_lists, read_ids
+from dataset.segmentation import Samples, SegmentationDataset
+from dataset.shapes import ensure_shapes
+from dataset.transforms import Augmentation
+from utils.errors import InputError, some
+
+
+@dataclass(frozen=True)
+class FoldData:
+    """One fold of one dataset on disk: builds the data sets that training and evaluation ask for.
+
+    Attributes:
+        spec: the dataset.
+        data_dir: its folder.
+        fold: -1, 0, 1, ...
+        train_list, val_list: lists of image ids; the class lists are beside the train list.
+        filter_novel: training images with novel classes are left out.
+    """
+
+    spec: DatasetSpec
+    data_dir: Path
+    fold: int
+    train_list: Path
+    val_list: Path
+    filter_novel: bool = False
+
+    @property
+    def base_ids(self):
+        return self.spec.base_ids(self.fold)
+
+    @property
+    def novel_ids(self):
+        return self.spec.novel_ids(self.fold)
+
+    @property
+    def lists(self):
+        return FoldLists(Path(self.train_list).parent, self.fold, self.filter_novel)
+
+    def ensure_images(self):
+        """Make the embedded data where it is asked for and not there; other data are the user's."""
+        if self.spec.name == 'shapes':
+            ensure_shapes(self.data_dir)
+
+    def ensure_lists(self):
+        """Make the fold's class lists where they are missing, and check them where they are there."""
+        self.ensure_images()
+        ensure_class_lists(self.spec, self._samples('train', True).mask_dir, self.train_list, self.lists)
+
+    def base_training(self, augmentation, seed):
+        """Stage 1: images with at least one base class, novel pixels relabelled background."""
+        ids = read_ids(self.lists.train, self._mend_lists)
+        return SegmentationDataset(ids, self._samples('train', True, ids), augmentation, seed)
+
+    def few_shot_training(self, augmentation, shot, seed, redraw_every=0):
+        """Stage 2: pairs of a support view, all annotations kept, and a base view without novel annotations."""
+        class_lists = {c: read_ids(self.lists.base_class(c), self._mend_lists, True) for c in self.base_ids}
+        base_ids = list(dict.fromkeys(image_id for ids in class_lists.values() for image_id in ids))
+        support_ids = self.support_ids(shot, seed)
+        support = SegmentationDataset(support_ids, self._samples('train', False, support_ids), augmentation)
+        base = SegmentationDataset(base_ids, self._samples('train', True, base_ids), augmentation)
+        return FewShotDataset(support, base, class_lists, shot, seed, redraw_every)
+
+    def support_ids(self, shot, seed):
+        """The support images of a draw, K per novel class; InputError where the list is of another fold or shot."""
+        path = self.lists.support(shot, seed)
+        mend = (
+            f'make it with: python -m utils.gen_fs_list --dataset {self.spec.name} --data-dir {self.data_dir} '
+            f'--train-list {self.train_list} --fold {self.fold} --shot {shot} --seed {seed}'
+        )
+        ids = read_ids(path, mend, allow_repeats=True)
+        if len(ids) != shot * len(self.novel_ids):
+            raise InputError(
+                f'list {path} names {len(ids)} images; {shot} shots of {len(self.novel_ids)} novel classes are '
+                f'{shot * len(self.novel_ids)}. Is it a list of another shot? To make it anew, delete it and {mend}'
+            )
+        samples = self._samples('train', False, ids)
+        for i, image_id in enumerate(ids):
+            label = len(self.base_ids) + 1 + i // shot
+            if label not in samples.read(image_id)[1]:
+                raise InputError(
+                    f'list {path}, line {i + 1}: image {image_id} does not show novel class '
+                    f'{self.novel_ids[i // shot]}. Is it a list of another fold? To make it anew, delete it and {mend}'
+                )
+        return ids
+
+    def validation(self, size, with_novel, original_size=False):
+        """Evaluation images.
+
+        Args:
+            size ((int, int)): images are resized to fit (H, W) and padded.
+            with_novel (bool): novel pixels have their own labels; otherwise they count as background.
+            original_size (bool): masks stay at their original size, as the final evaluation compares.
+        """
+        ids = read_ids(self.val_list, self.spec.mend)
+        samples = self._samples('val', not with_novel, ids)
+        return SegmentationDataset(ids, samples, fit_size=size, resize_mask=not original_size)
+
+    @property
+    def _mend_lists(self):
+        return f'remove {self.lists.train.parent} to have its lists made anew'
+
+    def _samples(self, split, novel_as_background, ids=()):
+        """How to read a split; InputError where its folders or one of `ids` is not there."""
+        images = Path(self.data_dir) / getattr(self.spec, f'{split}_images')
+        masks = Path(self.data_dir) / getattr(self.spec, f'{split}_masks')
+        for folder, suffix in ((images, '.jpg'), (masks, '.png')):
+            if not folder.is_dir():
+                raise InputError(f'folder {folder} does not exist; {self.spec.mend}')
+            present = set(os.listdir(folder))
+            missing = [image_id + suffix for image_id in ids if image_id + suffix not in present]
+            if missing:
+                raise InputError(
+                    f'{len(missing)} of {len(ids)} listed images are missing in {folder}: {some(missing)}. '
+                    'Check --data-dir and the lists.'
+                )
+        return Samples(images, masks, label_table(self.base_ids, self.novel_ids, novel_as_background))
+
+
+__all__ = ['DATASETS', 'Augmentation', 'DatasetSpec', 'FewShotDataset', 'FoldData', 'SegmentationDataset']

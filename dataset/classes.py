@@ -1,0 +1,134 @@
+"""What distinguishes one dataset from another: a row of `DATASETS`. The only place that knows which classes are novel.
+
+A class id is the dataset's own (1..N; 0 is background, 255 is ignored).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+LIST_ROOT = Path(__file__).parent / 'list'
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """A dataset: names, folders, folds and the recipe's settings that depend on it.
+
+    Attributes:
+        name: the `--dataset` choice.
+        class_names: names of class ids 1..N.
+        folds: novel class ids of fold 0, 1, ...
+        train_list, val_list: file names of the id lists, one image id a line.
+        train_images, train_masks, val_images, val_masks: folders under the data folder.
+        scale_range: range of training's random resize factor.
+        batch_size: stage 1's global batch size.
+        min_pixels: a class's image must show this many of its pixels to serve as support or replayed base image.
+        lists_in_data: lists live in DATA/list rather than in dataset/list/NAME.
+        mend: how to get the data.
+    """
+
+    name: str
+    class_names: tuple
+    folds: tuple
+    train_list: str
+    val_list: str = 'val.txt'
+    train_images: str = 'JPEGImages'
+    train_masks: str = 'SegmentationClassAug'
+    val_images: str = 'JPEGImages'
+    val_masks: str = 'SegmentationClassAug'
+    scale_range: tuple = (0.9, 1.1)
+    batch_size: int = 8
+    min_pixels: int = 16 * 32 * 32
+    lists_in_data: bool = False
+    mend: str = ''
+
+    @property
+    def num_classes(self):
+        return len(self.class_names)
+
+    def novel_ids(self, fold):
+        """Novel class ids of a fold, ascending; none for fold -1."""
+        if fold == -1:
+            return ()
+        if not 0 <= fold < len(self.folds):
+            raise ValueError(f'fold {fold} not supported; {self.name} has folds 0..{len(self.folds) - 1}, -1 for none')
+        return self.folds[fold]
+
+    def base_ids(self, fold):
+        """Base class ids of a fold, ascending."""
+        novel = self.novel_ids(fold)
+        return tuple(c for c in range(1, self.num_classes + 1) if c not in novel)
+
+    def logit_names(self, fold):
+        """Class names in the order of the logits: background, base, novel."""
+        ids = self.base_ids(fold) + self.novel_ids(fold)
+        return ('background', *(self.class_names[c - 1] for c in ids))
+
+    def list_root(self, data_dir):
+        """The folder that lists live in unless --train-list says otherwise."""
+        return Path(data_dir) / 'list' if self.lists_in_data else LIST_ROOT / self.name
+
+
+def _blocks(num_classes, folds=4):
+    """Consecutive novel classes: PASCAL-5i."""
+    size = num_classes // folds
+    return tuple(tuple(range(f * size + 1, (f + 1) * size + 1)) for f in range(folds))
+
+
+def _interleaved(num_classes, folds=4):
+    """Every fourth class: COCO-20i."""
+    return tuple(tuple(range(f + 1, num_classes + 1, folds)) for f in range(folds))
+
+
+_VOC_NAMES = (
+    'aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow', 'diningtable', 'dog',
+    'horse', 'motorbike', 'person', 'pottedplant', 'sheep', 'sofa', 'train', 'tvmonitor',
+)  # fmt: skip
+
+_COCO_NAMES = (
+    'person', 'bicycle', 'car', 'motorcycle', 'airplane', 'bus', 'train', 'truck', 'boat', 'traffic light',
+    'fire hydrant', 'stop sign', 'parking meter', 'bench', 'bird', 'cat', 'dog', 'horse', 'sheep', 'cow', 'elephant',
+    'bear', 'zebra', 'giraffe', 'backpack', 'umbrella', 'handbag', 'tie', 'suitcase', 'frisbee', 'skis', 'snowboard',
+    'sports ball', 'kite', 'baseball bat', 'baseball glove', 'skateboard', 'surfboard', 'tennis racket', 'bottle',
+    'wine glass', 'cup', 'fork', 'knife', 'spoon', 'bowl', 'banana', 'apple', 'sandwich', 'orange', 'broccoli',
+    'carrot', 'hot dog', 'pizza', 'donut', 'cake', 'chair', 'couch', 'potted plant', 'bed', 'dining table', 'toilet',
+    'tv', 'laptop', 'mouse', 'remote', 'keyboard', 'cell phone', 'microwave', 'oven', 'toaster', 'sink',
+    'refrigerator', 'book', 'clock', 'vase', 'scissors', 'teddy bear', 'hair drier', 'toothbrush',
+)  # fmt: skip
+
+_OUTLINES = ('disc', 'square', 'triangle', 'star', 'cross')
+_FILLS = ('plain', 'striped', 'checked', 'dotted')
+
+# Each fold of five holds every outline once, and every fill: novel classes are new combinations of known parts.
+SHAPES = tuple((outline, _FILLS[(block + i) % 4]) for block in range(4) for i, outline in enumerate(_OUTLINES))
+
+DATASETS = {
+    'voc': DatasetSpec(
+        name='voc',
+        class_names=_VOC_NAMES,
+        folds=_blocks(20),
+        train_list='trainaug.txt',
+        mend='see "Data" in README.md for the layout of VOC 2012 with SegmentationClassAug',
+    ),
+    'coco': DatasetSpec(
+        name='coco',
+        class_names=_COCO_NAMES,
+        folds=_interleaved(80),
+        train_list='train.txt',
+        train_images='train2014',
+        train_masks='train_no_crowd',
+        val_images='val2014',
+        val_masks='val_no_crowd',
+        scale_range=(0.8, 1.25),
+        batch_size=16,
+        mend='see "Data" in README.md for the layout of COCO 2014 with its masks',
+    ),
+    'shapes': DatasetSpec(
+        name='shapes',
+        class_names=tuple(f'{fill} {outline}' for outline, fill in SHAPES),
+        folds=_blocks(20),
+        train_list='trainaug.txt',
+        min_pixels=32 * 32,
+        lists_in_data=True,
+        mend='python -m dataset.shapes --data-dir DIR makes it',
+    ),
+}

@@ -1,0 +1,153 @@
+"""Reading images and masks, and the one dataset that stage 1, validation and test use."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+from dataset import transforms
+from dataset.labels import INVALID
+from utils.errors import InputError
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Where images and masks are and what the masks' values mean.
+
+    Attributes:
+        image_dir, mask_dir: folders of ID.jpg and ID.png.
+        table: uint8 [256], class id -> label (`labels.label_table`).
+    """
+
+    image_dir: Path
+    mask_dir: Path
+    table: np.ndarray
+
+    def read_image(self, image_id):
+        """Read one image, RGB uint8 [H, W, 3]."""
+        return read_image(self.image_dir / f'{image_id}.jpg')
+
+    def read(self, image_id):
+        """Read one image and its mask.
+
+        Returns:
+            tuple: RGB uint8 [H, W, 3], labels uint8 [H, W].
+
+        Raises:
+            InputError: missing or undecodable file, colour-coded mask, sizes that differ, a class id out of range.
+        """
+        image = self.read_image(image_id)
+        mask_path = self.mask_dir / f'{image_id}.png'
+        mask = read_mask(mask_path)
+        if mask.shape != image.shape[:2]:
+            raise InputError(
+                f'{mask_path} is {mask.shape[1]}x{mask.shape[0]}, its image {image.shape[1]}x{image.shape[0]}; '
+                'an image and its mask must have the same size. Replace whichever was resized.'
+            )
+        labels = self.table[mask]
+        if INVALID in labels:
+            found = sorted(set(np.unique(mask)) - set(np.flatnonzero(self.table != INVALID)))
+            raise InputError(
+                f'{mask_path} holds the values {", ".join(map(str, found))}; expected class ids '
+                f'0..{max(np.flatnonzero(self.table < INVALID))} and 255 (ignored). Is it a mask of this --dataset?'
+            )
+        return image, labels
+
+
+def read_image(path):
+    """Decode an image file to RGB uint8 [H, W, 3]; InputError where it is missing or broken."""
+    image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    if image is None:
+        raise _unreadable(path, 'image')
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def read_mask(path):
+    """Decode a greyscale or palette PNG to its values, uint8 [H, W]; InputError where that cannot be done."""
+    with open_mask(path) as mask:
+        return np.array(mask)
+
+
+def open_mask(path):
+    """Open and decode a mask as a Pillow image of mode L or P, whose pixel values are class ids.
+
+    OpenCV would turn a palette into colours and those into luminance, and so lose the ids.
+
+    Raises:
+        InputError: missing or undecodable file, or a mask that holds colours.
+    """
+    try:
+        mask = Image.open(path)
+        mask.load()
+    except (OSError, SyntaxError) as error:  # Pillow reports some broken PNGs as SyntaxError
+        raise _unreadable(path, 'mask') from error
+    if mask.mode not in ('L', 'P'):
+        raise InputError(
+            f'{path} is a colour-coded mask (mode {mask.mode}); expected one 8-bit channel or a palette whose values '
+            'are class ids. Use SegmentationClassAug rather than colour renderings, or convert colours to ids.'
+        )
+    return mask
+
+
+def _unreadable(path, kind):
+    if not Path(path).is_file():
+        return InputError(f'{kind} {path} does not exist. Check --data-dir, or make the lists anew from this data.')
+    return InputError(f'{kind} {path} cannot be decoded: the file is damaged. Copy it again.')
+
+
+class SegmentationDataset(Dataset):
+    """Images with labels.
+
+    Args:
+        image_ids (sequence of str): in list order.
+        samples (Samples): how to read one.
+        augmentation (Augmentation, optional): training views. A training item is asked for as (epoch, index), and
+            everything random about it is a function of (seed, epoch, index): neither the number of workers nor the
+            epoch that training starts from changes what is drawn.
+        seed (int): of the random choices.
+        fit_size ((int, int), optional): evaluation: image resized to fit (H, W) and padded.
+        resize_mask (bool): evaluation: mask resized and padded alike rather than left at its original size.
+    """
+
+    def __init__(self, image_ids, samples, augmentation=None, seed=0, fit_size=None, resize_mask=False):
+        if (augmentation is None) == (fit_size is None):
+            raise ValueError('exactly one of augmentation and fit_size must be given')
+        self.image_ids = list(image_ids)
+        self.samples = samples
+        self.augmentation = augmentation
+        self.seed = seed
+        self.fit_size = fit_size
+        self.resize_mask = resize_mask
+
+    def __len__(self):
+        return len(self.image_ids)
+
+    def __getitem__(self, key):
+        """A training view for (epoch, index), an evaluation item for index.
+
+        Returns:
+            dict: 'image' float32 [3, H, W]; 'mask' uint8 [H, W] of labels; 'id'; for evaluation also 'canvas', the
+            (H, W) to which logits are upsampled so that their top left corner meets the mask.
+        """
+        if self.augmentation is None:
+            return self._evaluation_item(self.image_ids[key])
+        epoch, index = key
+        return self.view(index, np.random.default_rng((self.seed, epoch, index)))
+
+    def view(self, index, rng):
+        """A training view of one image; every random choice comes from the numpy Generator `rng`."""
+        image_id = self.image_ids[index]
+        image, mask = self.augmentation(*self.samples.read(image_id), rng)
+        return {'image': image, 'mask': mask, 'id': image_id}
+
+    def _evaluation_item(self, image_id):
+        original, labels = self.samples.read(image_id)
+        image, mask = transforms.to_tensors(*transforms.fit(original, labels, self.fit_size), self.fit_size)
+        if self.resize_mask:
+            return {'image': image, 'mask': mask, 'canvas': self.fit_size, 'id': image_id}
+        factor = transforms.fit_factor(labels.shape, self.fit_size)
+        canvas = tuple(round(side / factor) for side in self.fit_size)
+        return {'image': image, 'mask': labels, 'canvas': canvas, 'id': image_id}

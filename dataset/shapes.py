@@ -1,0 +1,135 @@
+"""Embedded data: drawn scenes in VOC's folder layout, made in seconds from a seed.
+
+Twenty classes, each an outline (disc, square, ...) with a fill (plain, striped, ...); every colour is random, so colour
+says nothing about the class, and backgrounds are textured. Demo and tests run on it without any download.
+
+    python -m dataset.shapes --data-dir data/shapes
+"""
+
+import argparse
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from dataset.classes import DATASETS, SHAPES
+from dataset.lists import write_ids
+from utils.errors import exits_cleanly
+from utils.metrics import IGNORE_INDEX
+
+TRAIN_IMAGES, VAL_IMAGES = 800, 100
+
+
+def make_shapes(data_dir, seed=0, train_images=TRAIN_IMAGES, val_images=VAL_IMAGES):
+    """Write images, masks and the two id lists.
+
+    Args:
+        data_dir (Path): gets JPEGImages, SegmentationClassAug and list.
+        seed (int): the same seed gives the same files.
+        train_images, val_images (int): how many.
+    """
+    spec = DATASETS['shapes']
+    names = [f'train_{i:04d}' for i in range(train_images)] + [f'val_{i:04d}' for i in range(val_images)]
+    folders = [Path(data_dir) / spec.train_images, Path(data_dir) / spec.train_masks]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    for i, name in enumerate(names):
+        # class ids go round, so that every class has its share of images whatever the seed
+        image, mask = draw_scene(np.random.default_rng((seed, i)), first_class=i % len(SHAPES) + 1)
+        cv2.imwrite(str(folders[0] / f'{name}.jpg'), image[:, :, ::-1])
+        cv2.imwrite(str(folders[1] / f'{name}.png'), mask)
+    root = spec.list_root(data_dir)
+    write_ids(root / spec.val_list, names[train_images:])
+    write_ids(root / spec.train_list, names[:train_images])  # last: its presence says that the data is complete
+
+
+def ensure_shapes(data_dir):
+    """Make the data set with its default settings where it is not there."""
+    spec = DATASETS['shapes']
+    if not (spec.list_root(data_dir) / spec.train_list).is_file():
+        make_shapes(data_dir)
+
+
+def draw_scene(rng, first_class):
+    """Draw one to three objects on a textured background.
+
+    Args:
+        rng (numpy.random.Generator): source of every choice.
+        first_class (int): class id of the nearest object; the others are random.
+
+    Returns:
+        tuple: RGB uint8 [H, W, 3], class ids uint8 [H, W] with 255 around the outlines.
+    """
+    height, width = (int(side) for side in rng.integers(104, 129, 2))
+    image = _background(rng, height, width)
+    mask = np.zeros((height, width), np.uint8)
+    class_ids = [*rng.integers(1, len(SHAPES) + 1, rng.integers(3)).tolist(), first_class]
+    for class_id in class_ids:
+        outline, fill = SHAPES[class_id - 1]
+        radius = rng.uniform(0.2, 0.36) * min(height, width)
+        center = rng.uniform(0.75 * radius, (width - 0.75 * radius, height - 0.75 * radius))
+        polygon = _outline(outline, rng.uniform(0, 2 * np.pi), radius) + center
+        polygon = np.round(polygon).astype(np.int32)
+        region = np.zeros_like(mask)
+        cv2.fillPoly(region, [polygon], 1)
+        texture = _texture(rng, fill, height, width)
+        image[region == 1] = texture[region == 1]
+        mask[region == 1] = class_id
+        cv2.polylines(mask, [polygon], True, IGNORE_INDEX, 2)
+    noise = rng.normal(0, 8, image.shape)
+    return np.clip(image + noise, 0, 255).astype(np.uint8), mask
+
+
+def _background(rng, height, width):
+    """Random colours blended by smooth noise of several scales, float [H, W, 3]."""
+    blend = np.zeros((height, width))
+    for cells in (3, 8, 20):
+        blend += cv2.resize(rng.normal(size=(cells, cells)), (width, height), interpolation=cv2.INTER_CUBIC)
+    blend = (blend - blend.min()) / np.ptp(blend)
+    first, second = rng.uniform(0, 255, (2, 3))
+    return first + blend[:, :, None] * (second - first)
+
+
+def _texture(rng, fill, height, width):
+    """A fill of two random, clearly different colours over the whole scene, float [H, W, 3]."""
+    first = rng.uniform(0, 255, 3)
+    second = (first + rng.uniform(90, 165, 3)) % 255
+    angle, period = rng.uniform(0, np.pi), rng.uniform(8, 12)
+    y, x = np.mgrid[:height, :width] * (2 * np.pi / period)
+    u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
+    pattern = {
+        'plain': np.zeros((height, width), bool),
+        'striped': np.sin(u) > 0,
+        'checked': np.sin(u / 1.5) * np.sin(v / 1.5) > 0,
+        'dotted': np.cos(u) + np.cos(v) > 0.8,
+    }[fill]
+    return np.where(pattern[:, :, None], second, first)
+
+
+def _outline(name, angle, radius):
+    """Vertices of an outline around the origin, float [N, 2]."""
+    corners = {'disc': 48, 'square': 4, 'triangle': 3, 'star': 10, 'cross': 12}[name]
+    turn = angle + 2 * np.pi * np.arange(corners) / corners
+    reach = np.full(corners, float(radius))
+    if name == 'star':
+        reach[1::2] *= 0.45
+    if name == 'cross':
+        # arms a third as wide as long: per arm two outer corners, then the inner corner between two arms
+        arm = np.arctan(1 / 3)
+        turn = angle + (np.arange(4)[:, None] * np.pi / 2 + [-arm, arm, np.pi / 4]).ravel()
+        reach = radius * np.tile([1, 1, np.sqrt(2) * np.sin(arm)], 4)
+    return np.stack([np.cos(turn), np.sin(turn)], 1) * reach[:, None]
+
+
+@exits_cleanly
+def main():
+    parser = argparse.ArgumentParser(description='Make the embedded data set.')
+    parser.add_argument('--data-dir', type=Path, required=True, help='folder to make')
+    parser.add_argument('--seed', type=int, default=0)
+    args = parser.parse_args()
+    make_shapes(args.data_dir, args.seed)
+    print(f'{TRAIN_IMAGES} training and {VAL_IMAGES} validation images in {args.data_dir}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,76 @@
+"""Joint transforms of an image and its mask. Images are RGB uint8 [H, W, 3], masks uint8 [H, W], until `to_tensors`."""
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+
+from utils.metrics import IGNORE_INDEX
+
+IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Training's random resize, flip and crop (in this order), then normalisation and padding.
+
+    Attributes:
+        crop_size: (H, W) of the result.
+        scale_range: (low, high) of the resize factor, relative to the original size.
+    """
+
+    crop_size: tuple
+    scale_range: tuple
+
+    def __call__(self, image, mask, rng):
+        """Draw one view.
+
+        Args:
+            image, mask: see the module.
+            rng (numpy.random.Generator): source of every random choice.
+
+        Returns:
+            tuple: float32 [3, H, W] and uint8 [H, W] tensors.
+        """
+        image, mask = resize(image, mask, rng.uniform(*self.scale_range))
+        if rng.random() < 0.5:
+            image, mask = image[:, ::-1], mask[:, ::-1]
+        height, width = self.crop_size
+        top = rng.integers(max(mask.shape[0] - height, 0) + 1)
+        left = rng.integers(max(mask.shape[1] - width, 0) + 1)
+        window = np.s_[top : top + height, left : left + width]
+        return to_tensors(image[window], mask[window], self.crop_size)
+
+
+def fit(image, mask, size):
+    """Resize image and mask by the one factor with which they just fit `size` (H, W)."""
+    return resize(image, mask, fit_factor(mask.shape, size))
+
+
+def fit_factor(shape, size):
+    """The factor by which [h, w] just fits `size`."""
+    return min(size[0] / shape[0], size[1] / shape[1])
+
+
+def resize(image, mask, factor):
+    """Scale both sides by `factor`, each to int(side * factor + 0.5), at least 1."""
+    height, width = (max(int(side * factor + 0.5), 1) for side in mask.shape)
+    image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+    mask = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST)
+    return image, mask
+
+
+def to_tensors(image, mask, size):
+    """Normalise with ImageNet's mean and std, then pad right and bottom: the image with 0, the mask with 255.
+
+    Returns:
+        tuple: float32 [3, *size] and uint8 [*size] tensors.
+    """
+    height, width = mask.shape
+    pixels = np.zeros((*size, 3), np.float32)
+    pixels[:height, :width] = (image / np.float32(255) - IMAGENET_MEAN) / IMAGENET_STD
+    labels = np.full(size, IGNORE_INDEX, np.uint8)
+    labels[:height, :width] = mask
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy()), torch.from_numpy(labels)

@@ -1,0 +1,162 @@
+"""Stage 2: teach a base network the novel classes of its fold from a few images each (paper, section 3.3).
+
+    python ft_pop.py --dataset voc --data-dir VOC2012 --fold 0 --shot 5 --random-seed 123,234 \\
+        --restore-from runs/base --snapshot-dir runs/5shot --fix-lr --update-base
+    torchrun --nproc_per_node=2 ft_pop.py --batch-size 2 ...
+
+Writes to the snapshot folder, for each seed: best_{seed}.pth, last_{seed}.pth, epoch_N_{seed}.pth with
+--save-pred-every; args.json, log.txt, metrics.jsonl, tb/. `best` is chosen on the evaluation images, as the released
+protocol does; `last` is always reported beside it.
+"""
+
+import torch
+
+from dataset import DATASETS, Augmentation, FoldData
+from model import BACKBONES, MODELS, build_model
+from model.losses import pop_losses, pseudo_label
+from utils import args as cli
+from utils.checkpoint import (
+    count_classes,
+    load_backbone,
+    load_weights,
+    network_config,
+    resolve_checkpoint,
+    save_checkpoint,
+)  # fmt: skip
+from utils.distributed import main_first, parallel, process_group
+from utils.engine import autocast, evaluate, evaluation_loader, to_device, train_epoch, training_loader
+from utils.errors import InputError, exits_cleanly
+from utils.logger import RunLogger
+from utils.metrics import summarize, summary_table
+from utils.optim import Optimization
+
+
+def parse_args(argv=None):
+    parser = cli.make_parser(__doc__)
+    cli.add_data_flags(parser, DATASETS)
+    cli.add_model_flags(
+        parser, MODELS, BACKBONES,
+        'base network: a stage-1 checkpoint or snapshot folder; "imagenet" and "none" leave the rest random',
+    )  # fmt: skip
+    cli.add_training_flags(parser, batch_size=1, num_epoch=500, seed_type=cli.parse_seeds, seed=(123,))
+    cli.add_few_shot_flags(parser)
+    parser.add_argument('--update-base', action='store_true', help='draw new base images as training goes on')
+    parser.add_argument(
+        '--update-epoch',
+        type=cli.positive,
+        default=1,
+        metavar='N',
+        help='with --update-base: draw every N epochs (default: 1)',
+    )
+    args = cli.check(parser, parser.parse_args(argv), DATASETS)
+    if not DATASETS[args.dataset].novel_ids(args.fold):
+        parser.error('--fold -1 has no novel classes, so there is nothing for stage 2 to learn')
+    return args
+
+
+def restore(net, args, seed):
+    """Load the base network; with --start-epoch, a stage-2 checkpoint of the same seed."""
+    if args.restore_from == 'none':
+        return
+    if args.restore_from == 'imagenet':
+        load_backbone(net, 'imagenet', args.backbone)
+        return
+    if args.start_epoch:
+        load_weights(net, resolve_checkpoint(args.restore_from, 'last', seed), network_config(args, seed))
+        return
+    path = resolve_checkpoint(args.restore_from)
+    if count_classes(path)[1]:
+        raise InputError(f'{path} has novel classes already; expected a checkpoint of stage 1 (train_base.py)')
+    load_weights(net, path, network_config(args))
+
+
+def improves(metrics, best):
+    """The released protocol's rule: total mIoU not lower, and either 0.1 points higher or novel mIoU not lower."""
+    if best is None:
+        return True
+    gain = metrics['total'] - best['total']
+    return gain >= 0 and (gain > 0.1 or metrics['novel'] >= best['novel'])
+
+
+def update_novel(args, data, seed, device, logger, val_loader):
+    """Run stage 2 for one seed; returns the validation results of `best` and of `last`."""
+    torch.manual_seed(seed)
+    augmentation = Augmentation(args.input_size, args.scale_range)
+    redraw_every = args.update_epoch if args.update_base else 0
+    train_set = data.few_shot_training(augmentation, args.shot, seed, redraw_every)
+    train_loader = training_loader(train_set, args.batch_size, seed, args.num_workers, device)
+
+    net = build_model(args.backbone, len(data.base_ids), len(data.novel_ids), args.os)
+    restore(net, args, seed)
+    net.freeze_base()
+    net.to(device, memory_format=torch.channels_last)
+    parallel_net = parallel(net, device)
+    optimization = Optimization(
+        net, args.learning_rate, args.momentum, args.weight_decay,
+        total_steps=args.num_epoch * len(train_loader), first_step=args.start_epoch * len(train_loader),
+        power=0 if args.fix_lr else args.power, scale_loss=args.fp16 and device.type == 'cuda',
+    )  # fmt: skip
+
+    def step(batch):
+        support, base = batch['support'], batch['base']
+        images = to_device(torch.cat([support['image'], base['image']]), device)  # [2B, 3, H, W]
+        masks = torch.cat([support['mask'], base['mask']]).to(device, non_blocking=True).long()  # [2B, H, W]
+        with autocast(device, args.fp16):
+            logits = parallel_net(images)  # [2B, 1 + Kb + Kn, h, w]
+        count = len(support['image'])
+        base_masks = pseudo_label(masks[count:], logits[count:], net.num_base)
+        return pop_losses(logits, torch.cat([masks[:count], base_masks]), net.novel_emb, fixed=net.base_emb)
+
+    best, best_epoch, metrics = None, args.start_epoch, {}
+    config = network_config(args, seed)
+    for epoch in range(args.start_epoch, args.num_epoch):
+        parallel_net.train()
+        train_epoch(step, train_loader, optimization, logger, epoch, args.num_epoch, args.print_frequency, seed=seed)
+
+        done = epoch + 1
+        stop = False
+        if done % args.val_every == 0 or done == args.num_epoch:
+            metrics = summarize(evaluate(net, val_loader, device, args.fp16), net.num_base)
+            logger.record('val', done * len(train_loader), metrics, epoch=done, seed=seed)
+            if improves(metrics, best):
+                best, best_epoch = metrics, done
+                save_checkpoint(args.snapshot_dir / f'best_{seed}.pth', net, config, done, metrics)
+            logger.info(
+                f'seed {seed} epoch {done}: base {metrics["base"]:.2f} %, novel {metrics["novel"]:.2f} %, '
+                f'total {metrics["total"]:.2f} %; best total {best["total"]:.2f} % at epoch {best_epoch}'
+            )
+            stop = done - best_epoch >= max(args.num_epoch // 4, 1)
+        save_checkpoint(args.snapshot_dir / f'last_{seed}.pth', net, config, done, metrics)
+        if args.save_pred_every and done % args.save_pred_every == 0:
+            save_checkpoint(args.snapshot_dir / f'epoch_{done}_{seed}.pth', net, config, done, metrics)
+        if stop:
+            logger.info(f'seed {seed}: no better result for {done - best_epoch} epochs, stopping early')
+            break
+    return {'best': best, 'last': metrics}
+
+
+@exits_cleanly
+def main(args):
+    with process_group(args.device) as device:
+        spec = DATASETS[args.dataset]
+        data = FoldData(spec, args.data_dir, args.fold, args.train_list, args.val_list, args.filter_novel)
+        main_first(data.ensure_lists)
+        for seed in args.random_seed:  # a list that does not fit ends the run before the first seed is trained
+            data.support_ids(args.shot, seed)
+        val_set = data.validation(args.base_size, with_novel=True)
+        val_loader = evaluation_loader(val_set, args.test_batch_size, args.num_workers, device)
+        logger = RunLogger(args.snapshot_dir, vars(args))
+        logger.info(f'{args.shot}-shot, novel classes {data.novel_ids}, {len(val_set)} validation images')
+
+        rows = {}
+        for seed in args.random_seed:
+            results = update_novel(args, data, seed, device, logger, val_loader)
+            for which, metrics in results.items():
+                mark = ' (selected)' if which == args.select else ''
+                rows[f'seed {seed}, {which}{mark}'] = metrics
+        logger.info(f'validation at {args.base_size[0]}x{args.base_size[1]}, mIoU in %:\n{summary_table(rows)}')
+        logger.close()
+
+
+if __name__ == '__main__':
+    main(parse_args())

@@ -1,0 +1,78 @@
+"""The two loss terms of POP and stage 2's pseudo-labels.
+
+Dimensions: B batch, K logits, h x w feature size, H x W mask size.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from utils.metrics import IGNORE_INDEX, upsample
+
+ORTHOGONALITY_WEIGHT = 10.0
+
+
+def cross_entropy(logits, mask):
+    """Mean cross-entropy over the pixels of a batch that are not ignored.
+
+    Args:
+        logits (Tensor): [B, K, h, w]; upsampled to the mask.
+        mask (Tensor): labels 0..K-1 or 255 (ignored), int64 [B, H, W].
+
+    Returns:
+        Tensor: scalar; 0 where every pixel is ignored.
+    """
+    total = F.cross_entropy(upsample(logits, mask.shape[-2:]), mask, ignore_index=IGNORE_INDEX, reduction='sum')
+    return total / (mask != IGNORE_INDEX).sum().clamp(min=1)
+
+
+def orthogonality(trained, fixed=None):
+    """Mean |<s_i, s_j>| of the pairs of prototypes that training can still move apart (float32 under autocast too).
+
+    Args:
+        trained (Tensor): [K, C]; every pair i < j counts.
+        fixed (Tensor, optional): [F, C]; every pair (trained, fixed) counts.
+
+    Returns:
+        Tensor: scalar in [0, 1]; 0 where there is no pair.
+    """
+    with torch.autocast(trained.device.type, enabled=False):
+        s = F.normalize(trained, dim=1)
+        rows, columns = torch.triu_indices(len(s), len(s), offset=1, device=s.device)
+        overlaps = (s @ s.T)[rows, columns]
+        if fixed is not None:
+            overlaps = torch.cat([overlaps, (s @ F.normalize(fixed, dim=1).T).flatten()])
+        return overlaps.abs().sum() / max(overlaps.numel(), 1)
+
+
+def pop_losses(logits, mask, trained, fixed=None):
+    """The terms of POP's objective, weighted; their sum is what is minimised.
+
+    Args:
+        logits (Tensor): [B, K, h, w].
+        mask (Tensor): int64 [B, H, W].
+        trained, fixed: the prototypes, as in `orthogonality`.
+
+    Returns:
+        dict: 'ce' and 'orth', scalar tensors.
+    """
+    return {'ce': cross_entropy(logits, mask), 'orth': ORTHOGONALITY_WEIGHT * orthogonality(trained, fixed)}
+
+
+@torch.no_grad()
+def pseudo_label(mask, logits, num_base):
+    """Give background pixels of base images the novel class that the current model sees there.
+
+    Base images show unlabelled novel objects; without this, stage 2 would learn to call them background.
+
+    Args:
+        mask (Tensor): labels 0..Kb or 255, int64 [B, H, W].
+        logits (Tensor): [B, 1 + Kb + Kn, h, w].
+        num_base (int): Kb.
+
+    Returns:
+        Tensor: a new mask; background pixels hold the argmax over background and the novel classes.
+    """
+    candidates = torch.cat([logits[:, :1], logits[:, 1 + num_base :]], dim=1)
+    choice = upsample(candidates, mask.shape[-2:]).argmax(dim=1)
+    novel = torch.where(choice > 0, choice + num_base, choice)
+    return torch.where(mask == 0, novel, mask)

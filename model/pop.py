@@ -1,0 +1,137 @@
+"""POP: projection onto orthogonal prototypes (Liu et al., CVPR 2023), with the head in closed form.
+
+Dimensions: B batch, C feature channels, Kb base classes, Kn novel classes, h x w feature size.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class POP(nn.Module):
+    """Segmenter whose classes are orthogonal prototypes.
+
+    A feature vector q is split into its projections on the normalised prototypes s_k and a residual,
+
+        p_k = <s_k, q>,    q_k = p_k s_k,    r = q - sum_k q_k
+
+    and scored by a small MLP phi: logit_k = phi(q_k) for class k, logit_0 = phi(r) for background. phi has no biases
+    and only ReLUs, so phi(a s) = a phi(s) for a >= 0, and with that, exactly,
+
+        logit_k = relu(p_k) phi(s_k) + relu(-p_k) phi(-s_k).
+
+    phi is thus evaluated on 2K vectors in place of K feature maps; only the residual takes the dense MLP.
+
+    With novel classes, phi (`classifier`) scores the base classes, a second MLP phi_n (`classifier_n`) the novel
+    classes and the background.
+
+    Args:
+        backbone (nn.Module): [B, 3, H, W] -> [B, Cb, h, w].
+        decoder (nn.Module): [B, Cb, h, w] -> [B, C, h, w]; carries `out_channels`.
+        num_base (int): Kb >= 1.
+        num_novel (int): Kn >= 0; 0 is the network of stage 1.
+    """
+
+    def __init__(self, backbone, decoder, num_base, num_novel=0):
+        super().__init__()
+        if num_base < 1 or num_novel < 0:
+            raise ValueError(f'got {num_base} base and {num_novel} novel classes; expected at least 1 and 0')
+        channels = decoder.out_channels
+        self.num_base, self.num_novel = num_base, num_novel
+        self.backbone = backbone
+        self.decoder = decoder
+        self.classifier = _prototype_mlp(channels)
+        self.base_emb = nn.Parameter(nn.init.orthogonal_(torch.empty(num_base, channels)))
+        if num_novel:
+            self.classifier_n = _prototype_mlp(channels)
+            self.novel_emb = nn.Parameter(nn.init.orthogonal_(torch.empty(num_novel, channels)))
+            self.start_novel_classifier()
+
+    @property
+    def num_logits(self):
+        """1 + Kb + Kn."""
+        return 1 + self.num_base + self.num_novel
+
+    def forward(self, images):
+        """Segment images.
+
+        Args:
+            images (Tensor): float [B, 3, H, W], normalised with ImageNet mean and std.
+
+        Returns:
+            Tensor: logits [B, 1 + Kb + Kn, h, w]: background, base classes, novel classes.
+        """
+        return self.classify(self.features(images))
+
+    def features(self, images):
+        """Backbone and decoder: images [B, 3, H, W] to features [B, C, h, w]."""
+        return self.decoder(self.backbone(images))
+
+    def classify(self, features):
+        """Prototype head: features [B, C, h, w] to logits [B, 1 + Kb + Kn, h, w].
+
+        The decomposition runs in float32 also under autocast: the residual is a difference of nearly equal numbers.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            q = features.double() if features.dtype == torch.float64 else features.float()
+            prototypes = torch.cat(self.prototypes())
+            s = F.normalize(prototypes, dim=1)[:, :, None, None]  # [K, C, 1, 1]
+            p = F.conv2d(q, s)  # [B, K, h, w]
+            r = q - F.conv_transpose2d(p, s)  # [B, C, h, w]
+            toward, away = self._score_prototypes(s)  # [K, 1, 1] each
+            logits = F.relu(p) * toward + F.relu(-p) * away  # [B, K, h, w]
+        background = self._background_mlp(r)  # [B, 1, h, w]
+        return torch.cat([background.to(logits.dtype), logits], dim=1)
+
+    def prototypes(self):
+        """The base prototypes [Kb, C], followed by the novel ones [Kn, C] where there are any."""
+        return (self.base_emb, self.novel_emb) if self.num_novel else (self.base_emb,)
+
+    def start_novel_classifier(self):
+        """Start phi_n from phi."""
+        self.classifier_n.load_state_dict(self.classifier.state_dict())
+
+    def freeze_base(self):
+        """Stage 2: train nothing but the novel prototypes and phi_n."""
+        self.requires_grad_(False)
+        self.novel_emb.requires_grad_(True)
+        self.classifier_n.requires_grad_(True)
+
+    def fix_batch_norm(self):
+        """Fix statistics and affine parameters of every batch normalisation."""
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.requires_grad_(False)
+
+    def train(self, mode=True):
+        """Set training mode; a batch normalisation that is not trained keeps its running statistics too."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.weight.requires_grad:
+                module.eval()
+        return self
+
+    @property
+    def _background_mlp(self):
+        return self.classifier_n if self.num_novel else self.classifier
+
+    def _score_prototypes(self, s):
+        """phi(s_k) and phi(-s_k), each [K, 1, 1]; novel prototypes are scored by phi_n."""
+        scores = []
+        for direction in (s, -s):
+            parts = [self.classifier(direction[: self.num_base])]
+            if self.num_novel:
+                parts.append(self.classifier_n(direction[self.num_base :]))
+            scores.append(torch.cat(parts)[:, 0])
+        return scores
+
+
+def _prototype_mlp(channels):
+    """phi: C -> C -> C -> 1 without biases, which makes it positively homogeneous."""
+    return nn.Sequential(
+        nn.Conv2d(channels, channels, 1, bias=False),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(channels, channels, 1, bias=False),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(channels, 1, 1, bias=False),
+    )

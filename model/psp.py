@@ -1,0 +1,93 @@
+"""PSP decoder with the pyramid branch folded into one small matrix product.
+
+Dimensions: B batch, C decoder channels, Cb backbone channels, h x w feature size, S = 1 + 4 + 9 + 36 = 50 pyramid
+positions.
+"""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class PSP(nn.Module):
+    """Pyramid pooling decoder (Zhao et al., CVPR 2017).
+
+    The plain form pools the feature to 1, 2, 3 and 6 bins, upsamples each map to h x w, concatenates them before the
+    feature and applies a 3x3 convolution. Upsampling followed by convolution is linear in the pooled maps, so with U_s
+    the upsampling matrix of scale s and shift_t the taps of the zero-padded convolution
+
+        conv3x3(up(z_s)) = sum_t shift_t(U_s) (W_{s,t} z_s)
+
+    which is a [C x 9S] [9S x hw] product: the weights meet 50 pooled positions in place of h*w upsampled ones. Only the
+    backbone's own channels go through the 3x3 convolution. Exact up to rounding.
+
+    Args:
+        in_channels (int): Cb.
+        channels (int): C.
+        bins (sequence of int): side lengths of the pyramid's maps.
+    """
+
+    def __init__(self, in_channels, channels=512, bins=(1, 2, 3, 6)):
+        super().__init__()
+        self.in_channels = in_channels
+        self.out_channels = channels
+        self.bins = tuple(bins)
+        self.stages = nn.ModuleList(
+            nn.Sequential(
+                nn.AdaptiveAvgPool2d(size),
+                nn.Conv2d(in_channels, channels, 1, bias=False),
+                nn.BatchNorm2d(channels),
+                nn.ReLU(inplace=True),
+            )
+            for size in bins
+        )
+        self.bottleneck = nn.Sequential(
+            nn.Conv2d(len(bins) * channels + in_channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(channels, channels, 1),
+        )
+
+    def forward(self, x):
+        """Decode backbone features.
+
+        Args:
+            x (Tensor): [B, Cb, h, w].
+
+        Returns:
+            Tensor: [B, C, h, w].
+        """
+        conv, *rest = self.bottleneck
+        *pyramid_weights, feature_weight = conv.weight.split(
+            [self.out_channels] * len(self.bins) + [self.in_channels], dim=1
+        )
+        y = F.conv2d(x, feature_weight, padding=1)  # [B, C, h, w]
+        y = y + self._pyramid(x, pyramid_weights)
+        for layer in rest:
+            y = layer(y)
+        return y
+
+    def _pyramid(self, x, weights):
+        """The pyramid's share of the 3x3 convolution: sum over scales and taps, [B, C, h, w]."""
+        taps = []
+        for stage, weight in zip(self.stages, weights, strict=True):
+            z = stage(x).flatten(2)  # [B, C, s*s]
+            weight = weight.permute(2, 3, 0, 1).flatten(0, 2)  # [9*C, C], tap-major
+            taps.append((weight @ z).unflatten(1, (9, -1)).transpose(1, 2).flatten(2))  # [B, C, 9*s*s]
+        height, width = x.shape[-2:]
+        shifts = torch.cat([_upsampling_taps(size, height, width) for size in self.bins])  # [9*S, h*w]
+        product = torch.cat(taps, dim=2) @ shifts.to(x.device, taps[0].dtype)  # [B, C, h*w]
+        return product.unflatten(2, (height, width))
+
+
+@lru_cache(maxsize=32)
+def _upsampling_taps(size, height, width):
+    """shift_t(U_s) for the nine taps of a zero-padded 3x3 convolution, float64 [9 * size**2, height * width].
+
+    U_s is obtained by upsampling the unit maps, so it is the interpolation that the plain form would do.
+    """
+    units = torch.eye(size * size, dtype=torch.float64).view(-1, 1, size, size)
+    upsampled = F.interpolate(units, (height, width), mode='bilinear', align_corners=False)  # [s*s, 1, h, w]
+    return F.unfold(upsampled, 3, padding=1).transpose(0, 1).flatten(0, 1)  # [9*s*s, h*w]

@@ -1,0 +1,72 @@
+# Source this in an entry point: finds Python, and turns settings from the environment into flags.
+
+source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+
+NPROC=${NPROC:-1} # processes, one per GPU
+
+# need NAME MEANING: stop where a setting without default is not set
+need() {
+    if [ -z "${!1:-}" ]; then
+        echo "error: $1 is not set; expected $2. Usage: DATA_PATH=... RESTORE_PATH=... bash $0" >&2
+        exit 2
+    fi
+}
+
+# launch SCRIPT FLAG...: run one of the Python scripts, under torchrun where there are several processes
+launch() {
+    local script=$ROOT/$1
+    shift
+    if [ "$NPROC" -gt 1 ]; then
+        python -m torch.distributed.run --standalone --nproc_per_node "$NPROC" "$script" "$@"
+    else
+        python "$script" "$@"
+    fi
+}
+
+# data_flags DATASET: flags that all three Python scripts share, into the array $shared
+data_flags() {
+    need DATA_PATH "the folder of the data set"
+    shared=(
+        --dataset "$1" --data-dir "$DATA_PATH" --fold "${FOLD:-0}"
+        --model "${MODEL:-pspnet_pop}" --backbone "${BACKBONE:-resnet50v2}" --os "${OS:-8}"
+        --base-size "${BASE_SIZE:-473,473}" --num-workers "${WORKERS:-4}"
+    )
+    if [ -n "${TRAIN_LIST:-}" ]; then shared+=(--train-list "$TRAIN_LIST"); fi
+    if [ -n "${VAL_LIST:-}" ]; then shared+=(--val-list "$VAL_LIST"); fi
+}
+
+# base_stage DATASET BATCH FLAG...: stage 1 with the paper's recipe
+base_stage() {
+    need RESTORE_PATH "a file of backbone weights (resnet50_v2.pth), or imagenet with BACKBONE=resnet50"
+    data_flags "$1"
+    local batch=$2
+    shift 2
+    launch train_base.py "${shared[@]}" --restore-from "$RESTORE_PATH" \
+        --input-size "${INPUT_SIZE:-473,473}" --learning-rate "${LR:-1e-3}" --weight-decay "${WD:-1e-4}" \
+        --batch-size "${BS:-$batch}" --test-batch-size "${BS_TEST:-16}" --num-epoch "${EPOCHS:-50}" \
+        --random-seed "${SEED:-123}" "$@"
+}
+
+# novel_stage DATASET FLAG...: the few-shot lists where they are missing, then stage 2 with the paper's recipe
+novel_stage() {
+    need RESTORE_PATH "the stage-1 checkpoint or its folder"
+    data_flags "$1"
+    local dataset=$1 seeds=${SEED:-123,234,345}
+    shift
+    local lists=(--dataset "$dataset" --data-dir "$DATA_PATH" --fold "${FOLD:-0}" --shot "${SHOT:-1}" --seed ${seeds//,/ })
+    if [ -n "${TRAIN_LIST:-}" ]; then lists+=(--train-list "$TRAIN_LIST"); fi
+    PYTHONPATH=$ROOT python -m utils.gen_fs_list "${lists[@]}"
+    launch ft_pop.py "${shared[@]}" --restore-from "$RESTORE_PATH" --shot "${SHOT:-1}" \
+        --input-size "${INPUT_SIZE:-473,473}" --learning-rate "${LR:-1e-3}" --weight-decay "${WD:-1e-4}" \
+        --batch-size "${BS:-1}" --test-batch-size "${BS_TEST:-16}" --num-epoch "${EPOCHS:-500}" \
+        --random-seed "$seeds" --freeze-backbone --fix-lr --update-base "$@"
+}
+
+# evaluation DATASET FLAG...: base and novel classes together
+evaluation() {
+    need RESTORE_PATH "the stage-2 folder, or FOLDER/best.pth for FOLDER/best_{seed}.pth"
+    data_flags "$1"
+    shift
+    launch test.py "${shared[@]}" --restore-from "$RESTORE_PATH" --shot "${SHOT:-1}" \
+        --test-batch-size "${BS_TEST:-1}" --random-seed "${SEED:-123,234,345}" "$@"
+}

@@ -1,0 +1,241 @@
+"""What bad input gets: a message that says what was found, what was expected and the mend; exit code 1, or 2 for
+wrong arguments; nothing trained."""
+
+import shutil
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, TINY_TRAINING, run_process
+
+
+@pytest.fixture
+def copy(shapes, tmp_path):
+    """A copy of the small data set that a test may damage."""
+    folder = tmp_path / 'data'
+    shutil.copytree(shapes, folder)
+    for made in (*folder.glob('list/fold*'), *folder.glob('list/*.npz')):
+        shutil.rmtree(made) if made.is_dir() else made.unlink()
+    return folder
+
+
+@pytest.fixture
+def train(run_script, tmp_path):
+    """Run stage 1 with flags that come on top of a working command line."""
+
+    def run(data_dir, *flags):
+        code, output = run_script(
+            'train_base.py', *TINY, *TINY_TRAINING, '--data-dir', data_dir, '--restore-from', 'none',
+            '--snapshot-dir', tmp_path / 'run', '--num-epoch', 1, '--batch-size', 40, *flags,
+        )  # fmt: skip
+        return code, output, (tmp_path / 'run' / 'last.pth').exists()
+
+    return run
+
+
+def expect(result, code, *words):
+    found, output, trained = result
+    assert found == code, output
+    for word in words:
+        assert word in output, output
+    assert 'Traceback' not in output and not trained
+
+
+@pytest.mark.parametrize(('flags', 'words'), (
+    (('--dataset', 'cityscapes'), ('cityscapes', 'voc')),
+    (('--backbone', 'vgg16'), ('vgg16', 'resnet50v2')),
+    (('--model', 'fpn'), ('fpn', 'pspnet_pop')),
+    (('--os', '4'), ('4', '8', '16', '32')),
+    (('--fold', '4'), ('fold 4', '0..3')),
+    (('--input-size', '65'), ('65', '473,473')),
+    (('--base-size', '0,65'), ('0,65', 'positive')),
+    (('--scale-range', '1.5,0.5'), ('1.5,0.5', 'LO <= HI')),
+    (('--batch-size', '0'), ('0', '> 0')),
+    (('--learning-rate', '-1'), ('-1', '> 0')),
+    (('--random-seed', 'x'), ('x', 'whole number')),
+    (('--start-epoch', '1'), ('--start-epoch 1', '--num-epoch 1')),
+    (('--device', 'tpu'), ('tpu', 'cpu')),
+    (('--no-such-flag',), ('--no-such-flag',)),
+))  # fmt: skip
+def test_wrong_arguments_end_with_code_2(train, shapes, flags, words):
+    expect(train(shapes, *flags), 2, *words)
+
+
+@pytest.mark.parametrize(('flags', 'words'), (
+    (('--fold', '-1'), ('no novel classes',)),
+    (('--random-seed', '123,123'), ('123,123', 'different')),
+    (('--shot', '0'), ('> 0',)),
+    (('--select', 'first'), ('best', 'last')),
+))  # fmt: skip
+def test_wrong_arguments_of_stage_2(run_script, shapes, tmp_path, flags, words):
+    code, output = run_script(
+        'ft_pop.py', *TINY, '--data-dir', shapes, '--restore-from', 'none', '--snapshot-dir', tmp_path / 'run', *flags
+    )
+    expect((code, output, False), 2, *words)
+
+
+def test_a_batch_that_the_world_does_not_divide(train, shapes, monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '3')
+    expect(train(shapes, '--batch-size', 7), 2, 'not divisible by 3', '6 or 9')
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a CUDA device here')
+def test_no_cuda_where_it_is_asked_for(train, shapes):
+    expect(train(shapes, '--device', 'cuda'), 1, 'no CUDA device', '--device cpu')
+
+
+def test_missing_data(train, tmp_path, shapes, copy):
+    expect(train(tmp_path / 'nowhere', '--dataset', 'voc'), 1, 'does not exist')
+    shutil.rmtree(copy / 'JPEGImages')
+    expect(train(copy), 1, str(copy / 'JPEGImages'), 'does not exist')
+
+
+def test_missing_lists(train, shapes, tmp_path):
+    expect(train(shapes, '--train-list', tmp_path / 'train.txt'), 1, str(tmp_path / 'train.txt'), 'does not exist')
+    expect(train(shapes, '--val-list', tmp_path / 'val.txt'), 1, str(tmp_path / 'val.txt'), 'does not exist')
+
+
+def test_empty_and_doubled_lists(train, copy):
+    path = copy / 'list' / 'val.txt'
+    path.write_text('\n')
+    expect(train(copy), 1, str(path), 'is empty')
+    path.write_text('val_0001\nval_0002\nval_0001\n')
+    expect(train(copy), 1, str(path), 'val_0001', 'more than once')
+
+
+def test_missing_images_and_masks(train, copy):
+    (copy / 'JPEGImages' / 'val_0002.jpg').unlink()
+    expect(train(copy), 1, 'val_0002.jpg', 'missing', '--data-dir')
+    (copy / 'SegmentationClassAug' / 'train_0007.png').unlink()
+    expect(train(copy), 1, 'train_0007.png', 'does not exist')
+
+
+def test_undecodable_images_and_masks(train, copy):
+    ids = copy / 'list' / 'trainaug.txt'
+    image, mask = copy / 'JPEGImages' / 'train_0003.jpg', copy / 'SegmentationClassAug' / 'train_0004.png'
+    whole = mask.read_bytes()
+    mask.write_bytes(whole[: len(whole) // 2])
+    expect(train(copy), 1, str(mask), 'cannot be decoded')
+    mask.write_bytes(whole)
+    image.write_bytes(b'not a picture')
+    ids.write_text('train_0003\n')
+    lists = copy / 'list' / 'fold0'
+    shutil.rmtree(lists, ignore_errors=True)
+    expect(train(copy, '--fold', -1, '--batch-size', 1), 1, str(image), 'cannot be decoded')
+    # the same from a loader process
+    code, output = run_process(
+        sys.executable, 'train_base.py', *TINY[:-1], 1, *TINY_TRAINING, '--data-dir', copy, '--restore-from', 'none',
+        '--snapshot-dir', copy / 'run', '--fold', -1, '--batch-size', 1,
+    )  # fmt: skip
+    expect((code, output, False), 1, f'error: image {image} cannot be decoded')
+
+
+def test_a_mask_of_another_size(train, copy):
+    path = copy / 'SegmentationClassAug' / 'val_0000.png'
+    cv2.imwrite(str(path), np.zeros((7, 9), np.uint8))
+    code, output, _ = train(copy)
+    assert code == 1 and f'{path} is 9x7, its image' in output
+
+
+def test_ids_out_of_range(train, copy):
+    path = copy / 'SegmentationClassAug' / 'train_0005.png'
+    cv2.imwrite(str(path), np.full((100, 100), 33, np.uint8))
+    expect(train(copy), 1, str(path), '33', '0..20')
+
+
+def test_a_colour_coded_mask(train, copy):
+    path = copy / 'SegmentationClassAug' / 'train_0006.png'
+    cv2.imwrite(str(path), np.zeros((100, 100, 3), np.uint8))
+    expect(train(copy), 1, str(path), 'colour-coded', 'SegmentationClassAug')
+
+
+def test_lists_of_another_fold(train, shapes, copy, run_script):
+    assert train(copy, '--fold', 1)[0] == 0
+    shutil.copytree(copy / 'list/fold1', copy / 'list/fold0')
+    (copy / 'list/fold0/train_fold1.txt').rename(copy / 'list/fold0/train_fold0.txt')
+    code, output, _ = train(copy)
+    assert code == 1 and 'another fold' in output and f'Remove {copy / "list/fold0"}' in output
+
+
+def few_shot(run_script, data_dir, base_run, folder, *flags):
+    code, output = run_script(
+        'ft_pop.py', *TINY, *TINY_TRAINING, '--data-dir', data_dir, '--restore-from', base_run,
+        '--snapshot-dir', folder, '--num-epoch', 1, *flags,
+    )  # fmt: skip
+    return code, output, (folder / 'last_123.pth').exists()
+
+
+def test_few_shot_lists_that_are_missing_or_of_another_shot_or_fold(
+    run_script, copy, base_run, few_shot_run, shapes, tmp_path
+):
+    lists = copy / 'list' / 'fold0'
+    result = few_shot(run_script, copy, base_run, tmp_path / 'r', '--random-seed', 999)
+    expect(result, 1, 'fold0_1shot_seed999.txt does not exist', 'python -m utils.gen_fs_list', '--seed 999')
+    for name, words in (('fold0_2shot_seed123.txt', ('names 10 images', 'another shot')),):
+        shutil.copy(shapes / 'list/fold0' / name, lists / 'fold0_1shot_seed123.txt')
+        expect(few_shot(run_script, copy, base_run, tmp_path / 'r'), 1, *words)
+    support = (shapes / 'list/fold0/fold0_1shot_seed123.txt').read_text().split()
+    (lists / 'fold0_1shot_seed123.txt').write_text('\n'.join(support[::-1]))
+    expect(few_shot(run_script, copy, base_run, tmp_path / 'r'), 1, 'line 1', 'does not show novel class 1')
+
+
+def test_checkpoints_of_something_else(run_script, shapes, base_run, few_shot_run, tmp_path):
+    def run(*flags):
+        return few_shot(run_script, shapes, base_run, tmp_path / 'r', *flags)
+
+    expect(run('--restore-from', few_shot_run), 1, 'best_123.pth', 'no ')  # no best.pth there
+    expect(run('--restore-from', few_shot_run / 'best_123.pth'), 1, 'novel classes already', 'stage 1')
+    expect(run('--backbone', 'mobilenet_v2'), 1, 'backbone is resnet18, expected mobilenet_v2')
+    code, output = run_script('test.py', *TINY, '--data-dir', shapes, '--restore-from', base_run, '--fold', 1)
+    expect((code, output, False), 1, 'fold is 0, expected 1')
+    code, output = run_script('test.py', *TINY, '--data-dir', shapes, '--restore-from', few_shot_run, '--shot', 5)
+    expect((code, output, False), 1, 'shot is 1, expected 5')
+    half = tmp_path / 'half.pth'
+    content = (base_run / 'best.pth').read_bytes()
+    half.write_bytes(content[: len(content) // 2])
+    expect(run('--restore-from', half), 1, 'half.pth', 'truncated')
+    expect(run('--restore-from', tmp_path / 'none.pth'), 1, 'there is no', 'half.pth')
+
+
+def test_one_file_for_several_seeds_is_refused(run_script, shapes, base_run, tmp_path):
+    code, output = run_script(
+        'test.py',
+        *TINY,
+        '--data-dir',
+        shapes,
+        '--restore-from',
+        base_run / 'best.pth',
+        '--random-seed',
+        '123,234',
+        '--save-path',
+        tmp_path,
+    )
+    expect((code, output, False), 1, 'best.pth', 'several seeds')
+
+
+def test_no_imagenet_weights_for_the_deep_stem(train, shapes):
+    expect(train(shapes, '--backbone', 'resnet50v2', '--restore-from', 'imagenet'), 1, 'resnet50_v2.pth')
+
+
+def test_a_download_that_fails(train, shapes, monkeypatch, tmp_path):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    monkeypatch.setenv('https_proxy', 'http://127.0.0.1:9')  # nothing listens there
+    expect(train(shapes, '--restore-from', 'imagenet'), 1, 'cannot download', 'resnet18', '--restore-from')
+
+
+def test_too_few_images_for_a_batch(train, shapes):
+    expect(train(shapes, '--batch-size', 500), 1, 'do not fill one batch of 500', '--batch-size')
+
+
+def test_a_non_finite_loss_names_the_images(train, copy, base_run, tmp_path):
+    content = torch.load(base_run / 'best.pth', weights_only=True)
+    content['model']['base_emb'][:] = float('nan')
+    torch.save(content, tmp_path / 'nan.pth')
+    expect(train(copy, '--restore-from', tmp_path / 'nan.pth'), 1, 'loss is not finite at epoch 1, step 1', 'train_')
+
+
+def test_a_folder_that_cannot_be_written(train, shapes, tmp_path):
+    (tmp_path / 'file').write_text('')
+    expect(train(shapes, '--snapshot-dir', tmp_path / 'file' / 'run'), 1, 'cannot write', 'Choose a folder')

@@ -1,0 +1,192 @@
+"""The fast forms against the oracle, and the shape of the networks."""
+
+import copy
+
+import pytest
+import torch
+from oracle import dense_logits, dense_losses, dense_mlp, dense_psp
+from torch import nn
+from torchvision import models
+
+from model import BACKBONES, POP, PSP, build_backbone, build_model
+from model.losses import orthogonality, pop_losses, pseudo_label
+from utils.metrics import upsample
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+
+
+def head(num_base, num_novel, dtype, channels=64):
+    """A POP network whose input is the backbone's feature, with prototypes that are far from orthogonal."""
+    torch.manual_seed(num_base + num_novel)
+    net = POP(nn.Identity(), PSP(32, channels), num_base, num_novel).to(dtype)
+    for prototypes in net.prototypes():
+        nn.init.normal_(prototypes)
+    if num_novel:
+        nn.init.kaiming_uniform_(net.classifier_n[0].weight)
+    return net
+
+
+def relative_difference(a, b):
+    return ((a - b).norm() / b.norm().clamp(min=1e-300)).item()
+
+
+@pytest.mark.parametrize('dtype', TOLERANCE)
+@pytest.mark.parametrize('num_novel', (0, 5, 20))
+@pytest.mark.parametrize('num_base', (15, 60))
+def test_logits_losses_and_every_gradient_agree_with_the_oracle(num_base, num_novel, dtype):
+    net = head(num_base, num_novel, dtype)
+    x = torch.randn(2, 32, 9, 7, dtype=dtype)
+    mask = torch.randint(0, net.num_logits, (2, 33, 25))
+    mask[:, :5] = 255
+    plain = copy.deepcopy(net)
+
+    trained, fixed = (net.novel_emb, net.base_emb) if num_novel else (net.base_emb, None)
+    logits = net(x)
+    losses = pop_losses(logits, mask, trained, fixed)
+    plain_features = dense_psp(plain.decoder, x)
+    plain_logits = dense_logits(plain, plain_features)
+    plain_losses = dense_losses(plain_logits, mask, plain)
+
+    projections = torch.einsum('kc,bchw->bkhw', torch.cat(plain.prototypes()), plain_features)
+    assert (projections > 0).any() and (projections < 0).any()
+    assert relative_difference(logits, plain_logits) < TOLERANCE[dtype]
+    assert losses.keys() == plain_losses.keys()
+    for name in losses:
+        assert relative_difference(losses[name], plain_losses[name]) < TOLERANCE[dtype], name
+    # one backward per term: a wrong gradient of one must not hide behind the other
+    for name in losses:
+        net.zero_grad()
+        plain.zero_grad()
+        losses[name].backward(retain_graph=True)
+        plain_losses[name].backward(retain_graph=True)
+        for (key, ours), theirs in zip(net.named_parameters(), plain.parameters(), strict=True):
+            # float32: entries that cancel to nothing are compared against the size of the network's gradient
+            gradient, expected = (torch.zeros_like(p) if p.grad is None else p.grad for p in (ours, theirs))
+            if dtype == torch.float64 and expected.norm() > 1e-12:
+                assert relative_difference(gradient, expected) < TOLERANCE[dtype], (name, key)
+            else:
+                assert (gradient - expected).norm() <= TOLERANCE[dtype] * max(expected.norm(), 1e-3), (name, key)
+
+
+@pytest.mark.parametrize('size', ((1, 1), (4, 9), (6, 6), (17, 17)))
+def test_folded_psp_agrees_on_any_feature_size(size):
+    torch.manual_seed(0)
+    decoder = PSP(16, 24).double().eval()
+    x = torch.randn(3, 16, *size, dtype=torch.float64)
+    assert relative_difference(decoder(x), dense_psp(decoder, x)) < 1e-9
+
+
+def test_decomposition_adds_up_and_orthonormal_prototypes_leave_no_projection_in_the_residual():
+    net = head(15, 5, torch.float64)
+    basis = torch.linalg.qr(torch.randn(64, 20, dtype=torch.float64))[0].T
+    net.base_emb.data, net.novel_emb.data = 3 * basis[:15], 0.5 * basis[15:]  # lengths must not matter
+    along = torch.randn(2, 20, dtype=torch.float64)
+    q = torch.einsum('bk,kc->bc', along, basis)[:, :, None, None]  # no residual at all
+    logits = net.classify(q)
+    assert torch.allclose(logits[:, 0], torch.zeros(1, dtype=torch.float64), atol=1e-12)
+    for k in range(20):
+        mlp = net.classifier if k < 15 else net.classifier_n
+        component = (along[:, k, None] * basis[k])[:, :, None, None]
+        assert torch.allclose(logits[:, 1 + k], dense_mlp(mlp, component)[:, 0], rtol=1e-9)
+
+
+def test_head_runs_the_decomposition_in_float32_under_autocast():
+    net = head(15, 5, torch.float32)
+    q = torch.randn(1, 64, 9, 9) * 10
+    exact = dense_logits(net, q)
+    with torch.autocast('cpu', torch.bfloat16):
+        mixed = net.classify(q)
+    assert mixed.dtype == torch.float32
+    assert relative_difference(mixed[:, 1:], exact[:, 1:]) < 1e-5  # foreground never leaves float32
+    assert relative_difference(mixed[:, :1], exact[:, :1]) < 0.05  # the background's MLP is bfloat16
+
+
+@pytest.mark.parametrize('name', BACKBONES)
+@pytest.mark.parametrize('output_stride', (8, 16, 32))
+def test_backbones_have_their_stride_and_dilate_every_block(name, output_stride):
+    backbone = build_backbone(name, output_stride).eval()
+    side = {8: 12, 16: 6, 32: 3}[output_stride]
+    with torch.no_grad():
+        features = backbone(torch.randn(1, 3, 96, 96))
+    assert features.shape == (1, backbone.out_channels, side, side)
+    for stage, dilation in zip(backbone.stages, {8: (2, 4), 16: (1, 2), 32: (1, 1)}[output_stride], strict=True):
+        convs = [m for m in stage.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+        assert convs and all(conv.dilation == (dilation, dilation) for conv in convs)
+
+
+def test_a_473_crop_gives_60_by_60_features_at_stride_8():
+    with torch.no_grad():
+        assert build_backbone('resnet18', 8).eval()(torch.randn(1, 3, 473, 473)).shape[-2:] == (60, 60)
+
+
+@pytest.mark.parametrize('name', ('resnet18', 'resnet50', 'mobilenet_v2'))
+def test_undilated_backbones_compute_what_torchvision_computes(name):
+    torch.manual_seed(0)
+    theirs = getattr(models, name)().eval()
+    backbone = build_backbone(name, 32).eval()
+    backbone.load_state_dict({k: v for k, v in theirs.state_dict().items() if k in backbone.state_dict()})
+    cut = theirs.features[:18] if name == 'mobilenet_v2' else nn.Sequential(*list(theirs.children())[:-2])
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(backbone(x), cut(x))
+
+
+def test_deep_stem_has_the_published_keys_and_shapes():
+    state = build_backbone('resnet50v2').state_dict()
+    assert [list(state[f'conv{i}.weight'].shape) for i in (1, 2, 3)] == [[64, 3, 3, 3], [64, 64, 3, 3], [128, 64, 3, 3]]
+    assert list(state['layer1.0.conv1.weight'].shape) == [64, 128, 1, 1]
+    assert list(state['layer1.0.downsample.0.weight'].shape) == [256, 128, 1, 1]
+
+
+def test_stage_2_trains_novel_prototypes_and_their_mlp_only_and_leaves_batch_norm_alone():
+    net = build_model('resnet18', 15, 5, 16)
+    assert all(
+        torch.equal(a, b) for a, b in zip(net.classifier.parameters(), net.classifier_n.parameters(), strict=True)
+    )
+    net.freeze_base()
+    before = copy.deepcopy(net.state_dict())
+    net.train()
+    trained = {name for name, p in net.named_parameters() if p.requires_grad}
+    assert trained == {'novel_emb', *(f'classifier_n.{i}.weight' for i in (0, 2, 4))}
+    pop_losses(net(torch.randn(2, 3, 65, 65)), torch.zeros(2, 65, 65, dtype=torch.long), net.novel_emb, net.base_emb)
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+
+
+def test_orthogonality_is_0_for_orthogonal_1_for_equal_and_defined_for_one_prototype():
+    assert orthogonality(torch.eye(4, 8)) == 0
+    assert orthogonality(torch.ones(4, 8)).item() == pytest.approx(1)
+    assert orthogonality(torch.ones(1, 8)) == 0
+    assert orthogonality(torch.eye(1, 8), fixed=-torch.eye(1, 8)).item() == pytest.approx(1)
+
+
+def test_cross_entropy_of_a_fully_ignored_mask_is_zero():
+    net = head(2, 0, torch.float32)
+    losses = pop_losses(torch.randn(1, 3, 4, 4), torch.full((1, 9, 9), 255), net.base_emb)
+    assert losses['ce'] == 0
+
+
+def test_pseudo_labels_change_background_only_and_only_to_novel_classes():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 1 + 3 + 2, 5, 5)
+    mask = torch.randint(0, 4, (2, 17, 17))
+    mask[0, :3] = 255
+    result = pseudo_label(mask, logits, num_base=3)
+    assert torch.equal(result[mask != 0], mask[mask != 0])
+    full = upsample(logits, (17, 17))
+    for y, x in (mask[1] == 0).nonzero().tolist():
+        scores = {0: full[1, 0, y, x], 4: full[1, 4, y, x], 5: full[1, 5, y, x]}
+        assert result[1, y, x] == max(scores, key=scores.get)
+    assert {0, 4, 5} <= set(result.unique().tolist())
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'words'),
+    (
+        ({'backbone': 'resnet5', 'num_base': 15}, 'resnet5.*choose one of'),
+        ({'backbone': 'resnet18', 'num_base': 15, 'output_stride': 4}, 'output stride 4.*8, 16, 32'),
+        ({'backbone': 'resnet18', 'num_base': 0}, '0 base'),
+    ),
+)
+def test_unknown_names_fail_loudly(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        build_model(**arguments)

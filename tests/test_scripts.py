@@ -1,0 +1,266 @@
+"""The three scripts for a few CPU steps, and what they leave behind."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, TINY_TRAINING, run_process
+from PIL import Image
+
+from dataset.segmentation import read_mask
+
+
+def records(folder, kind):
+    lines = (folder / 'metrics.jsonl').read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record['kind'] == kind]
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)['model']
+
+
+def test_stage_1_leaves_what_it_promises(base_run):
+    names = {path.name for path in base_run.iterdir()}
+    assert names == {
+        'args.json',
+        'log.txt',
+        'metrics.jsonl',
+        'tb',
+        'last.pth',
+        'best.pth',
+        'epoch_1.pth',
+        'epoch_2.pth',
+    }
+    assert json.loads((base_run / 'args.json').read_text())['batch_size'] == 32
+    validations = records(base_run, 'val')
+    assert [record['epoch'] for record in validations] == [1, 2]
+    best = torch.load(base_run / 'best.pth', weights_only=True)
+    assert best['metrics']['base'] == max(record['base'] for record in validations)
+    assert best['config'] == {'dataset': 'shapes', 'fold': 0, 'backbone': 'resnet18', 'os': 32}
+    training = records(base_run, 'train')
+    assert training[0]['lr_backbone'] == pytest.approx(1e-3) and training[0]['lr_head'] == pytest.approx(1e-2)
+    steps = [record['step'] for record in training]
+    total = steps[-1]
+    for record in training:  # poly decay, power 0.9, every step
+        assert record['lr_backbone'] == pytest.approx(1e-3 * (1 - (record['step'] - 1) / total) ** 0.9)
+    assert training[-1]['ce'] < training[0]['ce']
+
+
+def test_stage_2_changes_only_the_novel_parts(base_run, few_shot_run):
+    base = weights(base_run / 'best.pth')
+    for seed in (123, 234):
+        last = weights(few_shot_run / f'last_{seed}.pth')
+        assert all(torch.equal(last[key], value) for key, value in base.items())
+        assert set(last) - set(base) == {'novel_emb', *(f'classifier_n.{i}.weight' for i in (0, 2, 4))}
+        assert not torch.equal(last['classifier_n.0.weight'], base['classifier.0.weight'])
+        assert (few_shot_run / f'best_{seed}.pth').is_file()
+    assert not torch.equal(weights(few_shot_run / 'last_123.pth')['novel_emb'], last['novel_emb'])
+    assert {record['seed'] for record in records(few_shot_run, 'val')} == {123, 234}
+    # 15 steps, one per base class and shot
+    assert max(record['step'] for record in records(few_shot_run, 'train')) == 30
+    log = (few_shot_run / 'log.txt').read_text()
+    assert 'seed 123, best (selected)' in log and 'seed 234, last' in log
+
+
+@pytest.mark.parametrize('precision', ((), ('--fp16',)))
+def test_every_script_runs_in_both_precisions(run_script, shapes, base_run, few_shot_run, tmp_path, precision):
+    train = (*TINY, *TINY_TRAINING, '--data-dir', shapes, '--num-epoch', 1, *precision)
+    code, output = run_script(
+        'train_base.py',
+        *train,
+        '--restore-from',
+        'none',
+        '--batch-size',
+        60,
+        '--snapshot-dir',
+        tmp_path / 'a',
+        '--device',
+        'cpu',
+    )
+    assert code == 0 and 'base mIoU' in output
+    code, output = run_script(
+        'ft_pop.py',
+        *train,
+        '--restore-from',
+        tmp_path / 'a',
+        '--batch-size',
+        5,
+        '--snapshot-dir',
+        tmp_path / 'b',
+        '--fix-lr',
+        '--freeze-backbone',
+        '--shot',
+        2,
+    )
+    assert code == 0 and 'total' in output
+    code, output = run_script(
+        'test.py', *TINY, '--data-dir', shapes, '--restore-from', tmp_path / 'b', '--shot', 2, *precision
+    )
+    assert code == 0 and 'seed 123' in output
+    assert {'results.json', 'results.md', 'confusion_123.npy'} <= {path.name for path in (tmp_path / 'b').iterdir()}
+
+
+def test_evaluation_counts_every_pixel_of_the_original_masks(run_script, shapes, few_shot_run, tmp_path):
+    code, output = run_script(
+        'test.py', *TINY, '--data-dir', shapes, '--restore-from', few_shot_run / 'best.pth', '--random-seed', '123,234',
+        '--save-path', tmp_path, '--save', '1', '--overlay', 2,
+    )  # fmt: skip
+    assert code == 0 and 'mean ± std' in output
+    results = json.loads((tmp_path / 'results.json').read_text())
+    ids = (shapes / 'list' / 'val.txt').read_text().split()
+    masks = {i: read_mask(shapes / f'SegmentationClassAug/{i}.png') for i in ids}
+    label = {0: 0, **{c: c - 5 for c in range(6, 21)}, **{c: c + 15 for c in range(1, 6)}}  # fold 0
+    for seed in (123, 234):
+        confusion = np.load(tmp_path / f'confusion_{seed}.npy')
+        assert confusion.dtype == np.int64 and confusion.shape == (21, 21)
+        truth = np.zeros(21, np.int64)
+        expected = np.zeros((21, 21), np.int64)
+        for i, mask in masks.items():
+            path = tmp_path / f'predictions_{seed}' / f'{i}.png'
+            prediction = read_mask(path)  # class ids, at the original size
+            assert Image.open(path).mode == 'P' and prediction.shape == mask.shape
+            for class_id in {*np.unique(mask)} - {255}:
+                truth[label[class_id]] += (mask == class_id).sum()
+                for predicted in np.unique(prediction):
+                    both = (mask == class_id) & (prediction == predicted)
+                    expected[label[class_id], label[predicted]] += both.sum()
+        assert np.array_equal(confusion.sum(1), truth)
+        assert np.array_equal(confusion, expected)
+        assert results['seeds'][str(seed)]['checkpoint'].endswith(f'best_{seed}.pth')
+    novel = [results['seeds'][seed]['novel'] for seed in ('123', '234')]
+    assert results['mean']['novel'] == pytest.approx(np.mean(novel))
+    assert results['std']['novel'] == pytest.approx(np.std(novel))
+    pictures = [line.split(': ')[1] for line in output.splitlines() if line.startswith('picture: ')]
+    assert len(pictures) == 4 and all(Image.open(path).size[0] > 900 for path in pictures)
+
+
+def test_an_untrained_network_scores_near_zero(run_script, shapes, tmp_path):
+    torch.manual_seed(0)
+    code, _ = run_script('test.py', *TINY, '--data-dir', shapes, '--restore-from', 'none', '--save-path', tmp_path)
+    summary = json.loads((tmp_path / 'results.json').read_text())['mean']
+    assert code == 0 and summary['total'] < 6 and summary['novel'] < 3
+
+
+def test_a_stage_1_network_is_evaluated_on_base_classes(run_script, shapes, base_run, tmp_path):
+    code, output = run_script(
+        'test.py', *TINY, '--data-dir', shapes, '--restore-from', base_run, '--save-path', tmp_path
+    )
+    assert code == 0, output
+    assert np.load(tmp_path / 'confusion_123.npy').shape == (16, 16)
+    assert json.loads((tmp_path / 'results.json').read_text())['mean']['novel'] is None
+
+
+def test_same_seed_same_weights_whatever_the_workers(shapes, tmp_path):
+    for name, workers in (('a', 0), ('b', 2)):
+        code, output = run_process(
+            sys.executable, 'train_base.py', *TINY[:-1], workers, *TINY_TRAINING, '--data-dir', shapes,
+            '--restore-from', 'none', '--snapshot-dir', tmp_path / name, '--num-epoch', 1, '--batch-size', 40,
+        )  # fmt: skip
+        assert code == 0, output
+    a, b = weights(tmp_path / 'a' / 'last.pth'), weights(tmp_path / 'b' / 'last.pth')
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_start_epoch_continues_schedule_and_draws(run_script, shapes, base_run, tmp_path):
+    code, output = run_script(
+        'train_base.py', *TINY, *TINY_TRAINING, '--data-dir', shapes, '--restore-from', base_run / 'epoch_1.pth',
+        '--snapshot-dir', tmp_path, '--num-epoch', 2, '--start-epoch', 1, '--batch-size', 32,
+    )  # fmt: skip
+    assert code == 0, output
+    first, whole = records(tmp_path, 'train')[0], records(base_run, 'train')
+    same_step = next(record for record in whole if record['step'] == first['step'])
+    # the same weights meet the same batch at the same learning rate
+    assert first['lr_backbone'] == same_step['lr_backbone']
+    assert first['ce'] == pytest.approx(same_step['ce'], rel=1e-4)
+
+
+def test_freezing_flags_freeze_what_they_name(run_script, shapes, base_run, tmp_path):
+    before = weights(base_run / 'last.pth')
+    for flag in ('--freeze-backbone', '--fix-bn', '--fix-lr'):
+        code, output = run_script(
+            'train_base.py', *TINY, *TINY_TRAINING, '--data-dir', shapes, '--restore-from', base_run / 'last.pth',
+            '--snapshot-dir', tmp_path / flag, '--num-epoch', 1, '--batch-size', 50, flag,
+        )  # fmt: skip
+        assert code == 0, output
+        after = weights(tmp_path / flag / 'last.pth')
+        changed = {key for key in before if not torch.equal(before[key], after[key])}
+        backbone = {key for key in before if key.startswith('backbone.')}
+        norm = {key.rsplit('.', 1)[0] for key in before if key.endswith('running_mean')}
+        if flag == '--freeze-backbone':
+            assert not changed & backbone and changed
+        elif flag == '--fix-bn':
+            assert not {key for key in changed if key.rsplit('.', 1)[0] in norm} and changed & backbone
+        else:
+            assert changed >= {key for key in before if key.endswith('running_mean')}
+            assert {record['lr_backbone'] for record in records(tmp_path / flag, 'train')} == {1e-3}
+
+
+def test_filter_novel_trains_on_fewer_images(run_script, shapes, tmp_path):
+    code, output = run_script(
+        'train_base.py', *TINY, *TINY_TRAINING, '--data-dir', shapes, '--restore-from', 'none', '--filter-novel',
+        '--snapshot-dir', tmp_path, '--num-epoch', 1, '--batch-size', 30,
+    )  # fmt: skip
+    assert code == 0, output
+    filtered = (shapes / 'list/fold0_filter/train_fold0.txt').read_text().split()
+    whole = (shapes / 'list/fold0/train_fold0.txt').read_text().split()
+    assert set(filtered) < set(whole)
+    assert f'{len(filtered)} training' in output
+    for image_id in filtered:
+        assert not np.isin(read_mask(shapes / f'SegmentationClassAug/{image_id}.png'), range(1, 6)).any()
+
+
+def test_stage_2_stops_early_and_keeps_last(run_script, shapes, base_run, few_shot_run, tmp_path):
+    """At a learning rate of nearly nothing no epoch is better than the first by the rule, except by equality."""
+    code, output = run_script(
+        'ft_pop.py', *TINY, *TINY_TRAINING, '--data-dir', shapes, '--restore-from', base_run, '--learning-rate', 10,
+        '--snapshot-dir', tmp_path, '--num-epoch', 8, '--batch-size', 15, '--save-pred-every', 2,
+    )  # fmt: skip
+    assert code == 0, output
+    validations = records(tmp_path, 'val')
+    assert len(validations) < 8 and 'stopping early' in output
+    best = torch.load(tmp_path / 'best_123.pth', weights_only=True)['epoch']
+    last = torch.load(tmp_path / 'last_123.pth', weights_only=True)['epoch']
+    assert last == len(validations) == best + 2
+    assert (tmp_path / 'epoch_2_123.pth').is_file()
+
+
+def test_two_processes_train_and_evaluate_together(shapes, base_run, few_shot_run, tmp_path):
+    launch = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', 2)
+    code, output = run_process(
+        *launch, 'ft_pop.py', *TINY, *TINY_TRAINING, '--data-dir', shapes, '--restore-from', base_run,
+        '--snapshot-dir', tmp_path / 'run', '--num-epoch', 1, '--batch-size', 4, '--shot', 2,
+    )  # fmt: skip
+    assert code == 0, output
+    single, double = tmp_path / 'one', tmp_path / 'two'
+    flags = (*TINY, '--data-dir', shapes, '--restore-from', tmp_path / 'run', '--shot', 2)
+    assert run_process(sys.executable, 'test.py', *flags, '--save-path', single)[0] == 0
+    code, output = run_process(*launch, 'test.py', *flags, '--save-path', double)
+    assert code == 0, output
+    assert np.array_equal(np.load(single / 'confusion_123.npy'), np.load(double / 'confusion_123.npy'))
+
+
+def test_shapes_are_made_where_they_are_not_there(run_script, tmp_path, monkeypatch):
+    monkeypatch.setattr('dataset.shapes.TRAIN_IMAGES', 40)
+    monkeypatch.setattr('dataset.shapes.VAL_IMAGES', 4)
+    code, output = run_script(
+        'test.py', *TINY, '--data-dir', tmp_path / 'new', '--restore-from', 'none', '--save-path', tmp_path
+    )
+    assert code == 0, output
+    assert (tmp_path / 'new' / 'list' / 'val.txt').is_file()
+
+
+def test_few_shot_lists_are_kept(run_script, shapes, few_shot_run, tmp_path):
+    shutil.copytree(shapes / 'list', tmp_path / 'list')
+    path = tmp_path / 'list/fold0/fold0_1shot_seed123.txt'
+    path.write_text('mine\n')
+    code, output = run_process(
+        sys.executable, '-m', 'utils.gen_fs_list', '--dataset', 'shapes', '--train-list',
+        tmp_path / 'list' / 'trainaug.txt', '--shot', 1, '--seed', 123, 345,
+    )  # fmt: skip
+    assert code == 0 and f'kept {path}' in output, output
+    assert path.read_text() == 'mine\n'
+    drawn = (tmp_path / 'list/fold0/fold0_1shot_seed345.txt').read_text().split()
+    assert len(drawn) == len(set(drawn)) == 5

@@ -1,0 +1,74 @@
+"""The shell entry points, from another folder, with settings from the environment."""
+
+import os
+import subprocess
+
+import cv2
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from dataset import DATASETS
+from dataset.lists import write_ids
+
+SMALL = {
+    'BACKBONE': 'resnet18', 'OS': '32', 'INPUT_SIZE': '65,65', 'BASE_SIZE': '65,65', 'EPOCHS': '1', 'WORKERS': '0',
+    'BS_TEST': '4', 'SEED': '123', 'OMP_NUM_THREADS': '1',
+}  # fmt: skip
+
+
+def make_rectangles(folder, name, images):
+    """A data set in the layout of VOC or COCO whose images show two classes each, all of them in turn."""
+    spec = DATASETS[name]
+    rng = np.random.default_rng(0)
+    for split, count in (('train', images), ('val', 4)):
+        ids = [f'{split}{i:03d}' for i in range(count)]
+        dirs = [folder / getattr(spec, f'{split}_{kind}') for kind in ('images', 'masks')]
+        for directory in dirs:
+            directory.mkdir(parents=True, exist_ok=True)
+        for i, image_id in enumerate(ids):
+            mask = np.zeros((150, 260), np.uint8)
+            mask[5:145, 5:125] = i % spec.num_classes + 1
+            mask[5:145, 130:250] = (i + spec.num_classes // 2) % spec.num_classes + 1
+            image = np.repeat(mask[:, :, None] * 3, 3, 2) + rng.integers(0, 9, (150, 260, 1), np.uint8)
+            cv2.imwrite(str(dirs[0] / f'{image_id}.jpg'), image)
+            cv2.imwrite(str(dirs[1] / f'{image_id}.png'), mask)
+        write_ids(folder / 'list' / getattr(spec, f'{split}_list'), ids)
+
+
+@pytest.mark.parametrize(('name', 'base', 'novel', 'evaluate', 'processes'), (
+    ('voc', 'train_voc_fold0_base.sh', 'ft_voc.sh', 'evaluate_voc_fold0.sh', '1'),
+    ('coco', 'train_coco_fold0_base_q.sh', 'ft_coco.sh', 'evaluate_coco_fold0.sh', '2'),
+))  # fmt: skip
+def test_entry_points_run_one_after_the_other(tmp_path, name, base, novel, evaluate, processes):
+    make_rectangles(tmp_path / 'data', name, images=40 if name == 'voc' else 160)
+    settings = {**os.environ, **SMALL, 'DATA_PATH': 'data', 'TRAIN_LIST': f'data/list/{DATASETS[name].train_list}'}
+
+    def run(script, *flags, **more):
+        done = subprocess.run(
+            ['bash', str(ROOT / 'scripts' / script), *flags],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env=settings | more,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    run(base, RESTORE_PATH='none', SAVE_DIR='base', BS='20', NPROC=processes)
+    assert (tmp_path / 'base' / 'best.pth').is_file()
+    output = run(novel, '--select', 'last', RESTORE_PATH='base', SAVE_DIR='shots')
+    assert 'seed 123, last (selected)' in output
+    output = run(evaluate, '--select', 'last', RESTORE_PATH='shots')  # further flags are passed on
+    assert 'last checkpoint' in output and (tmp_path / 'shots' / 'confusion_123.npy').is_file()
+
+
+ENTRY_POINTS = [path.name for path in (ROOT / 'scripts').glob('*.sh') if 'common.sh' in path.read_text()]
+
+
+@pytest.mark.parametrize('script', sorted(ENTRY_POINTS))
+def test_what_is_not_set_is_named(script):
+    env = {key: value for key, value in os.environ.items() if key not in ('DATA_PATH', 'RESTORE_PATH')}
+    done = subprocess.run(['bash', str(ROOT / 'scripts' / script)], capture_output=True, text=True, env=env)
+    assert done.returncode == 2 and '_PATH is not set' in done.stderr

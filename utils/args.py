@@ -1,0 +1,208 @@
+"""Command line flags that the three scripts share, and the checks of their values (exit code 2)."""
+
+import argparse
+import os
+from pathlib import Path
+
+from utils.distributed import world_size
+
+
+def parse_switch(text):
+    """0/1, false/true, no/yes: the published scripts write `--save 0`."""
+    values = {'0': False, 'false': False, 'no': False, '1': True, 'true': True, 'yes': True}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f'got {text!r}; expected one of {", ".join(values)}')
+    return values[text.lower()]
+
+
+def parse_size(text):
+    """'H,W' to (H, W)."""
+    return _numbers(text, int, 'H,W with positive numbers, e.g. 473,473', 2, lambda h, w: h > 0 and w > 0)
+
+
+def parse_range(text):
+    """'LO,HI' to (LO, HI)."""
+    return _numbers(text, float, 'LO,HI with 0 < LO <= HI, e.g. 0.9,1.1', 2, lambda low, high: 0 < low <= high)
+
+
+def parse_seeds(text):
+    """'123,234' to (123, 234)."""
+    distinct = lambda *seeds: len(set(seeds)) == len(seeds) and min(seeds) >= 0  # noqa: E731
+    return _numbers(text, int, 'different whole numbers >= 0, e.g. 123,234', None, distinct)
+
+
+def parse_seed(text):
+    """A whole number >= 0."""
+    return _numbers(text, int, 'a whole number >= 0', 1, lambda seed: seed >= 0)[0]
+
+
+def _numbers(text, kind, expected, count, valid):
+    try:
+        numbers = tuple(kind(part) for part in text.split(','))
+    except ValueError:
+        numbers = ()
+    if not numbers or (count and len(numbers) != count) or not valid(*numbers):
+        raise argparse.ArgumentTypeError(f'got {text!r}; expected {expected}')
+    return numbers
+
+
+def positive(text):
+    """A whole number > 0."""
+    return _numbers(text, int, 'a whole number > 0', 1, lambda n: n > 0)[0]
+
+
+def not_negative(text):
+    """A whole number >= 0."""
+    return _numbers(text, int, 'a whole number >= 0', 1, lambda n: n >= 0)[0]
+
+
+def make_parser(doc):
+    """A parser that shows the script's docstring."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_data_flags(parser, datasets):
+    """Which data: --dataset --data-dir --train-list --val-list --fold --base-size --num-workers ..."""
+    group = parser.add_argument_group('data')
+    group.add_argument('--dataset', choices=list(datasets), default='voc')
+    group.add_argument('--data-dir', type=Path, required=True, help='folder of the images and masks')
+    group.add_argument(
+        '--train-list',
+        type=Path,
+        help="training ids; the fold's lists are kept beside it (default: dataset/list/DATASET/...)",
+    )
+    group.add_argument('--val-list', type=Path, help='evaluation ids (default: val.txt beside the train list)')
+    group.add_argument('--fold', type=int, default=0, help='which classes are novel; -1: none (default: 0)')
+    group.add_argument(
+        '--filter-novel', action='store_true', help='leave out training images that contain novel classes'
+    )
+    group.add_argument(
+        '--base-size',
+        type=parse_size,
+        default=(473, 473),
+        metavar='H,W',
+        help='evaluation: images are resized to fit (default: 473,473)',
+    )
+    group.add_argument('--test-batch-size', type=positive, default=1, help='per process (default: 1)')
+    group.add_argument(
+        '--num-workers',
+        type=not_negative,
+        default=min(4, os.cpu_count()),
+        help='loader processes per training process (default: 4, or the cores there are)',
+    )
+
+
+def add_model_flags(parser, models, backbones, restore_help):
+    """Which network, from which weights, where and in which precision."""
+    group = parser.add_argument_group('model')
+    group.add_argument('--model', choices=models, default=models[0])
+    group.add_argument('--backbone', choices=list(backbones), default='resnet50v2')
+    group.add_argument('--os', type=int, choices=(8, 16, 32), default=8, help='output stride (default: 8)')
+    group.add_argument('--restore-from', required=True, help=restore_help)
+    group.add_argument(
+        '--device', choices=('auto', 'cpu', 'cuda'), default='auto', help='auto: CUDA where there is one (default)'
+    )
+    group.add_argument('--fp16', action='store_true', help='mixed precision: float16 on CUDA, bfloat16 on the CPU')
+
+
+def add_training_flags(parser, batch_size, num_epoch, seed_type, seed):
+    """The recipe. Defaults are the paper's."""
+    group = parser.add_argument_group('training')
+    group.add_argument(
+        '--input-size', type=parse_size, default=(473, 473), metavar='H,W', help='training crop (default: 473,473)'
+    )
+    group.add_argument(
+        '--scale-range',
+        type=parse_range,
+        metavar='LO,HI',
+        help="random resize factor, relative to the original size (default: the dataset's)",
+    )
+    group.add_argument(
+        '--batch-size',
+        type=positive,
+        default=batch_size,
+        help='in all processes together (default: 8 on VOC and 16 on COCO in stage 1, 1 in stage 2)',
+    )
+    group.add_argument(
+        '--learning-rate',
+        type=float,
+        default=1e-3,
+        help='of the backbone; everything else takes ten times it (default: 1e-3)',
+    )
+    group.add_argument('--momentum', type=float, default=0.9)
+    group.add_argument('--weight-decay', type=float, default=1e-4)
+    group.add_argument('--power', type=float, default=0.9, help='of the poly schedule (default: 0.9)')
+    group.add_argument('--num-epoch', type=positive, default=num_epoch, help=f'default: {num_epoch}')
+    group.add_argument(
+        '--start-epoch',
+        type=not_negative,
+        default=0,
+        help='start the schedule and the random draws here, from the weights of --restore-from',
+    )
+    group.add_argument('--random-seed', type=seed_type, default=seed, help='default: %(default)s')
+    group.add_argument('--fix-bn', action='store_true', help='keep every batch normalisation as it is loaded')
+    group.add_argument('--freeze-backbone', action='store_true', help='do not train the backbone')
+    group.add_argument('--fix-lr', action='store_true', help='constant learning rate')
+    group.add_argument('--snapshot-dir', type=Path, required=True, help='folder for checkpoints, logs and curves')
+    group.add_argument(
+        '--save-pred-every',
+        type=not_negative,
+        default=0,
+        metavar='N',
+        help='also keep epoch_N.pth every N epochs (default: 0, never)',
+    )
+    group.add_argument(
+        '--val-every',
+        type=positive,
+        default=1,
+        metavar='N',
+        help='validate every N epochs and after the last (default: 1)',
+    )
+    group.add_argument(
+        '--print-frequency', type=positive, default=50, metavar='N', help='log every N steps (default: 50)'
+    )
+
+
+def add_few_shot_flags(parser):
+    """Which draw of support images, and which checkpoint of a run a result stands on."""
+    group = parser.add_argument_group('few-shot')
+    group.add_argument('--shot', type=positive, default=1, help='support images per novel class (default: 1)')
+    group.add_argument(
+        '--select',
+        choices=('best', 'last'),
+        default='best',
+        help='the checkpoint that results stand on (default: best)',
+    )
+
+
+def check(parser, args, datasets):
+    """Fill the defaults that depend on the dataset, and refuse values that do not go together.
+
+    Args:
+        parser (ArgumentParser): ends the program with exit code 2.
+        args (Namespace): parsed; changed in place.
+        datasets (dict): name -> DatasetSpec.
+
+    Returns:
+        Namespace: args.
+    """
+    spec = datasets[args.dataset]
+    try:
+        spec.novel_ids(args.fold)
+    except ValueError as error:
+        parser.error(f'--fold: {error}')
+    args.train_list = args.train_list or spec.list_root(args.data_dir) / spec.train_list
+    args.val_list = args.val_list or args.train_list.parent / spec.val_list
+    if hasattr(args, 'batch_size'):
+        args.batch_size = args.batch_size or spec.batch_size
+        args.scale_range = args.scale_range or spec.scale_range
+        if args.start_epoch >= args.num_epoch:
+            parser.error(f'--start-epoch {args.start_epoch} leaves nothing of --num-epoch {args.num_epoch}')
+        if args.learning_rate <= 0:
+            parser.error(f'--learning-rate: got {args.learning_rate}; expected a number > 0')
+        world = world_size()
+        if args.batch_size % world:
+            below, above = args.batch_size // world * world, (args.batch_size // world + 1) * world
+            nearest = f'{below} or {above}' if below else f'{above}'
+            parser.error(f'--batch-size {args.batch_size} is not divisible by {world} processes; use {nearest}')
+    return args

@@ -1,0 +1,203 @@
+"""Checkpoints: written whole or not at all, loaded only where every key fits.
+
+A checkpoint of ours is {'format': 'pop', 'config': {...}, 'model': state dict, 'epoch': int, 'metrics': {...}}; the
+published code's are flat state dicts. Both hold the same keys (README.md, "Checkpoints"). Nothing but tensors and
+plain values is ever unpickled.
+"""
+
+import pickle
+import urllib.error
+from pathlib import Path
+
+import torch
+from torchvision import models
+
+from utils.distributed import is_main
+from utils.errors import InputError, some
+from utils.files import atomic_write
+
+STAGE_2_PREFIXES = ('novel_emb', 'classifier_n.')
+# what classification networks have beyond our backbones
+CLASSIFIER_PREFIXES = ('fc.', 'classifier.', 'features.18.')
+
+
+def save_checkpoint(path, net, config, epoch, metrics):
+    """Write a checkpoint; only the main process does.
+
+    Args:
+        path (Path): where to.
+        net (POP): the network, unwrapped.
+        config (dict): what the network is for (`network_config`), checked when it is loaded.
+        epoch (int): epochs done.
+        metrics (dict): validation results of these weights.
+    """
+    if is_main():
+        state = {'format': 'pop', 'config': config, 'model': net.state_dict(), 'epoch': epoch, 'metrics': metrics}
+        with atomic_write(path, 'wb') as file:
+            torch.save(state, file)
+
+
+def network_config(args, seed=None):
+    """What a checkpoint must agree with to be loaded: dataset, fold and network; for stage 2 also shot and seed."""
+    config = {'dataset': args.dataset, 'fold': args.fold, 'backbone': args.backbone, 'os': args.os}
+    return config if seed is None else config | {'shot': args.shot, 'seed': seed}
+
+
+def read_checkpoint(path):
+    """Read a checkpoint file onto the CPU.
+
+    Returns:
+        tuple: state dict without any `module.` prefix, and config (empty for files of other code).
+
+    Raises:
+        InputError: missing, truncated or foreign file.
+    """
+    try:
+        content = torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f'checkpoint {path} does not exist') from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f'{path} cannot be read as a checkpoint ({reason}): it is truncated, or no file of PyTorch tensors. '
+            'Copy or download it again.'
+        ) from error
+    config = content.get('config', {}) if isinstance(content, dict) and content.get('format') == 'pop' else {}
+    for wrapper in ('model', 'state_dict'):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict) or not content or not all(torch.is_tensor(v) for v in content.values()):
+        raise InputError(f'{path} holds no state dict; expected parameter names with tensors')
+    return {key.removeprefix('module.'): value for key, value in content.items()}, config
+
+
+def load_weights(net, path, expected=None):
+    """Load a checkpoint of ours or of the published code into a POP network.
+
+    Args:
+        net (POP): changed in place.
+        path (str or Path): the file.
+        expected (dict, optional): config entries that the file must agree with where it has them.
+
+    Returns:
+        list of str: parameters that the file does not hold and that keep their values: the parts that stage 2 adds,
+        when a stage-1 checkpoint is loaded into a network with novel classes. `classifier_n` then starts from
+        `classifier`.
+
+    Raises:
+        InputError: a key is missing or unexpected, a shape differs, or the file is for something else.
+    """
+    state, config = read_checkpoint(path)
+    differing = [
+        f'{key} is {config[key]}, expected {value}'
+        for key, value in (expected or {}).items() if key in config and config[key] != value
+    ]  # fmt: skip
+    if differing:
+        raise InputError(f'{path} is a checkpoint of another run: {"; ".join(differing)}')
+    added = [key for key in net.state_dict() if key.startswith(STAGE_2_PREFIXES)]
+    absent = [key for key in added if key not in state]
+    _load_exactly(net, state, path, may_miss=added if len(absent) == len(added) else ())
+    if absent:
+        net.start_novel_classifier()
+    return absent
+
+
+def load_backbone(net, source, backbone):
+    """Load ImageNet weights into the backbone of a POP network.
+
+    Args:
+        net (POP): changed in place.
+        source (str or Path): 'imagenet' for torchvision's weights, or a file with a state dict of this backbone.
+        backbone (str): its name.
+
+    Raises:
+        InputError: no such weights, no network to download them through, or keys that do not fit.
+    """
+    state = _torchvision_weights(backbone) if str(source) == 'imagenet' else read_checkpoint(source)[0]
+    state = {key: value for key, value in state.items() if not key.startswith(CLASSIFIER_PREFIXES)}
+    _load_exactly(net.backbone, state, source)
+
+
+def holds_network(path):
+    """Whether a file holds a whole POP network rather than a bare backbone."""
+    return any(key.startswith(('backbone.', 'decoder.', 'base_emb')) for key in read_checkpoint(path)[0])
+
+
+def count_classes(path):
+    """(Kb, Kn) of a checkpoint; Kn is 0 for stage 1.
+
+    Raises:
+        InputError: the file has no base prototypes.
+    """
+    state, _ = read_checkpoint(path)
+    if 'base_emb' not in state:
+        raise InputError(f'{path} is no checkpoint of a POP network: it has no base_emb, but {some(state)}')
+    return len(state['base_emb']), len(state.get('novel_emb', ()))
+
+
+def resolve_checkpoint(source, select='best', seed=None):
+    """Find the file that a --restore-from means.
+
+    Args:
+        source (str or Path): a file, or a snapshot folder. DIR/best.pth means DIR/best_{seed}.pth where that exists.
+        select (str): 'best' or 'last', for folders.
+        seed (int, optional): of stage 2.
+
+    Returns:
+        Path: an existing file.
+
+    Raises:
+        InputError: there is none; names what was looked for and what is there.
+    """
+    path = Path(source)
+    if path.is_dir():
+        path = path / f'{select}.pth'
+    candidates = [path] if seed is None else [path.with_name(f'{path.stem}_{seed}.pth'), path]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    present = sorted(file.name for file in path.parent.glob('*.pth'))
+    raise InputError(
+        f'--restore-from {source}: there is no {" and no ".join(map(str, candidates))}; '
+        f'{path.parent} holds {some(present) if present else "no checkpoint"}'
+    )
+
+
+def _load_exactly(module, state, path, may_miss=()):
+    """Load a state dict of which every key must be accounted for.
+
+    Files of PyTorch before 0.4.1 lack batch normalisation's step counters, which nothing here reads.
+    """
+    wanted = module.state_dict()
+    missing = [k for k in wanted if k not in state and k not in may_miss and not k.endswith('num_batches_tracked')]
+    unexpected = [key for key in state if key not in wanted]
+    shapes = [
+        f'{key} {list(state[key].shape)}, expected {list(wanted[key].shape)}'
+        for key in wanted if key in state and state[key].shape != wanted[key].shape
+    ]  # fmt: skip
+    problems = [f'missing: {some(missing)}'] if missing else []
+    problems += [f'unexpected: {some(unexpected)}'] if unexpected else []
+    problems += [f'of another shape: {some(shapes)}'] if shapes else []
+    if problems:
+        raise InputError(
+            f'{path} does not fit the network. {"; ".join(problems)}. '
+            'Check --backbone, --dataset and --fold, and that the file is of the right stage.'
+        )
+    module.load_state_dict(state, strict=False)
+
+
+def _torchvision_weights(backbone):
+    try:
+        weights = models.get_model_weights(backbone)
+    except ValueError:
+        raise InputError(
+            f'torchvision has no ImageNet weights for {backbone}. Give the path of a file with --restore-from (for '
+            'resnet50v2: the resnet50_v2.pth that PSPNet and PFENet use), or use --backbone resnet50.'
+        ) from None
+    try:
+        return weights.IMAGENET1K_V1.get_state_dict(progress=is_main(), check_hash=True)
+    except (urllib.error.URLError, OSError) as error:
+        raise InputError(
+            f'cannot download {weights.IMAGENET1K_V1.url} ({error}). Download it elsewhere and give its path with '
+            '--restore-from.'
+        ) from error

@@ -1,0 +1,38 @@
+"""Writing files so that a reader never sees half of one."""
+
+import contextlib
+import os
+from pathlib import Path
+
+from utils.errors import InputError
+
+
+@contextlib.contextmanager
+def atomic_write(path, mode='w'):
+    """Open a file beside `path` for writing and rename it to `path` once it is complete and on disk.
+
+    Args:
+        path (str or Path): the file to make or replace; its folder is made.
+        mode (str): 'w' or 'wb'.
+
+    Yields:
+        file object. When the body raises, `path` stays as it was.
+
+    Raises:
+        InputError: the folder cannot be written to.
+    """
+    path = Path(path)
+    beside = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(beside, mode)  # noqa: SIM115 (closed below, where errors mean something else)
+    except OSError as error:
+        raise InputError(f'cannot write {path}: {error.strerror}. Choose a folder that can be written to.') from error
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,63 @@
+"""Make the few-shot lists of one or many folds, shots and seeds; missing class lists are made on the way.
+
+    python -m utils.gen_fs_list --dataset voc --data-dir VOC2012 --fold 0 1 2 3 --shot 1 5 10 --seed 123 234 345
+
+Published seeds give the published draws. Lists that exist are kept.
+"""
+
+import argparse
+from pathlib import Path
+
+from dataset import DATASETS, FoldData
+from dataset.fewshot import draw_support
+from dataset.lists import read_ids, write_ids
+from utils.args import not_negative, positive
+from utils.errors import exits_cleanly
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--dataset', choices=list(DATASETS), default='voc')
+    parser.add_argument(
+        '--data-dir',
+        type=Path,
+        help='folder of the images and masks; not needed where the class lists are there already',
+    )
+    parser.add_argument('--train-list', type=Path, help='training ids; the lists go beside it')
+    parser.add_argument('--fold', type=not_negative, nargs='+', default=[0])
+    parser.add_argument('--shot', type=positive, nargs='+', default=[1, 5, 10])
+    parser.add_argument('--seed', type=not_negative, nargs='+', default=[123])
+    args = parser.parse_args(argv)
+    spec = DATASETS[args.dataset]
+    if beyond := [fold for fold in args.fold if fold >= len(spec.folds)]:
+        parser.error(f'--fold: {args.dataset} has folds 0..{len(spec.folds) - 1}, got {beyond[0]}')
+    if args.data_dir is None and (args.train_list is None and spec.lists_in_data):
+        parser.error(f'--data-dir is needed: {args.dataset} keeps its lists there')
+    args.train_list = args.train_list or spec.list_root(args.data_dir) / spec.train_list
+    return args
+
+
+@exits_cleanly
+def main(args):
+    spec = DATASETS[args.dataset]
+    for fold in args.fold:
+        data = FoldData(spec, args.data_dir, fold, args.train_list, args.train_list.parent / spec.val_list)
+        lists = data.lists
+        if args.data_dir:
+            data.ensure_lists()
+        class_lists = {
+            c: read_ids(lists.novel_class(c), 'give --data-dir to have it made', allow_empty=True)
+            for c in spec.novel_ids(fold)
+        }
+        for shot in args.shot:
+            for seed in args.seed:
+                path = lists.support(shot, seed)
+                if path.is_file():
+                    print(f'kept {path}')
+                else:
+                    write_ids(path, draw_support(class_lists, shot, seed))
+                    print(f'wrote {path}')
+
+
+if __name__ == '__main__':
+    main(parse_args())

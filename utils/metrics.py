@@ -1,0 +1,95 @@
+"""How predictions are compared with masks: upsampling, confusion matrix, IoU and the means that papers report."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+IGNORE_INDEX = 255
+
+# key -> heading; every mean under its own name
+SUMMARY = {
+    'base': 'Base',  # background and base classes: the paper's base mIoU
+    'base_without_background': 'Base w/o bg',
+    'novel': 'Novel',
+    'total': 'Total',  # mean over all classes
+    'harmonic': 'HM(Base, Novel)',
+    'mean': 'Mean(Base w/o bg, Novel)',  # what DIaM and its followers report
+}
+
+
+def upsample(logits, size):
+    """Resize logits [B, K, h, w] to [B, K, *size] in float32 (bilinear, align_corners=True)."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return F.interpolate(logits, size, mode='bilinear', align_corners=True)
+
+
+def confusion_matrix(truth, prediction, num_classes):
+    """Count pixels by true and predicted label.
+
+    Args:
+        truth (Tensor): labels 0..K-1 or 255 (not counted), any integer type and shape.
+        prediction (Tensor): labels 0..K-1, same shape.
+        num_classes (int): K.
+
+    Returns:
+        Tensor: int64 [K, K], row = truth, on the device of the arguments.
+    """
+    counted = truth != IGNORE_INDEX
+    pairs = truth[counted].long() * num_classes + prediction[counted].long()
+    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def iou_per_class(confusion):
+    """Intersection over union in percent, float64 [K]; NaN for classes in neither truth nor prediction."""
+    confusion = np.asarray(confusion, np.float64)
+    intersection = np.diag(confusion)
+    union = confusion.sum(0) + confusion.sum(1) - intersection
+    with np.errstate(invalid='ignore'):
+        return 100 * intersection / union
+
+
+def summarize(confusion, num_base):
+    """The means that generalized few-shot segmentation reports.
+
+    Args:
+        confusion (array): [1 + Kb + Kn, 1 + Kb + Kn], row = truth.
+        num_base (int): Kb.
+
+    Returns:
+        dict: the keys of `SUMMARY`, in percent. Classes that never occur are left out of the means; a mean without
+        any class is NaN.
+    """
+    iou = iou_per_class(confusion)
+    base, without_background, novel = iou[: num_base + 1], iou[1 : num_base + 1], iou[num_base + 1 :]
+    means = {'base': _mean(base), 'base_without_background': _mean(without_background), 'novel': _mean(novel)}
+    pair = means['base'] + means['novel']
+    means['total'] = _mean(iou)
+    means['harmonic'] = 0.0 if pair == 0 else 2 * means['base'] * means['novel'] / pair
+    means['mean'] = (means['base_without_background'] + means['novel']) / 2
+    return means
+
+
+def summary_table(rows):
+    """Markdown table of summaries.
+
+    Args:
+        rows (dict): row name -> dict with the keys of `SUMMARY`, in percent; values may be strings.
+    """
+
+    def cell(value):
+        return value if isinstance(value, str) else '-' if np.isnan(value) else f'{value:.2f}'
+
+    lines = [['', *SUMMARY.values()]]
+    lines += [[str(name), *(cell(values[key]) for key in SUMMARY)] for name, values in rows.items()]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ['-' * width for width in widths])
+    aligned = [
+        [text.rjust(w) if i else text.ljust(w) for i, (text, w) in enumerate(zip(line, widths, strict=True))]
+        for line in lines
+    ]
+    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in aligned)
+
+
+def _mean(values):
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else float('nan')

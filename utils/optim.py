@@ -1,0 +1,69 @@
+"""Optimisation: SGD's parameter groups, the poly schedule, mixed precision and gradient clipping."""
+
+import torch
+from torch import nn
+
+GRADIENT_CLIP = 5.0
+HEAD_LR_FACTOR = 10
+
+
+def parameter_groups(net, learning_rate, weight_decay):
+    """SGD groups: backbone at the learning rate, the rest at ten times it and without weight decay on biases.
+
+    Args:
+        net (nn.Module): parameters named backbone.* belong to the backbone; frozen ones are left out.
+        learning_rate, weight_decay (float): of the backbone.
+
+    Returns:
+        list of dict: the groups that have parameters, with a 'name'.
+    """
+    groups = {
+        'backbone': {'params': [], 'lr': learning_rate, 'weight_decay': weight_decay},
+        'head': {'params': [], 'lr': learning_rate * HEAD_LR_FACTOR, 'weight_decay': weight_decay},
+        'head_bias': {'params': [], 'lr': learning_rate * HEAD_LR_FACTOR, 'weight_decay': 0.0},
+    }
+    for name, parameter in net.named_parameters():
+        if parameter.requires_grad:
+            outside = 'head_bias' if name.endswith('.bias') else 'head'
+            groups['backbone' if name.startswith('backbone.') else outside]['params'].append(parameter)
+    return [{'name': name, **group} for name, group in groups.items() if group['params']]
+
+
+class Optimization:
+    """SGD with momentum, poly decay per step, gradient clipping and, on CUDA with --fp16, loss scaling.
+
+    Args:
+        net (nn.Module): trained where requires_grad.
+        learning_rate, momentum, weight_decay (float): see `parameter_groups`.
+        total_steps (int): steps of the whole run, which the schedule reaches 0 at.
+        first_step (int): the step to start at.
+        power (float): of the poly schedule; 0 keeps the learning rate constant.
+        scale_loss (bool): float16 gradients underflow without it.
+    """
+
+    def __init__(
+        self, net, learning_rate, momentum, weight_decay, total_steps, first_step=0, power=0.9, scale_loss=False
+    ):
+        groups = parameter_groups(net, learning_rate, weight_decay)
+        self.parameters = [parameter for group in groups for parameter in group['params']]
+        self.optimizer = torch.optim.SGD(groups, momentum=momentum)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: max(1 - (first_step + step) / total_steps, 0) ** power
+        )
+        self.scaler = torch.amp.GradScaler('cuda', enabled=scale_loss)
+
+    def step(self, loss):
+        """Take one step against a scalar loss; returns the gradient norm before clipping, a scalar tensor."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = nn.utils.clip_grad_norm_(self.parameters, GRADIENT_CLIP)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.schedule.step()
+        return grad_norm
+
+    @property
+    def learning_rates(self):
+        """Group name -> current learning rate."""
+        return {group['name']: group['lr'] for group in self.optimizer.param_groups}
