@@ -50,10 +50,11 @@ class FoldData:
         if self.spec.name == 'shapes':
             ensure_shapes(self.data_dir)
 
-    def ensure_lists(self):
+    def ensure_lists(self, overwrite=False):
         """Make the fold's class lists where they are missing, and check them where they are there."""
         self.ensure_images()
-        ensure_class_lists(self.spec, self._samples('train', True).mask_dir, self.train_list, self.lists)
+        mask_dir = self._samples('train', True).mask_dir
+        ensure_class_lists(self.spec, mask_dir, self.train_list, self.lists, overwrite)
 
     def base_training(self, augmentation, seed):
         """Stage 1: images with at least one base class, novel pixels relabelled background."""

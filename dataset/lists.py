@@ -10,18 +10,16 @@
 ROOT is the folder of the train list.
 """
 
-import os
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from dataset.segmentation import open_mask
 from utils.errors import InputError, some
 from utils.files import atomic_write
+from utils.parallel import parallel_map
 
 CACHE_NAME = 'class_pixels.npz'  # beside the train list: counts of every mask that was read
 
@@ -88,6 +86,19 @@ def write_ids(path, ids):
         file.writelines(f'{image_id}\n' for image_id in ids)
 
 
+def keep_or_write_ids(path, ids, overwrite=False):
+    """Write a list unless it exists.
+
+    Returns:
+        str: what was done; says so where the list that exists differs from what would have been written.
+    """
+    if path.is_file() and not overwrite:
+        same = path.read_text().split() == list(ids)
+        return f'kept {path}' + ('' if same else f', which differs from what this data gives ({len(ids)} ids)')
+    write_ids(path, ids)
+    return f'wrote {path}, {len(ids)} ids'
+
+
 @dataclass(frozen=True)
 class ClassIndex:
     """How many pixels of each mask value every training image has.
@@ -120,10 +131,7 @@ class ClassIndex:
         known = _read_cache(cache, ids, stamps, pixels)
         unread = np.flatnonzero(~known)
         if len(unread):
-            with ProcessPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
-                counts = pool.map(_count_pixels, [paths[i] for i in unread], chunksize=64)
-                bar = tqdm(counts, 'reading masks', len(unread), unit='mask', leave=False, disable=None)
-                pixels[unread] = list(bar)
+            pixels[unread] = parallel_map(_count_pixels, [paths[i] for i in unread], 'reading masks', workers)
             if cache:
                 with atomic_write(cache, 'wb') as file:
                     np.savez_compressed(file, ids=np.array(ids), stamps=stamps, pixels=pixels.astype(np.uint32))
@@ -180,7 +188,7 @@ def _read_cache(cache, ids, stamps, pixels):
     return known
 
 
-def ensure_class_lists(spec, mask_dir, train_list, lists):
+def ensure_class_lists(spec, mask_dir, train_list, lists, overwrite=False):
     """Make the class lists of a fold where they are missing; lists that exist are taken as they are, but checked.
 
     Args:
@@ -188,6 +196,7 @@ def ensure_class_lists(spec, mask_dir, train_list, lists):
         mask_dir (Path): the training masks.
         train_list (Path): ids of the training images.
         lists (FoldLists): which fold, and where its lists are.
+        overwrite (bool): make them anew.
 
     Raises:
         InputError: something is wrong with a mask, or a list of training images does not fit the fold.
@@ -195,7 +204,7 @@ def ensure_class_lists(spec, mask_dir, train_list, lists):
     ids = read_ids(train_list, spec.mend)
     index = ClassIndex.from_masks(mask_dir, ids, spec.num_classes, lists.root / CACHE_NAME)
     base, novel = spec.base_ids(lists.fold), spec.novel_ids(lists.fold)
-    if not lists.train.is_file():
+    if overwrite or not lists.train.is_file():
         for class_id in novel:
             write_ids(lists.novel_class(class_id), index.covering(class_id, spec.min_pixels))
         training = index.without(novel) if lists.filter_novel else index

@@ -242,9 +242,7 @@ def test_two_processes_train_and_evaluate_together(shapes, base_run, few_shot_ru
     assert np.array_equal(np.load(single / 'confusion_123.npy'), np.load(double / 'confusion_123.npy'))
 
 
-def test_shapes_are_made_where_they_are_not_there(run_script, tmp_path, monkeypatch):
-    monkeypatch.setattr('dataset.shapes.TRAIN_IMAGES', 40)
-    monkeypatch.setattr('dataset.shapes.VAL_IMAGES', 4)
+def test_shapes_are_made_where_they_are_not_there(run_script, tmp_path):
     code, output = run_script(
         'test.py', *TINY, '--data-dir', tmp_path / 'new', '--restore-from', 'none', '--save-path', tmp_path
     )
@@ -252,15 +250,26 @@ def test_shapes_are_made_where_they_are_not_there(run_script, tmp_path, monkeypa
     assert (tmp_path / 'new' / 'list' / 'val.txt').is_file()
 
 
-def test_few_shot_lists_are_kept(run_script, shapes, few_shot_run, tmp_path):
+def test_few_shot_lists_are_kept_and_refused_where_they_are_of_other_data(shapes, few_shot_run, tmp_path):
     shutil.copytree(shapes / 'list', tmp_path / 'list')
     path = tmp_path / 'list/fold0/fold0_1shot_seed123.txt'
-    path.write_text('mine\n')
-    code, output = run_process(
-        sys.executable, '-m', 'utils.gen_fs_list', '--dataset', 'shapes', '--train-list',
-        tmp_path / 'list' / 'trainaug.txt', '--shot', 1, '--seed', 123, 345,
-    )  # fmt: skip
-    assert code == 0 and f'kept {path}' in output, output
-    assert path.read_text() == 'mine\n'
-    drawn = (tmp_path / 'list/fold0/fold0_1shot_seed345.txt').read_text().split()
-    assert len(drawn) == len(set(drawn)) == 5
+
+    def generate(*flags):
+        return run_process(
+            sys.executable, '-m', 'utils.gen_fs_list', '--dataset', 'shapes', '--train-list',
+            tmp_path / 'list' / 'trainaug.txt', '--shot', 1, '--seed', 123, 345, *flags,
+        )  # fmt: skip
+
+    drawn = path.read_text()
+    mine = ''.join(f'train_000{i}\n' for i in range(5))
+    path.write_text(mine)
+    code, output = generate()
+    assert code == 0 and f'kept {path}, which differs' in output, output
+    assert path.read_text() == mine
+    other = (tmp_path / 'list/fold0/fold0_1shot_seed345.txt').read_text().split()
+    assert len(other) == len(set(other)) == 5
+    path.write_text('2007_000032\n')
+    code, output = generate()
+    assert code == 1 and '2007_000032' in output and 'belongs to other data' in output
+    code, output = generate('--overwrite')
+    assert code == 0 and path.read_text() == drawn

@@ -137,7 +137,7 @@ def _image_ids(batch):
     return [image_id for part in batch.values() for image_id in _image_ids(part)]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(net, loader, device, fp16=False, on_prediction=None):
     """Segment images and compare with their masks.
 

@@ -8,12 +8,13 @@ from utils.errors import InputError
 
 
 @contextlib.contextmanager
-def atomic_write(path, mode='w'):
+def atomic_write(path, mode='w', sync=True):
     """Open a file beside `path` for writing and rename it to `path` once it is complete and on disk.
 
     Args:
         path (str or Path): the file to make or replace; its folder is made.
         mode (str): 'w' or 'wb'.
+        sync (bool): outlast a power cut too; thousands of small files that can be made again go without.
 
     Yields:
         file object. When the body raises, `path` stays as it was.
@@ -31,8 +32,9 @@ def atomic_write(path, mode='w'):
     try:
         with file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)

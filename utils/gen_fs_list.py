@@ -2,7 +2,8 @@
 
     python -m utils.gen_fs_list --dataset voc --data-dir VOC2012 --fold 0 1 2 3 --shot 1 5 10 --seed 123 234 345
 
-Published seeds give the published draws. Lists that exist are kept.
+Published seeds give the published draws. Lists that exist are kept, and refused where they name images that the train
+list does not.
 """
 
 import argparse
@@ -10,9 +11,9 @@ from pathlib import Path
 
 from dataset import DATASETS, FoldData
 from dataset.fewshot import draw_support
-from dataset.lists import read_ids, write_ids
+from dataset.lists import keep_or_write_ids, read_ids
 from utils.args import not_negative, positive
-from utils.errors import exits_cleanly
+from utils.errors import InputError, exits_cleanly, some
 
 
 def parse_args(argv=None):
@@ -27,6 +28,10 @@ def parse_args(argv=None):
     parser.add_argument('--fold', type=not_negative, nargs='+', default=[0])
     parser.add_argument('--shot', type=positive, nargs='+', default=[1, 5, 10])
     parser.add_argument('--seed', type=not_negative, nargs='+', default=[123])
+    parser.add_argument(
+        '--filter-novel', action='store_true', help='make the filtered training lists too (fold{F}_filter)'
+    )
+    parser.add_argument('--overwrite', action='store_true', help='make lists anew that exist')
     args = parser.parse_args(argv)
     spec = DATASETS[args.dataset]
     if beyond := [fold for fold in args.fold if fold >= len(spec.folds)]:
@@ -40,23 +45,32 @@ def parse_args(argv=None):
 @exits_cleanly
 def main(args):
     spec = DATASETS[args.dataset]
+    val_list = args.train_list.parent / spec.val_list
     for fold in args.fold:
-        data = FoldData(spec, args.data_dir, fold, args.train_list, args.train_list.parent / spec.val_list)
-        lists = data.lists
-        if args.data_dir:
-            data.ensure_lists()
+        for filtered in (False, True) if args.filter_novel else (False,):
+            data = FoldData(spec, args.data_dir, fold, args.train_list, val_list, filtered)
+            if args.data_dir:
+                data.ensure_lists(args.overwrite)
         class_lists = {
-            c: read_ids(lists.novel_class(c), 'give --data-dir to have it made', allow_empty=True)
+            c: read_ids(data.lists.novel_class(c), 'give --data-dir to have it made', allow_empty=True)
             for c in spec.novel_ids(fold)
         }
         for shot in args.shot:
             for seed in args.seed:
-                path = lists.support(shot, seed)
-                if path.is_file():
-                    print(f'kept {path}')
-                else:
-                    write_ids(path, draw_support(class_lists, shot, seed))
-                    print(f'wrote {path}')
+                path = data.lists.support(shot, seed)
+                if path.is_file() and not args.overwrite:
+                    check_support(path, args.train_list, spec.mend)
+                print(keep_or_write_ids(path, draw_support(class_lists, shot, seed), args.overwrite))
+
+
+def check_support(path, train_list, mend):
+    """Refuse a support list with images that are not in the train list."""
+    strangers = sorted(set(read_ids(path, '', allow_repeats=True)) - set(read_ids(train_list, mend)))
+    if strangers:
+        raise InputError(
+            f'list {path} names {some(strangers)}, which {train_list} does not: it belongs to other data. '
+            'Remove it, or use --overwrite.'
+        )
 
 
 if __name__ == '__main__':

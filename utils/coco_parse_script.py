@@ -1,0 +1,134 @@
+"""Make the masks and the two lists of COCO 2014 from its annotations.
+
+    python -m utils.coco_parse_script --coco-root COCO
+
+Reads COCO_ROOT/annotations/instances_{train,val}2014.json, writes COCO_ROOT/{train,val}_no_crowd/*.png and
+dataset/list/coco/{train,val}.txt (images with a mask, sorted). A mask holds 1 + position of the category in the file's
+category list, later annotations over earlier ones; crowd regions stay background; an image without other annotations
+gets no mask. Files that exist are kept, so an interrupted run is simply run again.
+"""
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from dataset import DATASETS
+from dataset.classes import LIST_ROOT
+from dataset.lists import keep_or_write_ids
+from utils.args import positive
+from utils.errors import InputError, exits_cleanly, some
+from utils.files import atomic_write
+from utils.parallel import parallel_map
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--coco-root', type=Path, required=True, help='folder of train2014, val2014 and annotations')
+    parser.add_argument('--split', nargs='+', choices=('train', 'val'), default=('train', 'val'))
+    parser.add_argument('--rasterizer', choices=('opencv', 'coco'), default='opencv',
+                        help="opencv: fillPoly on truncated vertices, which published numbers rest on (default); "
+                        "coco: pycocotools' exact one")  # fmt: skip
+    parser.add_argument('--list-dir', type=Path, default=LIST_ROOT / 'coco', help='default: dataset/list/coco')
+    parser.add_argument('--workers', type=positive, help='processes (default: one per core)')
+    parser.add_argument('--overwrite', action='store_true', help='make masks and lists anew that exist')
+    return parser.parse_args(argv)
+
+
+def rasterize(height, width, annotations, rasterizer='opencv'):
+    """Draw an image's annotations into a mask.
+
+    Args:
+        height, width (int): of the image.
+        annotations (list): (value, segmentation) in annotation order; a segmentation is a list of polygons
+            [x0, y0, x1, y1, ...], or an RLE {'size', 'counts'}, compressed or not.
+        rasterizer (str): 'opencv' or 'coco', for polygons.
+
+    Returns:
+        ndarray: uint8 [height, width].
+    """
+    mask = np.zeros((height, width), np.uint8)
+    for value, segmentation in annotations:
+        if isinstance(segmentation, list) and rasterizer == 'opencv':
+            for polygon in segmentation:
+                vertices = np.asarray(polygon, np.float64).reshape(-1, 2).astype(np.int32)  # truncated
+                cv2.fillPoly(mask, [vertices], int(value))
+        else:
+            mask[_decode(segmentation, height, width)] = value
+    return mask
+
+
+def _decode(segmentation, height, width):
+    """pycocotools' raster of polygons or RLE, bool [height, width]."""
+    if isinstance(segmentation, list):
+        rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+    elif isinstance(segmentation['counts'], list):
+        rle = coco_mask.frPyObjects(segmentation, height, width)
+    else:
+        rle = segmentation
+    return coco_mask.decode(rle).astype(bool)
+
+
+def write_mask(job, rasterizer):
+    """Rasterise and write one (path, height, width, annotations)."""
+    path, *image = job
+    with atomic_write(path, 'wb', sync=False) as file:
+        file.write(cv2.imencode('.png', rasterize(*image, rasterizer))[1].tobytes())
+
+
+def read_annotations(path):
+    """What is to be drawn for each image.
+
+    Returns:
+        dict: file stem -> (height, width, [(value, segmentation)]) of the images with non-crowd annotations, by stem.
+
+    Raises:
+        InputError: missing or foreign file.
+    """
+    try:
+        content = json.loads(path.read_text())
+        value = {category['id']: i for i, category in enumerate(content['categories'], 1)}
+        images = {image['id']: image for image in content['images']}
+        drawn = {}
+        for annotation in content['annotations']:
+            if not annotation.get('iscrowd', 0):
+                item = (value[annotation['category_id']], annotation['segmentation'])
+                drawn.setdefault(annotation['image_id'], []).append(item)
+        by_stem = {
+            Path(images[i]['file_name']).stem: (images[i]['height'], images[i]['width'], drawn[i]) for i in drawn
+        }
+    except FileNotFoundError:
+        raise InputError(f'{path} does not exist; unpack annotations_trainval2014.zip of COCO in --coco-root') from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f'{path} is no COCO instances file ({type(error).__name__}: {error}); unpack it again'
+        ) from error
+    return dict(sorted(by_stem.items()))
+
+
+@exits_cleanly
+def main(args):
+    spec = DATASETS['coco']
+    for split in args.split:
+        annotated = read_annotations(args.coco_root / 'annotations' / f'instances_{split}2014.json')
+        photographs = {path.stem for path in (args.coco_root / getattr(spec, f'{split}_images')).glob('*.jpg')}
+        if absent := [stem for stem in annotated if stem not in photographs]:
+            raise InputError(
+                f'{len(absent)} of {len(annotated)} annotated images are missing in '
+                f'{args.coco_root / getattr(spec, f"{split}_images")}: {some(absent)}. Unpack {split}2014.zip again.'
+            )
+        folder = args.coco_root / getattr(spec, f'{split}_masks')
+        present = set() if args.overwrite else {path.stem for path in folder.glob('*.png')}
+        jobs = [(folder / f'{stem}.png', *image) for stem, image in annotated.items() if stem not in present]
+        parallel_map(partial(write_mask, rasterizer=args.rasterizer), jobs, f'writing {split} masks', args.workers)
+        print(f'{split}: {len(jobs)} masks written, {len(annotated) - len(jobs)} were there, '
+              f'{len(photographs) - len(annotated)} images without objects')  # fmt: skip
+        print(keep_or_write_ids(args.list_dir / getattr(spec, f'{split}_list'), list(annotated), args.overwrite))
+
+
+if __name__ == '__main__':
+    main(parse_args())

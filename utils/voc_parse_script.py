@@ -1,0 +1,153 @@
+"""Make SegmentationClassAug and the two lists of PASCAL VOC 2012 with SBD, from what the official sites serve.
+
+    python -m utils.voc_parse_script --voc-root VOCdevkit/VOC2012 --sbd-root benchmark_RELEASE/dataset
+    python -m utils.voc_parse_script --voc-root VOC2012          # with a ready-made SegmentationClassAug: lists only
+
+Writes VOC_ROOT/SegmentationClassAug/*.png (greyscale class ids: VOC's own mask where there is one, SBD's elsewhere),
+dataset/list/voc/trainaug.txt (every id with a mask that is not in VOC's val list, sorted) and val.txt. Files that exist
+are kept, so an interrupted run is simply run again.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+from scipy.io import loadmat
+
+from dataset import DATASETS
+from dataset.classes import LIST_ROOT
+from dataset.lists import ClassIndex, keep_or_write_ids, read_ids
+from utils.args import positive
+from utils.errors import InputError, exits_cleanly, some
+from utils.files import atomic_write
+from utils.parallel import parallel_map
+from utils.visualize import voc_palette
+
+EXPECTED = {'trainaug.txt': 10_582, 'val.txt': 1_449}
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--voc-root', type=Path, required=True, help='VOCdevkit/VOC2012')
+    parser.add_argument('--sbd-root', type=Path, help="SBD's benchmark_RELEASE/dataset")
+    parser.add_argument('--list-dir', type=Path, default=LIST_ROOT / 'voc', help='default: dataset/list/voc')
+    parser.add_argument('--workers', type=positive, help='processes (default: one per core)')
+    parser.add_argument('--overwrite', action='store_true', help='make masks and lists anew that exist')
+    return parser.parse_args(argv)
+
+
+def read_voc_mask(path):
+    """Class ids of a VOC mask: palette PNG as served, or its colours where a tool has expanded the palette.
+
+    Args:
+        path (Path): SegmentationClass/ID.png.
+
+    Returns:
+        ndarray: uint8 [H, W], 0..20 and 255.
+
+    Raises:
+        InputError: undecodable, or a colour that is no class of VOC.
+    """
+    try:
+        with Image.open(path) as picture:
+            mask = np.array(picture if picture.mode in ('P', 'L') else picture.convert('RGB'))
+    except (OSError, SyntaxError) as error:
+        raise InputError(f'mask {path} cannot be decoded: the file is damaged. Unpack it again.') from error
+    if mask.ndim == 2:
+        return mask
+    codes = mask.astype(np.int64) @ (65536, 256, 1)
+    ids = np.full(mask.shape[:2], 254, np.uint8)
+    for class_id in (*range(21), 255):
+        ids[codes == voc_palette()[class_id].astype(np.int64) @ (65536, 256, 1)] = class_id
+    if 254 in ids:
+        raise InputError(f'mask {path} holds colours that are no class of VOC, {mask[ids == 254][0].tolist()} for one')
+    return ids
+
+
+def read_sbd_mask(path):
+    """Class ids of an SBD annotation (cls/ID.mat: GTcls.Segmentation), uint8 [H, W].
+
+    Raises:
+        InputError: no such structure.
+    """
+    try:
+        return np.asarray(loadmat(path, simplify_cells=True)['GTcls']['Segmentation'], np.uint8)
+    except Exception as error:  # scipy raises whatever a damaged file makes it stumble over
+        raise InputError(f'{path} cannot be read as an SBD annotation ({error}). Unpack it again.') from error
+
+
+def convert(source, folder):
+    """Write one mask as greyscale PNG."""
+    mask = read_sbd_mask(source) if source.suffix == '.mat' else read_voc_mask(source)
+    with atomic_write(folder / f'{source.stem}.png', 'wb', sync=False) as file:
+        file.write(cv2.imencode('.png', mask)[1].tobytes())
+
+
+def find_sources(voc_root, sbd_root):
+    """Mask file of every id that has a photograph.
+
+    Returns:
+        tuple: {id: path of VOC's or SBD's mask}, sorted by id; ids of SBD without a photograph.
+    """
+    sources = {path.stem: path for path in (sbd_root / 'cls').glob('*.mat')}
+    if not sources:
+        raise InputError(f'{sbd_root} has no cls/*.mat; expected the folder "dataset" of SBD\'s benchmark_RELEASE')
+    own = {path.stem: path for path in (voc_root / 'SegmentationClass').glob('*.png')}
+    if not own:
+        raise InputError(f'{voc_root} has no SegmentationClass/*.png; expected VOCdevkit/VOC2012')
+    sources |= own
+    photographs = {path.stem for path in (voc_root / 'JPEGImages').glob('*.jpg')}
+    return {i: sources[i] for i in sorted(sources) if i in photographs}, sorted(set(sources) - photographs)
+
+
+def make_masks(args, folder):
+    """Write the masks that are not there; prints counts per source."""
+    sources, without_photograph = find_sources(args.voc_root, args.sbd_root)
+    present = set() if args.overwrite else {path.stem for path in folder.glob('*.png')}
+    parallel_map(partial(convert, folder=folder), [path for i, path in sources.items() if i not in present],
+                 'writing masks', args.workers)  # fmt: skip
+    from_sbd = sum(path.suffix == '.mat' for path in sources.values())
+    print(f'masks: {len(sources) - from_sbd} from VOC, {from_sbd} from SBD; {len(present & set(sources))} were there')
+    if without_photograph:
+        print(f'left out, no photograph in JPEGImages: {some(without_photograph)}')
+
+
+def report(spec, folder, lists, workers):
+    """Print how many images each list and class has, and whether the lists are the expected ones."""
+    indices = {
+        name: ClassIndex.from_masks(folder, ids, spec.num_classes, workers=workers) for name, ids in lists.items()
+    }
+    print(f'{"class":<14}' + ''.join(f'{name:>14}' for name in lists))
+    for class_id, name in enumerate(spec.class_names, 1):
+        print(f'{name:<14}' + ''.join(f'{len(index.containing([class_id])):>14}' for index in indices.values()))
+    for name, ids in lists.items():
+        verdict = 'as expected' if len(ids) == EXPECTED[name] else f'expected {EXPECTED[name]} for the published split'
+        print(f'{name}: {len(ids)} images, {verdict}')
+
+
+@exits_cleanly
+def main(args):
+    spec = DATASETS['voc']
+    folder = args.voc_root / spec.train_masks
+    if not (args.voc_root / spec.train_images).is_dir():
+        raise InputError(f'{args.voc_root} has no folder JPEGImages; expected VOCdevkit/VOC2012')
+    val_source = args.voc_root / 'ImageSets' / 'Segmentation' / 'val.txt'
+    val = read_ids(val_source, f'{args.voc_root} must be the whole VOCdevkit/VOC2012')
+    if args.sbd_root:
+        make_masks(args, folder)
+    elif not folder.is_dir():
+        raise InputError(f'there is no {folder}; give --sbd-root to have it made, or put the ready-made folder there')
+    masks = {path.stem for path in folder.glob('*.png')}
+    if missing := sorted(set(val) - masks):
+        raise InputError(f'{len(missing)} images of {val_source} have no mask in {folder}: {some(missing)}')
+    lists = {spec.train_list: sorted(masks - set(val)), spec.val_list: val}
+    for name, ids in lists.items():
+        print(keep_or_write_ids(args.list_dir / name, ids, args.overwrite))
+    report(spec, folder, lists, args.workers)
+
+
+if __name__ == '__main__':
+    main(parse_args())
