@@ -95,11 +95,11 @@ _COCO_NAMES = (
     'refrigerator', 'book', 'clock', 'vase', 'scissors', 'teddy bear', 'hair drier', 'toothbrush',
 )  # fmt: skip
 
-_OUTLINES = ('disc', 'square', 'triangle', 'star', 'cross')
-_FILLS = ('plain', 'striped', 'checked', 'dotted')
-
-# Each fold of five holds every outline once, and every fill: novel classes are new combinations of known parts.
-SHAPES = tuple((outline, _FILLS[(block + i) % 4]) for block in range(4) for i, outline in enumerate(_OUTLINES))
+_FILLS = (
+    'plain', 'pinstriped', 'striped', 'checked', 'tiled', 'dotted', 'spotted', 'netted', 'speckled', 'waved',
+)  # fmt: skip
+# Novel classes of a fold are new combinations of known parts: their fills occur in base classes of the other outline.
+SHAPES = tuple((outline, fill) for outline in ('disc', 'star') for fill in _FILLS)
 
 DATASETS = {
     'voc': DatasetSpec(

@@ -1,7 +1,8 @@
 """Embedded data: drawn scenes in VOC's folder layout, made in seconds from a seed.
 
-Twenty classes, each an outline (disc, square, ...) with a fill (plain, striped, ...); every colour is random, so colour
-says nothing about the class, and backgrounds are textured. Demo and tests run on it without any download.
+Twenty classes, each an outline (disc, star) with a fill (plain, striped, checked, ...); hues are random, so colour says
+nothing about the class, and backgrounds are textured. Demo and tests run on it without any download. Brightness is not
+random: a network without pretrained weights must learn the patterns within minutes.
 
     python -m dataset.shapes --data-dir data/shapes
 """
@@ -60,13 +61,13 @@ def draw_scene(rng, first_class):
     Returns:
         tuple: RGB uint8 [H, W, 3], class ids uint8 [H, W] with 255 around the outlines.
     """
-    height, width = (int(side) for side in rng.integers(104, 129, 2))
+    height, width = (int(side) for side in rng.integers(80, 97, 2))
     image = _background(rng, height, width)
     mask = np.zeros((height, width), np.uint8)
     class_ids = [*rng.integers(1, len(SHAPES) + 1, rng.integers(3)).tolist(), first_class]
     for class_id in class_ids:
         outline, fill = SHAPES[class_id - 1]
-        radius = rng.uniform(0.2, 0.36) * min(height, width)
+        radius = rng.uniform(0.28, 0.45) * min(height, width)
         center = rng.uniform(0.75 * radius, (width - 0.75 * radius, height - 0.75 * radius))
         polygon = _outline(outline, rng.uniform(0, 2 * np.pi), radius) + center
         polygon = np.round(polygon).astype(np.int32)
@@ -86,38 +87,45 @@ def _background(rng, height, width):
     for cells in (3, 8, 20):
         blend += cv2.resize(rng.normal(size=(cells, cells)), (width, height), interpolation=cv2.INTER_CUBIC)
     blend = (blend - blend.min()) / np.ptp(blend)
-    first, second = rng.uniform(0, 255, (2, 3))
+    first, second = _tints(rng, 100, 150)
     return first + blend[:, :, None] * (second - first)
 
 
 def _texture(rng, fill, height, width):
     """A fill of two random, clearly different colours over the whole scene, float [H, W, 3]."""
-    first = rng.uniform(0, 255, 3)
-    second = (first + rng.uniform(90, 165, 3)) % 255
-    angle, period = rng.uniform(0, np.pi), rng.uniform(8, 12)
-    y, x = np.mgrid[:height, :width] * (2 * np.pi / period)
+    first, second = _tints(rng, 60, 200)
+    angle = rng.uniform(0, np.pi)
+    y, x = np.mgrid[:height, :width] + rng.uniform(0, 50, (2, 1, 1))
     u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
+    wave = lambda t, period: np.sin(t * (2 * np.pi / period))  # noqa: E731
     pattern = {
-        'plain': np.zeros((height, width), bool),
-        'striped': np.sin(u) > 0,
-        'checked': np.sin(u / 1.5) * np.sin(v / 1.5) > 0,
-        'dotted': np.cos(u) + np.cos(v) > 0.8,
-    }[fill]
+        'plain': lambda: np.zeros((height, width), bool),
+        'pinstriped': lambda: wave(u, 6) > 0,
+        'striped': lambda: wave(u, 18) > 0,
+        'checked': lambda: wave(u, 9) * wave(v, 9) > 0,
+        'tiled': lambda: wave(u, 26) * wave(v, 26) > 0,
+        'dotted': lambda: wave(u, 9) + wave(v, 9) > 0.9,
+        'spotted': lambda: wave(u, 20) + wave(v, 20) > 0.9,
+        'netted': lambda: np.minimum(np.abs(wave(u, 20)), np.abs(wave(v, 20))) < 0.25,
+        'speckled': lambda: rng.random((height, width)) < 0.5,
+        'waved': lambda: wave(u + 4 * wave(v, 16), 12) > 0,
+    }[fill]()
     return np.where(pattern[:, :, None], second, first)
+
+
+def _tints(rng, *brightness):
+    """Random colours of given mean brightness, float [N, 3] in 0..255."""
+    tints = rng.uniform(-50, 50, (len(brightness), 3))
+    return np.array(brightness)[:, None] + tints - tints.mean(1, keepdims=True)
 
 
 def _outline(name, angle, radius):
     """Vertices of an outline around the origin, float [N, 2]."""
-    corners = {'disc': 48, 'square': 4, 'triangle': 3, 'star': 10, 'cross': 12}[name]
+    corners = {'disc': 48, 'star': 10}[name]
     turn = angle + 2 * np.pi * np.arange(corners) / corners
     reach = np.full(corners, float(radius))
     if name == 'star':
-        reach[1::2] *= 0.45
-    if name == 'cross':
-        # arms a third as wide as long: per arm two outer corners, then the inner corner between two arms
-        arm = np.arctan(1 / 3)
-        turn = angle + (np.arange(4)[:, None] * np.pi / 2 + [-arm, arm, np.pi / 4]).ravel()
-        reach = radius * np.tile([1, 1, np.sqrt(2) * np.sin(arm)], 4)
+        reach[1::2] *= 0.5
     return np.stack([np.cos(turn), np.sin(turn)], 1) * reach[:, None]
 
 

@@ -60,11 +60,11 @@ class PSP(nn.Module):
             Tensor: [B, C, h, w].
         """
         conv, *rest = self.bottleneck
-        *pyramid_weights, feature_weight = conv.weight.split(
-            [self.out_channels] * len(self.bins) + [self.in_channels], dim=1
-        )
-        y = F.conv2d(x, feature_weight, padding=1)  # [B, C, h, w]
-        y = y + self._pyramid(x, pyramid_weights)
+        # rows (output channel, tap), columns input channels: no copy where the weight is stored channels-last
+        weight = conv.weight.permute(0, 2, 3, 1)  # [C, 3, 3, n*C + Cb]
+        *pyramid, feature = weight.split([self.out_channels] * len(self.bins) + [self.in_channels], dim=3)
+        y = F.conv2d(x, feature.permute(0, 3, 1, 2), padding=1)  # [B, C, h, w]
+        y = y + self._pyramid(x, pyramid)
         for layer in rest:
             y = layer(y)
         return y
@@ -74,12 +74,12 @@ class PSP(nn.Module):
         taps = []
         for stage, weight in zip(self.stages, weights, strict=True):
             z = stage(x).flatten(2)  # [B, C, s*s]
-            weight = weight.permute(2, 3, 0, 1).flatten(0, 2)  # [9*C, C], tap-major
-            taps.append((weight @ z).unflatten(1, (9, -1)).transpose(1, 2).flatten(2))  # [B, C, 9*s*s]
+            product = weight.flatten(0, 2) @ z  # [B, C*9, s*s]
+            taps.append(product.unflatten(1, (-1, 9)).flatten(2))  # [B, C, 9*s*s]
         height, width = x.shape[-2:]
         shifts = torch.cat([_upsampling_taps(size, height, width) for size in self.bins])  # [9*S, h*w]
-        product = torch.cat(taps, dim=2) @ shifts.to(x.device, taps[0].dtype)  # [B, C, h*w]
-        return product.unflatten(2, (height, width))
+        pyramid = torch.cat(taps, dim=2) @ shifts.to(x.device, taps[0].dtype)  # [B, C, h*w]
+        return pyramid.unflatten(2, (height, width))
 
 
 @lru_cache(maxsize=32)

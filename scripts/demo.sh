@@ -8,16 +8,18 @@ cd "$ROOT"
 run=runs/demo
 rm -rf "$run"
 data=(--dataset shapes --data-dir data/shapes --fold 0)
-network=(--backbone resnet18 --os 16 --base-size 129,129 --test-batch-size 10)
-training=(--input-size 129,129 --print-frequency 22)
+network=(--backbone resnet18 --os 16 --base-size 97,97 --test-batch-size 10)
+# bfloat16 pays only where the processor computes in it
+if grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then network+=(--fp16); fi
+training=(--input-size 97,97 --print-frequency 22)
 
 echo "== stage 1: base classes"
 python train_base.py "${data[@]}" "${network[@]}" "${training[@]}" --restore-from none --snapshot-dir "$run/base" \
-    --batch-size 16 --learning-rate 5e-3 --num-epoch 4 --val-every 4
+    --batch-size 16 --learning-rate 1e-2 --num-epoch 5 --val-every 5
 echo "== few-shot lists"
 python -m utils.gen_fs_list --dataset shapes --data-dir data/shapes --fold 0 --shot 5 --seed 123 234
 echo "== stage 2: novel classes, 5 shots, two seeds"
 python ft_pop.py "${data[@]}" "${network[@]}" "${training[@]}" --restore-from "$run/base" --snapshot-dir "$run/5shot" \
-    --shot 5 --random-seed 123,234 --batch-size 4 --num-epoch 4 --val-every 2 --fix-lr --update-base
+    --shot 5 --random-seed 123,234 --batch-size 4 --num-epoch 6 --val-every 2 --fix-lr --update-base
 echo "== evaluation"
 python test.py "${data[@]}" "${network[@]}" --restore-from "$run/5shot" --shot 5 --random-seed 123,234 --overlay 2
