@@ -107,7 +107,7 @@ DATASETS = {
         class_names=_VOC_NAMES,
         folds=_blocks(20),
         train_list='trainaug.txt',
-        mend='see "Data" in README.md for the layout of VOC 2012 with SegmentationClassAug',
+        mend='make it with: python -m utils.voc_parse_script --voc-root VOC2012 --sbd-root SBD (README.md, "Data")',
     ),
     'coco': DatasetSpec(
         name='coco',
@@ -120,7 +120,7 @@ DATASETS = {
         val_masks='val_no_crowd',
         scale_range=(0.8, 1.25),
         batch_size=16,
-        mend='see "Data" in README.md for the layout of COCO 2014 with its masks',
+        mend='make it with: python -m utils.coco_parse_script --coco-root COCO (README.md, "Data")',
     ),
     'shapes': DatasetSpec(
         name='shapes',
@@ -129,6 +129,6 @@ DATASETS = {
         train_list='trainaug.txt',
         min_pixels=32 * 32,
         lists_in_data=True,
-        mend='python -m dataset.shapes --data-dir DIR makes it',
+        mend='make it with: python -m dataset.shapes --data-dir DIR',
     ),
 }

@@ -1,0 +1,308 @@
+"""From official downloads to lists: hand-made miniatures of VOC + SBD and of COCO, and real annotations."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import cv2
+import numpy as np
+import pytest
+from conftest import ROOT, SHARED, run_process
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from scipy.io import savemat
+
+from dataset.segmentation import read_mask
+from utils.coco_parse_script import rasterize, read_annotations
+from utils.visualize import save_palette_png, voc_palette
+
+
+def tool(name, *flags, **settings):
+    return run_process(sys.executable, '-m', f'utils.{name}', *flags, **settings)
+
+
+# ---- VOC and SBD
+
+SIDE = 160  # 25,600 pixels
+
+
+def voc_mask(class_id, pixels):
+    mask = np.zeros(SIDE * SIDE, np.uint8)
+    mask[:pixels] = class_id
+    mask[-5:] = 255
+    return mask.reshape(SIDE, SIDE)
+
+
+@pytest.fixture
+def miniature(tmp_path):
+    """VOC with three own masks (one in val), SBD with four annotations, one of which VOC has too."""
+    voc, sbd = tmp_path / 'VOC2012', tmp_path / 'sbd'
+    for folder in (voc / 'JPEGImages', voc / 'SegmentationClass', voc / 'ImageSets/Segmentation', sbd / 'cls'):
+        folder.mkdir(parents=True)
+    for image_id in ('a', 'b', 'v', 's', 't', 'w'):
+        cv2.imwrite(str(voc / f'JPEGImages/{image_id}.jpg'), np.zeros((SIDE, SIDE, 3), np.uint8))
+    save_palette_png(voc / 'SegmentationClass/a.png', voc_mask(1, 20000))
+    save_palette_png(voc / 'SegmentationClass/v.png', voc_mask(2, 20000))
+    colours = voc_palette()[voc_mask(7, 17000)]  # a palette that some tool has expanded
+    cv2.imwrite(str(voc / 'SegmentationClass/b.png'), colours[:, :, ::-1])
+    (voc / 'ImageSets/Segmentation/val.txt').write_text('v\n')
+    for image_id, class_id in (('s', 3), ('t', 6), ('v', 9), ('lost', 1)):
+        segmentation = np.where(voc_mask(class_id, 18000) == 255, 0, voc_mask(class_id, 18000))
+        content = {'Segmentation': segmentation, 'Boundaries': np.zeros((20, 1), object), 'CategoriesPresent': class_id}
+        savemat(sbd / f'cls/{image_id}.mat', {'GTcls': content}, do_compression=True)
+    return voc, sbd, tmp_path / 'list'
+
+
+def test_voc_with_sbd(miniature):
+    voc, sbd, lists = miniature
+    code, output = tool('voc_parse_script', '--voc-root', voc, '--sbd-root', sbd, '--list-dir', lists, '--workers', 2)
+    assert code == 0, output
+    masks = {path.stem: read_mask(path) for path in (voc / 'SegmentationClassAug').glob('*.png')}
+    assert sorted(masks) == ['a', 'b', 's', 't', 'v']
+    for image_id, class_id, pixels in (('a', 1, 20000), ('b', 7, 17000), ('v', 2, 20000)):  # v: VOC's own wins
+        assert np.array_equal(masks[image_id], voc_mask(class_id, pixels))
+    assert np.unique(masks['s']).tolist() == [0, 3] and (masks['s'] == 3).sum() == 18000
+    assert (lists / 'trainaug.txt').read_text() == 'a\nb\ns\nt\n'
+    assert (lists / 'val.txt').read_text() == 'v\n'
+    assert 'masks: 3 from VOC, 2 from SBD' in output and 'lost' in output
+    assert 'trainaug.txt: 4 images, expected 10582' in output
+    # again: nothing is written anew
+    stamps = {path: path.stat().st_mtime_ns for path in (voc / 'SegmentationClassAug').iterdir()}
+    code, output = tool('voc_parse_script', '--voc-root', voc, '--sbd-root', sbd, '--list-dir', lists, '--workers', 1)
+    assert code == 0 and f'kept {lists / "val.txt"}' in output
+    assert stamps == {path: path.stat().st_mtime_ns for path in (voc / 'SegmentationClassAug').iterdir()}
+
+    # the class lists of fold 0, by hand: novel 1..5 are in a and s (v is not for training)
+    code, output = tool('gen_fs_list', '--data-dir', voc, '--train-list', lists / 'trainaug.txt', '--shot', 1,
+                        '--filter-novel')  # fmt: skip
+    assert code == 1 and 'novel class 2 has no image' in output
+    read = lambda name: (lists / name).read_text().split()  # noqa: E731
+    assert read('fold0/train_fold0.txt') == read('fold0_filter/train_fold0.txt') == ['b', 't']
+    assert read('fold0/train_novel_class1.txt') == ['a'] and read('fold0/train_novel_class3.txt') == ['s']
+    assert read('fold0/train_base_class7.txt') == ['b'] and read('fold0/train_base_class6.txt') == ['t']
+    assert read('fold0/train_base_class20.txt') == []
+
+
+def test_a_ready_made_folder_needs_lists_only(miniature):
+    voc, _, lists = miniature
+    code, output = tool('voc_parse_script', '--voc-root', voc, '--list-dir', lists)
+    assert code == 1 and '--sbd-root' in output and 'SegmentationClassAug' in output
+    (voc / 'SegmentationClassAug').mkdir()
+    for image_id in ('b', 'a', 'v'):
+        cv2.imwrite(str(voc / f'SegmentationClassAug/{image_id}.png'), voc_mask(1, 10))
+    code, output = tool('voc_parse_script', '--voc-root', voc, '--list-dir', lists)
+    assert code == 0 and (lists / 'trainaug.txt').read_text() == 'a\nb\n'
+    (voc / 'SegmentationClassAug/v.png').unlink()
+    code, output = tool('voc_parse_script', '--voc-root', voc, '--list-dir', lists)
+    assert code == 1 and '1 images of' in output and 'have no mask' in output
+
+
+def test_damaged_downloads_are_named(miniature):
+    voc, sbd, lists = miniature
+    (sbd / 'cls/t.mat').write_bytes(b'nothing')
+    code, output = tool('voc_parse_script', '--voc-root', voc, '--sbd-root', sbd, '--list-dir', lists)
+    assert code == 1 and 't.mat cannot be read' in output and 'Traceback' not in output
+    assert not list((voc / 'SegmentationClassAug').glob('.*'))
+    code, output = tool('voc_parse_script', '--voc-root', voc, '--sbd-root', voc, '--list-dir', lists)
+    assert code == 1 and 'has no cls/*.mat' in output
+
+
+def test_ready_made_masks_of_real_photographs_give_their_lists(voc_mini, tmp_path):
+    code, output = tool('voc_parse_script', '--voc-root', voc_mini, '--list-dir', tmp_path)
+    assert code == 0, output
+    for name in ('trainaug.txt', 'val.txt'):
+        published = (voc_mini / 'ImageSets/Segmentation' / name).read_text().split()
+        assert (tmp_path / name).read_text().split() == published
+
+
+# ---- COCO
+
+
+def test_rasterisation_rule():
+    square = [2.9, 2.9, 7.9, 2.9, 7.9, 7.9, 2.9, 7.9]  # truncated to 2..7, both ends filled
+    far = [20.0, 20.0, 22.0, 20.0, 22.0, 22.0, 20.0, 22.0]
+    mask = rasterize(30, 40, [(3, [square, far]), (5, [[6, 6, 9, 6, 9, 9, 6, 9]])])
+    expected = np.zeros((30, 40), np.uint8)
+    expected[2:8, 2:8] = 3
+    expected[20:23, 20:23] = 3
+    expected[6:10, 6:10] = 5  # later over earlier
+    assert np.array_equal(mask, expected)
+
+
+@pytest.mark.parametrize('compressed', (True, False))
+def test_rle_of_either_kind_is_exact(compressed):
+    region = np.zeros((9, 11), np.uint8)
+    region[3:6, 2:10] = 1
+    if compressed:
+        rle = coco_mask.encode(np.asfortranarray(region))
+        rle['counts'] = rle['counts'].decode()  # as JSON files hold it
+    else:
+        flat = region.ravel(order='F')
+        edges = np.flatnonzero(np.diff(flat)) + 1
+        rle = {'size': [9, 11], 'counts': np.diff([0, *edges, flat.size]).tolist()}
+    for rasterizer in ('opencv', 'coco'):
+        assert np.array_equal(rasterize(9, 11, [(4, rle)], rasterizer), region * 4)
+
+
+@pytest.fixture
+def small_coco(tmp_path):
+    """Two categories whose ids are not their positions; every annotation kind."""
+    root = tmp_path / 'coco'
+    for split in ('train', 'val'):
+        (root / f'{split}2014').mkdir(parents=True)
+    (root / 'annotations').mkdir()
+    square = [[10, 10, 20, 10, 20, 20, 10, 20]]
+    crowd = {'size': [30, 40], 'counts': [0, 1200]}
+    images = [{'id': i, 'file_name': f'{i}.jpg', 'height': 30, 'width': 40} for i in (12, 3, 7, 9)]
+    annotations = [
+        {'image_id': 12, 'category_id': 90, 'segmentation': square, 'iscrowd': 0},
+        {'image_id': 3, 'category_id': 18, 'segmentation': crowd, 'iscrowd': 1},  # crowd only: no mask
+        {'image_id': 7, 'category_id': 18, 'segmentation': crowd, 'iscrowd': 1},
+        {'image_id': 7, 'category_id': 18, 'segmentation': square, 'iscrowd': 0},
+    ]
+    content = {'images': images, 'annotations': annotations, 'categories': [{'id': 90}, {'id': 18}]}
+    for split in ('train', 'val'):
+        (root / 'annotations' / f'instances_{split}2014.json').write_text(json.dumps(content))
+        for image in images:
+            cv2.imwrite(str(root / f'{split}2014' / image['file_name']), np.zeros((30, 40, 3), np.uint8))
+    return root
+
+
+def test_coco_masks_and_lists(small_coco, tmp_path):
+    code, output = tool('coco_parse_script', '--coco-root', small_coco, '--list-dir', tmp_path / 'list')
+    assert code == 0, output
+    for split in ('train', 'val'):
+        masks = {path.stem: read_mask(path) for path in (small_coco / f'{split}_no_crowd').glob('*.png')}
+        assert {stem: np.unique(mask).tolist() for stem, mask in masks.items()} == {'12': [0, 1], '7': [0, 2]}
+        assert (masks['7'] == 2).sum() == 121
+        assert (tmp_path / 'list' / f'{split}.txt').read_text() == '12\n7\n'
+    assert '2 images without objects' in output
+
+
+def test_real_annotations_by_both_rasterisers(tmp_path):
+    """Bit for bit what the documented rule gives, and what pycocotools itself gives."""
+    annotations = SHARED / 'data/coco-mini/annotations/instances_val2014.json'
+    if not annotations.is_file():
+        pytest.skip(f'{annotations} is not there: real annotations are not part of the project')
+    coco = COCO(str(annotations))
+    position = {category['id']: i for i, category in enumerate(coco.dataset['categories'], 1)}
+    drawn = read_annotations(annotations)
+    for image in coco.dataset['images']:
+        own = [a for a in coco.dataset['annotations'] if a['image_id'] == image['id'] and not a['iscrowd']]
+        stem = image['file_name'].removesuffix('.jpg')
+        assert (stem in drawn) == bool(own)
+        exact, plain = np.zeros((2, image['height'], image['width']), np.uint8)
+        for annotation in own:
+            exact[coco.annToMask(annotation).astype(bool)] = position[annotation['category_id']]
+            for polygon in annotation['segmentation']:
+                points = np.array(
+                    [[int(x), int(y)] for x, y in zip(polygon[::2], polygon[1::2], strict=True)], np.int32
+                )
+                cv2.fillPoly(plain, [points], position[annotation['category_id']])
+        if own:
+            assert np.array_equal(rasterize(*drawn[stem], 'coco'), exact)
+            assert np.array_equal(rasterize(*drawn[stem], 'opencv'), plain)
+
+
+def test_damaged_annotations_and_missing_photographs_are_named(small_coco, tmp_path):
+    (small_coco / 'val2014' / '7.jpg').unlink()
+    code, output = tool('coco_parse_script', '--coco-root', small_coco, '--list-dir', tmp_path, '--split', 'val')
+    assert code == 1 and '1 of 2 annotated images are missing' in output and 'val2014.zip' in output
+    path = small_coco / 'annotations/instances_val2014.json'
+    path.write_text(path.read_text()[:-20])
+    code, output = tool('coco_parse_script', '--coco-root', small_coco, '--list-dir', tmp_path, '--split', 'val')
+    assert code == 1 and 'no COCO instances file' in output and 'Traceback' not in output
+
+
+def test_an_interrupted_run_leaves_no_half_file_and_is_simply_run_again(tmp_path):
+    root = tmp_path / 'coco'
+    for folder in ('train2014', 'annotations'):
+        (root / folder).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    images = [{'id': i, 'file_name': f'{i:04d}.jpg', 'height': 400, 'width': 500} for i in range(600)]
+    annotations = [
+        {'image_id': i, 'category_id': 1, 'segmentation': [(rng.uniform(0, 400, 60)).tolist()], 'iscrowd': 0}
+        for i in range(600) for _ in range(20)
+    ]  # fmt: skip
+    content = {'images': images, 'annotations': annotations, 'categories': [{'id': 1}]}
+    (root / 'annotations/instances_train2014.json').write_text(json.dumps(content))
+    for image in images:
+        (root / 'train2014' / image['file_name']).touch()
+    command = [sys.executable, '-m', 'utils.coco_parse_script', '--coco-root', str(root), '--split', 'train',
+               '--list-dir', str(tmp_path / 'list')]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+    folder = root / 'train_no_crowd'
+    while process.poll() is None and len(list(folder.glob('*.png'))) < 30:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    early = {path: path.stat().st_mtime_ns for path in folder.glob('*.png')}
+    assert 30 <= len(early) < 600 and not (tmp_path / 'list').exists()
+    assert all(read_mask(path).shape == (400, 500) for path in early)
+    # again, twice at once
+    both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    assert len(list(folder.glob('*.png'))) == 600
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in early.items())
+    assert len((tmp_path / 'list/train.txt').read_text().split()) == 600
+
+
+# ---- check_data
+
+
+@pytest.fixture
+def checked(shapes, tmp_path):
+    folder = tmp_path / 'data'
+    shutil.copytree(shapes, folder)
+
+    def check(*flags):
+        return tool('check_data', '--dataset', 'shapes', '--data-dir', folder, *flags)
+
+    return folder, check
+
+
+def test_good_data_passes(checked):
+    _, check = checked
+    code, output = check('--shot', 1)
+    assert code == 0 and '0 errors' in output, output
+
+
+def test_everything_wrong_is_found_in_one_pass(checked):
+    folder, check = checked
+    masks, images, lists = folder / 'SegmentationClassAug', folder / 'JPEGImages', folder / 'list'
+    (images / 'train_0001.jpg').unlink()
+    (images / 'train_0002.jpg').write_bytes(b'x')
+    (masks / 'train_0003.png').unlink()
+    (masks / 'train_0004.png').write_bytes(b'x')
+    cv2.imwrite(str(masks / 'train_0005.png'), np.zeros((5, 5), np.uint8))
+    shape = cv2.imread(str(images / 'train_0006.jpg')).shape
+    cv2.imwrite(str(masks / 'train_0006.png'), np.full(shape[:2], 77, np.uint8))
+    cv2.imwrite(str(masks / 'train_0007.png'), np.zeros(cv2.imread(str(images / 'train_0007.jpg')).shape, np.uint8))
+    cv2.imwrite(str(masks / 'train_0008.png'), np.zeros(cv2.imread(str(images / 'train_0008.jpg')).shape[:2], np.uint8))
+    with open(lists / 'val.txt', 'a') as file:
+        file.write('train_0009\n')
+    code, output = check('--shot', 1, 50)
+    assert code == 1
+    rows = {line.split()[2]: line for line in output.splitlines() if line.startswith('error  train')}
+    for number, words in enumerate(
+        ('does not exist', 'cannot be decoded', 'does not exist', 'cannot be decoded', 'is 5x5', '77', 'colour-coded'),
+        1,
+    ):
+        assert words in rows[f'train_000{number}'], output
+    assert len(rows) == 7
+    assert '1 show background only: train_0008' in output
+    assert '1 ids are in both lists' in output and 'train_0009' in output
+    assert 'classes have fewer than 50 images' in output
+
+
+def test_lists_that_do_not_fit_are_found(checked, few_shot_run, shapes):
+    folder, check = checked
+    shutil.copytree(shapes / 'list' / 'fold0', folder / 'list' / 'fold0', dirs_exist_ok=True)
+    path = folder / 'list/fold0/fold0_1shot_seed123.txt'
+    path.write_text('\n'.join(path.read_text().split()[::-1]))
+    code, output = check('--fold', 0, '--shot', 1)
+    assert code == 1 and 'fold0_1shot_seed123.txt' in output and 'does not show novel class' in output

@@ -1,0 +1,134 @@
+"""Find what a training run would trip over, in one pass over all images, masks and lists.
+
+    python -m utils.check_data --dataset voc --data-dir VOC2012
+    python -m utils.check_data --dataset coco --data-dir COCO --fold 0 --shot 1 5
+
+Prints one table of findings. Exit code 0 only if training can start: a finding marked `note` does not stand in its way,
+one marked `error` does.
+"""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from dataset import DATASETS, FoldData
+from dataset.labels import label_table
+from dataset.lists import read_ids
+from dataset.segmentation import Samples
+from utils.args import not_negative, positive
+from utils.errors import InputError, exits_cleanly, some
+from utils.parallel import parallel_map
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--dataset', choices=list(DATASETS), default='voc')
+    parser.add_argument('--data-dir', type=Path, required=True)
+    parser.add_argument('--train-list', '--list', type=Path, help='training ids; the other lists are beside it')
+    parser.add_argument('--val-list', type=Path, help='evaluation ids (default: val.txt beside the train list)')
+    parser.add_argument('--fold', type=not_negative, nargs='+', help='folds whose lists are checked (default: all)')
+    parser.add_argument('--shot', type=positive, nargs='+', default=[1, 5, 10])
+    parser.add_argument('--workers', type=positive, help='processes (default: one per core)')
+    args = parser.parse_args(argv)
+    spec = DATASETS[args.dataset]
+    args.fold = args.fold or list(range(len(spec.folds)))
+    args.train_list = args.train_list or spec.list_root(args.data_dir) / spec.train_list
+    args.val_list = args.val_list or args.train_list.parent / spec.val_list
+    return args
+
+
+def examine(image_id, samples):
+    """Read one image and its mask as training would.
+
+    Returns:
+        tuple: what is wrong (None where nothing is), and the pixels of each class id, int64 [256].
+    """
+    try:
+        _, mask = samples.read(image_id)
+    except InputError as error:
+        return str(error), np.zeros(256, np.int64)
+    return None, np.bincount(mask.ravel(), minlength=256)
+
+
+def check_split(split, list_path, spec, data_dir, workers):
+    """Examine every image of a list.
+
+    Returns:
+        tuple: findings as (severity, subject, text), ids, pixel counts int64 [N, 256].
+    """
+    ids = read_ids(list_path, spec.mend)
+    # fold -1: labels are class ids
+    samples = Samples(
+        Path(data_dir) / getattr(spec, f'{split}_images'),
+        Path(data_dir) / getattr(spec, f'{split}_masks'),
+        label_table(spec.base_ids(-1), (), True),
+    )
+    results = parallel_map(partial(examine, samples=samples), ids, f'examining {split} images', workers)
+    findings = [('error', f'{split} {i}', what) for i, (what, _) in zip(ids, results, strict=True) if what]
+    pixels = np.array([counts for _, counts in results])
+    readable = np.array([what is None for what, _ in results])
+    empty = [i for i, shown in zip(ids, pixels[:, 1:255].any(axis=1) | ~readable, strict=True) if not shown]
+    if empty:
+        findings.append(('note', f'{split} masks', f'{len(empty)} show background only: {some(empty)}'))
+    return findings, ids, pixels
+
+
+def check_classes(spec, pixels, shots):
+    """Classes with too few images for a shot count."""
+    usable = (pixels >= spec.min_pixels).sum(axis=0)
+    findings = []
+    for shot in shots:
+        few = [f'{name} ({usable[c]})' for c, name in enumerate(spec.class_names, 1) if usable[c] < shot]
+        if few:
+            text = f'{len(few)} classes have fewer than {shot} images with >= {spec.min_pixels} pixels: {some(few, 8)}'
+            findings.append(('note', f'{shot}-shot', text))
+    return findings
+
+
+def check_lists(data, shots):
+    """Lists of one fold that exist: do they fit the data? Missing ones are made by training and gen_fs_list."""
+    findings = []
+
+    def attempt(subject, check):
+        try:
+            check()
+        except InputError as error:
+            findings.append(('error', subject, str(error)))
+
+    if data.lists.train.is_file():
+        attempt(f'fold {data.fold} lists', data.ensure_lists)
+    for shot in shots:
+        for path in sorted(data.lists.support(shot, 0).parent.glob(f'fold{data.fold}_{shot}shot_seed*.txt')):
+            seed = path.stem.rpartition('seed')[2]
+            attempt(path.name, partial(data.support_ids, shot, seed))
+    return findings
+
+
+@exits_cleanly
+def main(args):
+    spec = DATASETS[args.dataset]
+    findings, train_ids, pixels = check_split('train', args.train_list, spec, args.data_dir, args.workers)
+    more, val_ids, _ = check_split('val', args.val_list, spec, args.data_dir, args.workers)
+    findings += more
+    if shared := sorted(set(train_ids) & set(val_ids)):
+        findings.append(
+            ('error', 'lists', f'{len(shared)} ids are in both lists, training on test images: {some(shared)}')
+        )
+    findings += check_classes(spec, pixels, args.shot)
+    if not any(severity == 'error' for severity, *_ in findings):  # lists are checked against masks that can be read
+        for fold in args.fold:
+            findings += check_lists(FoldData(spec, args.data_dir, fold, args.train_list, args.val_list), args.shot)
+    errors = sum(severity == 'error' for severity, *_ in findings)
+    width = max((len(subject) for _, subject, _ in findings), default=0)
+    for severity, subject, text in findings:
+        print(f'{severity:<5}  {subject:<{width}}  {text}')
+    counted = f'{len(train_ids)} training and {len(val_ids)} evaluation images'
+    print(f'{counted}: {errors} errors, {len(findings) - errors} notes')
+    sys.exit(1 if errors else 0)
+
+
+if __name__ == '__main__':
+    main(parse_args())
