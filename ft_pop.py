@@ -15,19 +15,12 @@ from dataset import DATASETS, Augmentation, FoldData
 from model import BACKBONES, MODELS, build_model
 from model.losses import pop_losses, pseudo_label
 from utils import args as cli
-from utils.checkpoint import (
-    count_classes,
-    load_backbone,
-    load_weights,
-    network_config,
-    resolve_checkpoint,
-    save_checkpoint,
-)  # fmt: skip
+from utils.checkpoint import count_classes, load_backbone, load_weights, network_config, resolve_checkpoint
 from utils.distributed import main_first, parallel, process_group
-from utils.engine import autocast, evaluate, evaluation_loader, to_device, train_epoch, training_loader
+from utils.engine import autocast, evaluation_loader, fit, to_device, training_loader
 from utils.errors import InputError, exits_cleanly
 from utils.logger import RunLogger
-from utils.metrics import summarize, summary_table
+from utils.metrics import summary_table
 from utils.optim import Optimization
 
 
@@ -56,18 +49,18 @@ def parse_args(argv=None):
 
 def restore(net, args, seed):
     """Load the base network; with --start-epoch, a stage-2 checkpoint of the same seed."""
-    if args.restore_from == 'none':
-        return
-    if args.restore_from == 'imagenet':
-        load_backbone(net, 'imagenet', args.backbone)
-        return
     if args.start_epoch:
-        load_weights(net, resolve_checkpoint(args.restore_from, 'last', seed), network_config(args, seed))
-        return
-    path = resolve_checkpoint(args.restore_from)
-    if count_classes(path)[1]:
-        raise InputError(f'{path} has novel classes already; expected a checkpoint of stage 1 (train_base.py)')
-    load_weights(net, path, network_config(args))
+        path = resolve_checkpoint(args.restore_from, 'last', seed)
+        if not count_classes(path)[1]:
+            raise InputError(f'--start-epoch goes on from a stage-2 checkpoint; {path} has no novel classes')
+        load_weights(net, path, network_config(args, seed))
+    elif args.restore_from == 'imagenet':
+        load_backbone(net, 'imagenet', args.backbone)
+    elif args.restore_from != 'none':
+        path = resolve_checkpoint(args.restore_from)
+        if count_classes(path)[1]:
+            raise InputError(f'{path} has novel classes already; expected a checkpoint of stage 1 (train_base.py)')
+        load_weights(net, path, network_config(args))
 
 
 def improves(metrics, best):
@@ -84,17 +77,17 @@ def update_novel(args, data, seed, device, logger, val_loader):
     augmentation = Augmentation(args.input_size, args.scale_range)
     redraw_every = args.update_epoch if args.update_base else 0
     train_set = data.few_shot_training(augmentation, args.shot, seed, redraw_every)
-    train_loader = training_loader(train_set, args.batch_size, seed, args.num_workers, device)
+    train_loader = training_loader(train_set, args.batch_size, seed, args.num_workers, device, fill_last=True)
 
     net = build_model(args.backbone, len(data.base_ids), len(data.novel_ids), args.os)
     restore(net, args, seed)
     net.freeze_base()
     net.to(device, memory_format=torch.channels_last)
     parallel_net = parallel(net, device)
+    steps = len(train_loader)
     optimization = Optimization(
-        net, args.learning_rate, args.momentum, args.weight_decay,
-        total_steps=args.num_epoch * len(train_loader), first_step=args.start_epoch * len(train_loader),
-        power=0 if args.fix_lr else args.power, scale_loss=args.fp16 and device.type == 'cuda',
+        net, args.learning_rate, args.momentum, args.weight_decay, args.num_epoch * steps,
+        first_step=args.start_epoch * steps, power=0 if args.fix_lr else args.power, fp16=args.fp16,
     )  # fmt: skip
 
     def step(batch):
@@ -107,32 +100,9 @@ def update_novel(args, data, seed, device, logger, val_loader):
         base_masks = pseudo_label(masks[count:], logits[count:], net.num_base)
         return pop_losses(logits, torch.cat([masks[:count], base_masks]), net.novel_emb, fixed=net.base_emb)
 
-    best, best_epoch, metrics = None, args.start_epoch, {}
-    config = network_config(args, seed)
-    for epoch in range(args.start_epoch, args.num_epoch):
-        parallel_net.train()
-        train_epoch(step, train_loader, optimization, logger, epoch, args.num_epoch, args.print_frequency, seed=seed)
-
-        done = epoch + 1
-        stop = False
-        if done % args.val_every == 0 or done == args.num_epoch:
-            metrics = summarize(evaluate(net, val_loader, device, args.fp16), net.num_base)
-            logger.record('val', done * len(train_loader), metrics, epoch=done, seed=seed)
-            if improves(metrics, best):
-                best, best_epoch = metrics, done
-                save_checkpoint(args.snapshot_dir / f'best_{seed}.pth', net, config, done, metrics)
-            logger.info(
-                f'seed {seed} epoch {done}: base {metrics["base"]:.2f} %, novel {metrics["novel"]:.2f} %, '
-                f'total {metrics["total"]:.2f} %; best total {best["total"]:.2f} % at epoch {best_epoch}'
-            )
-            stop = done - best_epoch >= max(args.num_epoch // 4, 1)
-        save_checkpoint(args.snapshot_dir / f'last_{seed}.pth', net, config, done, metrics)
-        if args.save_pred_every and done % args.save_pred_every == 0:
-            save_checkpoint(args.snapshot_dir / f'epoch_{done}_{seed}.pth', net, config, done, metrics)
-        if stop:
-            logger.info(f'seed {seed}: no better result for {done - best_epoch} epochs, stopping early')
-            break
-    return {'best': best, 'last': metrics}
+    loaders, config = (train_loader, val_loader), network_config(args, seed)
+    patience = max(args.num_epoch // 4, 1)
+    return fit(step, net, loaders, optimization, logger, args, config, improves, seed, patience)
 
 
 @exits_cleanly
@@ -141,6 +111,7 @@ def main(args):
         spec = DATASETS[args.dataset]
         data = FoldData(spec, args.data_dir, args.fold, args.train_list, args.val_list, args.filter_novel)
         main_first(data.ensure_lists)
+        main_first(data.check_validation_masks)
         for seed in args.random_seed:  # a list that does not fit ends the run before the first seed is trained
             data.support_ids(args.shot, seed)
         val_set = data.validation(args.base_size, with_novel=True)

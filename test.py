@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from dataset import DATASETS, FoldData
 from model import BACKBONES, MODELS, build_model
@@ -22,9 +23,11 @@ from utils.checkpoint import count_classes, load_backbone, load_weights, network
 from utils.distributed import is_main, main_first, process_group
 from utils.engine import evaluate, evaluation_loader
 from utils.errors import InputError, exits_cleanly, some
-from utils.files import atomic_write
+from utils.files import atomic_write, check_writable
 from utils.metrics import SUMMARY, iou_per_class, summarize, summary_table
 from utils.visualize import PredictionWriter
+
+UNTRAINED = ('none', 'imagenet')  # --restore-from without a checkpoint
 
 
 def parse_args(argv=None):
@@ -52,12 +55,16 @@ def parse_args(argv=None):
         help='write N pictures of image, ground truth and prediction side by side',
     )
     parser.add_argument('--save-path', type=Path, help='folder of the results')
-    return cli.check(parser, parser.parse_args(argv), DATASETS)
+    args = cli.check(parser, parser.parse_args(argv), DATASETS)
+    if args.restore_from in UNTRAINED and not args.save_path:
+        parser.error(f'--restore-from {args.restore_from} has no folder of its own: give --save-path')
+    return args
 
 
 def load_network(args, data, seed):
     """The network that --restore-from means for a seed, and the file it came from (None for an untrained one)."""
-    if args.restore_from in ('none', 'imagenet'):
+    if args.restore_from in UNTRAINED:
+        torch.manual_seed(seed)
         net = build_model(args.backbone, len(data.base_ids), len(data.novel_ids), args.os)
         if args.restore_from == 'imagenet':
             load_backbone(net, 'imagenet', args.backbone)
@@ -71,7 +78,7 @@ def load_network(args, data, seed):
 
 def refuse_one_file_for_several_seeds(args):
     """Rows that come from one file would pass for independent runs."""
-    if args.restore_from in ('none', 'imagenet'):
+    if args.restore_from in UNTRAINED:
         return
     paths = {resolve_checkpoint(args.restore_from, args.select, seed) for seed in args.random_seed}
     if len(paths) < len(args.random_seed):
@@ -85,7 +92,7 @@ def evaluate_seed(args, data, seed, device, folder):
     """Evaluate one seed's network; writes its pictures and confusion matrix.
 
     Returns:
-        dict: 'checkpoint', the keys of `SUMMARY`, and 'iou' by class name, in percent.
+        tuple: dict of 'checkpoint', the keys of `SUMMARY`, and 'iou' by class name, in percent; paths of the panels.
     """
     net, path = load_network(args, data, seed)
     net.to(device)
@@ -105,13 +112,15 @@ def evaluate_seed(args, data, seed, device, folder):
     if is_main():
         with atomic_write(folder / f'confusion_{seed}.npy', 'wb') as file:
             np.save(file, confusion)
-        for picture in writer.pictures:
-            print(f'picture: {picture}')
     iou = dict(zip(names, iou_per_class(confusion).tolist(), strict=True))
-    return {'checkpoint': str(path), **summarize(confusion, net.num_base), 'iou': iou}
+    return {
+        'checkpoint': str(path or args.restore_from),
+        **summarize(confusion, net.num_base),
+        'iou': iou,
+    }, writer.pictures
 
 
-def report(args, results, folder):
+def report(args, data, results, folder):
     """Print the table of all seeds and write results.md and results.json."""
     rows = {f'seed {seed}': result for seed, result in results.items()}
     columns = {key: [result[key] for result in results.values()] for key in SUMMARY}
@@ -119,15 +128,19 @@ def report(args, results, folder):
     std = {key: float(np.std(values)) for key, values in columns.items()}
     if len(results) > 1:
         rows['mean ± std'] = {key: f'{mean[key]:.2f} ± {std[key]:.2f}' for key in SUMMARY}
-    title = f'{args.dataset} fold {args.fold}, {args.shot}-shot, {args.select} checkpoint, mIoU in %'
     names = list(next(iter(results.values()))['iou'])
+    stage_2 = len(names) > 1 + len(data.base_ids)
+    # which weights: 'best' for best_123.pth; from the files' names, as --select does not apply to a file
+    weights = ', '.join({Path(r['checkpoint']).stem.removesuffix(f'_{seed}'): None for seed, r in results.items()})
+    shots = f'{args.shot}-shot' if stage_2 else 'base classes only'
+    title = f'{args.dataset} fold {args.fold}, {shots}, weights "{weights}", mIoU in %'
     classes = {name: [result['iou'][name] for result in results.values()] for name in names}
     header = f'| class | {" | ".join(f"seed {seed}" for seed in results)} |\n|{" --- |" * (len(results) + 1)}'
     body = ''.join(f'| {name} | {" | ".join(f"{v:.2f}" for v in values)} |\n' for name, values in classes.items())
     print(f'{title}\n{summary_table(rows)}')
     with atomic_write(folder / 'results.md') as file:
         file.write(f'{title}\n\n{summary_table(rows)}\n\nIoU per class in %:\n\n{header}\n{body}')
-    summary = {'dataset': args.dataset, 'fold': args.fold, 'shot': args.shot, 'select': args.select}
+    summary = {'dataset': args.dataset, 'fold': args.fold, 'shot': args.shot if stage_2 else None, 'weights': weights}
     with atomic_write(folder / 'results.json') as file:
         json.dump(_nan_to_none(summary | {'seeds': results, 'mean': mean, 'std': std}), file, indent=2)
 
@@ -148,9 +161,14 @@ def main(args):
         main_first(data.ensure_images)
         source = Path(args.restore_from)
         folder = args.save_path or (source if source.is_dir() else source.parent)
-        results = {seed: evaluate_seed(args, data, seed, device, folder) for seed in args.random_seed}
+        check_writable(folder)
+        results, pictures = {}, []
+        for seed in args.random_seed:
+            results[seed], drawn = evaluate_seed(args, data, seed, device, folder)
+            pictures += drawn
         if is_main():
-            report(args, results, folder)
+            report(args, data, results, folder)
+            print(''.join(f'picture: {path}\n' for path in pictures), end='')
 
 
 if __name__ == '__main__':

@@ -20,13 +20,11 @@ from utils.checkpoint import (
     load_weights,
     network_config,
     resolve_checkpoint,
-    save_checkpoint,
 )  # fmt: skip
-from utils.distributed import main_first, parallel, process_group
-from utils.engine import autocast, evaluate, evaluation_loader, to_device, train_epoch, training_loader
-from utils.errors import exits_cleanly
+from utils.distributed import main_first, parallel, process_group, world_size
+from utils.engine import autocast, evaluation_loader, fit, to_device, training_loader
+from utils.errors import InputError, exits_cleanly
 from utils.logger import RunLogger
-from utils.metrics import summarize
 from utils.optim import Optimization
 
 
@@ -35,23 +33,30 @@ def parse_args(argv=None):
     cli.add_data_flags(parser, DATASETS)
     cli.add_model_flags(
         parser, MODELS, BACKBONES,
-        'backbone weights: a file, "imagenet" (torchvision\'s) or "none"; a checkpoint of this script continues it',
+        'backbone weights: a file, "imagenet" (torchvision\'s) or "none"; or start from a stage-1 checkpoint',
     )  # fmt: skip
-    cli.add_training_flags(parser, batch_size=None, num_epoch=50, seed_type=cli.parse_seed, seed=123)
-    return cli.check(parser, parser.parse_args(argv), DATASETS)
+    cli.add_training_flags(parser, batch_size=None, num_epoch=50, seed_type=cli.not_negative, seed=123)
+    args = cli.check(parser, parser.parse_args(argv), DATASETS)
+    if args.batch_size < 2 * world_size() and not args.fix_bn:
+        parser.error(
+            f'--batch-size {args.batch_size}: batch normalisation needs two images per process, '
+            f'{2 * world_size()} in all; use that, or --fix-bn'
+        )
+    return args
 
 
 def restore(net, args):
     """Load what --restore-from names: nothing, a backbone, or a whole stage-1 network."""
-    if args.restore_from == 'none':
-        return
-    if args.restore_from == 'imagenet':
-        load_backbone(net, 'imagenet', args.backbone)
-        return
-    path = resolve_checkpoint(args.restore_from, 'last')
-    if holds_network(path):
-        load_weights(net, path, network_config(args))
+    if args.restore_from in ('none', 'imagenet'):
+        path, whole = args.restore_from, False
     else:
+        path = resolve_checkpoint(args.restore_from, 'last')
+        whole = holds_network(path)
+    if args.start_epoch and not whole:
+        raise InputError(f'--start-epoch goes on from a stage-1 checkpoint; --restore-from {args.restore_from} is none')
+    if whole:
+        load_weights(net, path, network_config(args))
+    elif path != 'none':
         load_backbone(net, path, args.backbone)
 
 
@@ -62,6 +67,7 @@ def main(args):
         spec = DATASETS[args.dataset]
         data = FoldData(spec, args.data_dir, args.fold, args.train_list, args.val_list, args.filter_novel)
         main_first(data.ensure_lists)
+        main_first(data.check_validation_masks)
         train_set = data.base_training(Augmentation(args.input_size, args.scale_range), args.random_seed)
         val_set = data.validation(args.base_size, with_novel=False)
         train_loader = training_loader(train_set, args.batch_size, args.random_seed, args.num_workers, device)
@@ -75,11 +81,10 @@ def main(args):
             net.fix_batch_norm()
         net.to(device, memory_format=torch.channels_last)
         parallel_net = parallel(net, device)
-
+        steps = len(train_loader)
         optimization = Optimization(
-            net, args.learning_rate, args.momentum, args.weight_decay,
-            total_steps=args.num_epoch * len(train_loader), first_step=args.start_epoch * len(train_loader),
-            power=0 if args.fix_lr else args.power, scale_loss=args.fp16 and device.type == 'cuda',
+            net, args.learning_rate, args.momentum, args.weight_decay, args.num_epoch * steps,
+            first_step=args.start_epoch * steps, power=0 if args.fix_lr else args.power, fp16=args.fp16,
         )  # fmt: skip
         logger = RunLogger(args.snapshot_dir, vars(args))
         logger.info(f'{len(train_set)} training and {len(val_set)} validation images, base classes {data.base_ids}')
@@ -91,22 +96,11 @@ def main(args):
                 logits = parallel_net(images)  # [B, 1 + Kb, h, w]
             return pop_losses(logits, masks, net.base_emb)
 
-        best = -1.0
-        for epoch in range(args.start_epoch, args.num_epoch):
-            parallel_net.train()
-            train_epoch(step, train_loader, optimization, logger, epoch, args.num_epoch, args.print_frequency)
+        def improves(metrics, best):
+            return best is None or metrics['base'] >= best['base']
 
-            done, metrics = epoch + 1, {}
-            if done % args.val_every == 0 or done == args.num_epoch:
-                metrics = summarize(evaluate(net, val_loader, device, args.fp16), net.num_base)
-                logger.record('val', done * len(train_loader), metrics, epoch=done)
-                if metrics['base'] >= best:
-                    best = metrics['base']
-                    save_checkpoint(args.snapshot_dir / 'best.pth', net, network_config(args), done, metrics)
-                logger.info(f'epoch {done}: base mIoU {metrics["base"]:.2f} %, best {best:.2f} %')
-            save_checkpoint(args.snapshot_dir / 'last.pth', net, network_config(args), done, metrics)
-            if args.save_pred_every and done % args.save_pred_every == 0:
-                save_checkpoint(args.snapshot_dir / f'epoch_{done}.pth', net, network_config(args), done, metrics)
+        loaders = train_loader, val_loader
+        fit(step, net, loaders, optimization, logger, args, network_config(args), improves)
         logger.close()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from dataset.classes import DATASETS, DatasetSpec
 from dataset.fewshot import FewShotDataset
 from dataset.labels import label_table
-from dataset.lists import FoldLists, ensure_class_lists, read_ids
+from dataset.lists import CACHE_NAME, ClassIndex, FoldLists, ensure_class_lists, read_ids
 from dataset.segmentation import Samples, SegmentationDataset
 from dataset.shapes import ensure_shapes
 from dataset.transforms import Augmentation
@@ -53,8 +53,13 @@ class FoldData:
     def ensure_lists(self, overwrite=False):
         """Make the fold's class lists where they are missing, and check them where they are there."""
         self.ensure_images()
-        mask_dir = self._samples('train', True).mask_dir
-        ensure_class_lists(self.spec, mask_dir, self.train_list, self.lists, overwrite)
+        ensure_class_lists(self.spec, self._samples('train', True), self.train_list, self.lists, overwrite)
+
+    def check_validation_masks(self):
+        """Read every validation mask once, so that a bad one ends a run before its first epoch rather than after."""
+        ids = read_ids(self.val_list, self.spec.mend)
+        cache = Path(self.val_list).parent / f'val_{CACHE_NAME}'
+        ClassIndex.from_masks(self._samples('val', True, ids), ids, self.spec.num_classes, cache)
 
     def base_training(self, augmentation, seed):
         """Stage 1: images with at least one base class, novel pixels relabelled background."""

@@ -127,7 +127,7 @@ DATASETS = {
         class_names=tuple(f'{fill} {outline}' for outline, fill in SHAPES),
         folds=_blocks(20),
         train_list='trainaug.txt',
-        min_pixels=32 * 32,
+        min_pixels=16 * 32,
         lists_in_data=True,
         mend='make it with: python -m dataset.shapes --data-dir DIR',
     ),

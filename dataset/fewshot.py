@@ -69,20 +69,29 @@ def draw_base(class_lists, shot, support, seed, epoch):
         InputError: a class has fewer than `shot` images left.
     """
     rng = np.random.default_rng((seed, epoch))
-    used, drawn = set(support), []
+    free = {c: [i for i in ids if i not in support] for c, ids in class_lists.items()}
+    for _ in range(100):  # classes share images, so a draw may run dry where another does not
+        drawn, short = _try_draw_base(free, shot, rng)
+        if short is None:
+            rng.shuffle(drawn)
+            return drawn
+    raise InputError(
+        f'base class {short}: {shot} base images an epoch asked for; it has {len(class_lists[short])}, of which '
+        f'{len(free[short])} are no support images, and other classes need some of these. '
+        'Use fewer shots or more training images.'
+    )
+
+
+def _try_draw_base(free, shot, rng):
+    """One draw from `free` (class id -> ids): the ids, and the class that ran dry (None where none did)."""
+    drawn = {}
     # The rarest class chooses first: a shared image must not be spent on a class that has many others.
-    for class_id in sorted(class_lists, key=lambda c: len(class_lists[c])):
-        ids = [image_id for image_id in class_lists[class_id] if image_id not in used]
+    for class_id in sorted(free, key=lambda c: len(free[c])):
+        ids = [image_id for image_id in free[class_id] if image_id not in drawn]
         if len(ids) < shot:
-            raise InputError(
-                f'base class {class_id}: {shot} base images an epoch asked for, {len(ids)} are left that are neither '
-                'support nor drawn for another class. Use fewer shots or more training images.'
-            )
-        chosen = rng.choice(ids, shot, replace=False).tolist()
-        used.update(chosen)
-        drawn += chosen
-    rng.shuffle(drawn)
-    return drawn
+            return [], class_id
+        drawn |= dict.fromkeys(rng.choice(ids, shot, replace=False).tolist())
+    return list(drawn), None
 
 
 class FewShotDataset(Dataset):

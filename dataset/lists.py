@@ -10,13 +10,15 @@
 ROOT is the folder of the train list.
 """
 
+import contextlib
+import zipfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from dataset.segmentation import open_mask
+from dataset.segmentation import check_same_size, image_size, open_mask
 from utils.errors import InputError, some
 from utils.files import atomic_write
 from utils.parallel import parallel_map
@@ -112,36 +114,34 @@ class ClassIndex:
     pixels: np.ndarray
 
     @classmethod
-    def from_masks(cls, mask_dir, ids, num_classes, cache=None, workers=None):
+    def from_masks(cls, samples, ids, num_classes, cache=None, workers=None):
         """Count the pixels of every mask, in several processes.
 
         Args:
-            mask_dir (Path): folder of ID.png.
+            samples (Samples): where the images and masks are.
             ids (list of str): image ids.
             num_classes (int): class ids go up to this.
-            cache (Path, optional): .npz of earlier counts; masks that have not changed since are not read again.
+            cache (Path, optional): .npz of earlier counts; files that have not changed since are not read again.
             workers (int, optional): processes; the number of usable cores by default.
 
         Raises:
-            InputError: a mask is missing, undecodable, colour-coded, or holds a class id out of range.
+            InputError: a mask is missing, undecodable, colour-coded, of another size than its image, or holds a class
+                id out of range.
         """
-        paths = [Path(mask_dir) / f'{image_id}.png' for image_id in ids]
-        stamps = np.array([_file_stamp(path) for path in paths])
+        paths = [(samples.image_path(image_id), samples.mask_path(image_id)) for image_id in ids]
+        stamps = np.array([_file_stamp(image) + _file_stamp(mask) for image, mask in paths])
         pixels = np.zeros((len(ids), 256), np.int64)
-        known = _read_cache(cache, ids, stamps, pixels)
-        unread = np.flatnonzero(~known)
+        unread = np.flatnonzero(~_read_cache(cache, ids, stamps, pixels))
         if len(unread):
             pixels[unread] = parallel_map(_count_pixels, [paths[i] for i in unread], 'reading masks', workers)
-            if cache:
-                with atomic_write(cache, 'wb') as file:
-                    np.savez_compressed(file, ids=np.array(ids), stamps=stamps, pixels=pixels.astype(np.uint32))
+            _write_cache(cache, ids, stamps, pixels)
         beyond = pixels[:, num_classes + 1 : 255].any(axis=1)
         if beyond.any():
             first = int(beyond.argmax())
             values = num_classes + 1 + np.flatnonzero(pixels[first, num_classes + 1 : 255])
             raise InputError(
-                f'{paths[first]} holds the values {", ".join(map(str, values))}; expected class ids 0..{num_classes} '
-                f'and 255 (ignored); {beyond.sum()} masks are out of range. Is it a mask of this --dataset?'
+                f'{paths[first][1]} holds the values {", ".join(map(str, values))}; expected class ids '
+                f'0..{num_classes} and 255 (ignored); {beyond.sum()} such masks. Is it a mask of this --dataset?'
             )
         return cls(list(ids), pixels)
 
@@ -162,13 +162,16 @@ class ClassIndex:
         return [self.ids[i] for i in np.flatnonzero(keep)]
 
 
-def _count_pixels(path):
-    with open_mask(path) as mask:
+def _count_pixels(paths):
+    """Histogram of a mask, after a look at the size in its image's header."""
+    image_path, mask_path = paths
+    with open_mask(mask_path) as mask:
+        check_same_size(image_path, image_size(image_path), mask_path, mask.size)
         return mask.histogram()
 
 
 def _file_stamp(path):
-    """(size, modification time in ns) of a mask; zeros where it is missing, which reading it will report."""
+    """(size, modification time in ns) of a file; zeros where it is missing, which reading it will report."""
     try:
         status = path.stat()
     except OSError:
@@ -177,53 +180,58 @@ def _file_stamp(path):
 
 
 def _read_cache(cache, ids, stamps, pixels):
-    """Fill `pixels` with the counts of unchanged masks; returns which rows are filled, bool [N]."""
+    """Fill `pixels` with the counts of unchanged files; returns which rows are filled, bool [N]."""
     known = np.zeros(len(ids), bool)
     if cache and cache.is_file():
-        with np.load(cache) as saved:
-            row = {image_id: i for i, image_id in enumerate(saved['ids'].tolist())}
-            rows = np.array([row.get(image_id, -1) for image_id in ids])
-            known = (rows >= 0) & (saved['stamps'][rows] == stamps).all(axis=1)
-            pixels[known] = saved['pixels'][rows[known]]
+        try:
+            with np.load(cache) as saved:
+                row = {image_id: i for i, image_id in enumerate(saved['ids'].tolist())}
+                rows = np.array([row.get(image_id, -1) for image_id in ids])
+                same = (rows >= 0) & (saved['stamps'][rows] == stamps).all(axis=1)
+                pixels[same] = saved['pixels'][rows[same]]
+                known = same
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            pass  # a damaged cache is no cache
     return known
 
 
-def ensure_class_lists(spec, mask_dir, train_list, lists, overwrite=False):
-    """Make the class lists of a fold where they are missing; lists that exist are taken as they are, but checked.
+def _write_cache(cache, ids, stamps, pixels):
+    if cache:
+        # lists that exist may lie where nothing can be written; then the counts are made again next time
+        with contextlib.suppress(InputError), atomic_write(cache, 'wb') as file:
+            np.savez_compressed(file, ids=np.array(ids), stamps=stamps, pixels=pixels.astype(np.uint32))
+
+
+def ensure_class_lists(spec, samples, train_list, lists, overwrite=False):
+    """Make each class list of a fold where it is missing; lists that exist are taken as they are, but checked.
 
     Args:
         spec (DatasetSpec): the dataset.
-        mask_dir (Path): the training masks.
+        samples (Samples): the training images and masks.
         train_list (Path): ids of the training images.
         lists (FoldLists): which fold, and where its lists are.
         overwrite (bool): make them anew.
 
     Raises:
-        InputError: something is wrong with a mask, or a list of training images does not fit the fold.
+        InputError: something is wrong with a mask, or a list does not fit the fold.
     """
     ids = read_ids(train_list, spec.mend)
-    index = ClassIndex.from_masks(mask_dir, ids, spec.num_classes, lists.root / CACHE_NAME)
+    index = ClassIndex.from_masks(samples, ids, spec.num_classes, lists.root / CACHE_NAME)
     base, novel = spec.base_ids(lists.fold), spec.novel_ids(lists.fold)
-    if overwrite or not lists.train.is_file():
-        for class_id in novel:
-            write_ids(lists.novel_class(class_id), index.covering(class_id, spec.min_pixels))
-        training = index.without(novel) if lists.filter_novel else index
-        for class_id in base:
-            write_ids(lists.base_class(class_id), training.covering(class_id, spec.min_pixels))
-        write_ids(lists.train, training.containing(base))  # last: its presence says that the others are there
-        return
-    mend = f'Remove {lists.train.parent} to have its lists made anew.'
-    _check_members(lists.train, index.containing(base), f'shows a base class of fold {lists.fold}', mend)
+    training = index.without(novel) if lists.filter_novel else index
+
+    def ensure(path, made, allowed):
+        if overwrite or not path.is_file():
+            write_ids(path, made)
+        elif strangers := sorted(set(read_ids(path, '', allow_empty=True)) - set(allowed)):
+            raise InputError(
+                f'list {path} names {some(strangers)}, which in this data do not belong there: it is a list of another '
+                f'fold or of other data. Remove {path.parent} to have its lists made anew.'
+            )
+
+    for class_id in novel:
+        ensure(lists.novel_class(class_id), index.covering(class_id, spec.min_pixels), index.containing([class_id]))
     for class_id in base:
-        if lists.base_class(class_id).is_file():
-            _check_members(lists.base_class(class_id), index.containing([class_id]), f'shows class {class_id}', mend)
-
-
-def _check_members(path, expected, what, mend):
-    """Every id of a list that was brought along must be one of `expected`."""
-    strangers = sorted(set(read_ids(path, mend, allow_empty=True)).difference(expected))
-    if strangers:
-        raise InputError(
-            f'list {path} names {some(strangers)}, of which none {what} in this data: '
-            f'it belongs to another fold or to other data. {mend}'
-        )
+        made = training.covering(class_id, spec.min_pixels)
+        ensure(lists.base_class(class_id), made, training.containing([class_id]))
+    ensure(lists.train, training.containing(base), training.containing(base))

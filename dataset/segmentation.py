@@ -1,5 +1,6 @@
 """Reading images and masks, and the one dataset that stage 1, validation and test use."""
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from torch.utils.data import Dataset
 from dataset import transforms
 from dataset.labels import INVALID
 from utils.errors import InputError
+
+JPEG_END = b'\xff\xd9'
+ORIENTATION_TAG = 0x0112
 
 
 @dataclass(frozen=True)
@@ -26,9 +30,15 @@ class Samples:
     mask_dir: Path
     table: np.ndarray
 
+    def image_path(self, image_id):
+        return self.image_dir / f'{image_id}.jpg'
+
+    def mask_path(self, image_id):
+        return self.mask_dir / f'{image_id}.png'
+
     def read_image(self, image_id):
         """Read one image, RGB uint8 [H, W, 3]."""
-        return read_image(self.image_dir / f'{image_id}.jpg')
+        return read_image(self.image_path(image_id))
 
     def read(self, image_id):
         """Read one image and its mask.
@@ -40,13 +50,9 @@ class Samples:
             InputError: missing or undecodable file, colour-coded mask, sizes that differ, a class id out of range.
         """
         image = self.read_image(image_id)
-        mask_path = self.mask_dir / f'{image_id}.png'
+        mask_path = self.mask_path(image_id)
         mask = read_mask(mask_path)
-        if mask.shape != image.shape[:2]:
-            raise InputError(
-                f'{mask_path} is {mask.shape[1]}x{mask.shape[0]}, its image {image.shape[1]}x{image.shape[0]}; '
-                'an image and its mask must have the same size. Replace whichever was resized.'
-            )
+        check_same_size(self.image_path(image_id), image.shape[1::-1], mask_path, mask.shape[::-1])
         labels = self.table[mask]
         if INVALID in labels:
             found = sorted(set(np.unique(mask)) - set(np.flatnonzero(self.table != INVALID)))
@@ -59,10 +65,42 @@ class Samples:
 
 def read_image(path):
     """Decode an image file to RGB uint8 [H, W, 3]; InputError where it is missing or broken."""
-    image = cv2.imread(str(path), cv2.IMREAD_COLOR)
-    if image is None:
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise _unreadable(path, 'image') from error
+    image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR) if content else None
+    if image is None or (not content.endswith(JPEG_END) and not _decodes_strictly(content)):
         raise _unreadable(path, 'image')
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def _decodes_strictly(content):
+    """OpenCV fills what a truncated file lacks with grey and says nothing; Pillow refuses."""
+    try:
+        Image.open(io.BytesIO(content)).load()
+    except (OSError, SyntaxError):
+        return False
+    return True
+
+
+def image_size(path):
+    """(width, height) from an image file's header, as displayed (the orientation that cameras note is applied)."""
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(ORIENTATION_TAG, 1) >= 5
+            return image.size[::-1] if turned else image.size
+    except (OSError, SyntaxError) as error:
+        raise _unreadable(path, 'image') from error
+
+
+def check_same_size(image_path, image_size, mask_path, mask_size):
+    """InputError where an image and its mask differ in (width, height)."""
+    if tuple(image_size) != tuple(mask_size):
+        raise InputError(
+            f'{mask_path} is {mask_size[0]}x{mask_size[1]}, its image {image_path} is {image_size[0]}x{image_size[1]}; '
+            'an image and its mask must have the same size. Replace whichever was resized.'
+        )
 
 
 def read_mask(path):
@@ -81,6 +119,7 @@ def open_mask(path):
     """
     try:
         mask = Image.open(path)
+        raw_mode = mask.tile[0][3] if mask.tile else None
         mask.load()
     except (OSError, SyntaxError) as error:  # Pillow reports some broken PNGs as SyntaxError
         raise _unreadable(path, 'mask') from error
@@ -88,6 +127,11 @@ def open_mask(path):
         raise InputError(
             f'{path} is a colour-coded mask (mode {mask.mode}); expected one 8-bit channel or a palette whose values '
             'are class ids. Use SegmentationClassAug rather than colour renderings, or convert colours to ids.'
+        )
+    if mask.mode == 'L' and raw_mode != 'L':  # 'L;2', 'L;4': decoders stretch the values to 0..255
+        raise InputError(
+            f'{path} is greyscale of fewer than 8 bits, whose values decoders rescale, so class ids are lost. '
+            'Save it as 8-bit greyscale or as a palette PNG.'
         )
     return mask
 

@@ -1,8 +1,8 @@
 """Embedded data: drawn scenes in VOC's folder layout, made in seconds from a seed.
 
-Twenty classes, each an outline (disc, star) with a fill (plain, striped, checked, ...); hues are random, so colour says
-nothing about the class, and backgrounds are textured. Demo and tests run on it without any download. Brightness is not
-random: a network without pretrained weights must learn the patterns within minutes.
+Twenty classes, each an outline (disc, star) with a fill (plain, striped, ...); colours are random and say nothing about
+the class, backgrounds are textured. Demo and tests run on it without any download. Objects are dark and light on
+medium backgrounds: a network without pretrained weights must learn the patterns within minutes.
 
     python -m dataset.shapes --data-dir data/shapes
 """
@@ -93,7 +93,7 @@ def _background(rng, height, width):
 
 def _texture(rng, fill, height, width):
     """A fill of two random, clearly different colours over the whole scene, float [H, W, 3]."""
-    first, second = _tints(rng, 60, 200)
+    first, second = rng.permutation(_tints(rng, 60, 200))
     angle = rng.uniform(0, np.pi)
     y, x = np.mgrid[:height, :width] + rng.uniform(0, 50, (2, 1, 1))
     u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x

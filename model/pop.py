@@ -74,12 +74,14 @@ class POP(nn.Module):
         """
         with torch.autocast(features.device.type, enabled=False):
             q = features.double() if features.dtype == torch.float64 else features.float()
-            prototypes = torch.cat(self.prototypes())
-            s = F.normalize(prototypes, dim=1)[:, :, None, None]  # [K, C, 1, 1]
-            p = F.conv2d(q, s)  # [B, K, h, w]
-            r = q - F.conv_transpose2d(p, s)  # [B, C, h, w]
-            toward, away = self._score_prototypes(s)  # [K, 1, 1] each
-            logits = F.relu(p) * toward + F.relu(-p) * away  # [B, K, h, w]
+            s = F.normalize(torch.cat(self.prototypes()), dim=1)  # [K, C]
+            # matrix products rather than 1x1 convolutions: cuDNN would round those to TF32
+            flat = q.flatten(2)  # [B, C, hw]
+            p = s @ flat  # [B, K, hw]
+            r = (flat - s.T @ p).view_as(q)  # [B, C, h, w]
+            toward, away = self._score_prototypes(s[:, :, None, None])  # [K, 1] each
+            logits = F.relu(p) * toward + F.relu(-p) * away  # [B, K, hw]
+            logits = logits.unflatten(2, q.shape[-2:])
         background = self._background_mlp(r)  # [B, 1, h, w]
         return torch.cat([background.to(logits.dtype), logits], dim=1)
 
@@ -116,13 +118,13 @@ class POP(nn.Module):
         return self.classifier_n if self.num_novel else self.classifier
 
     def _score_prototypes(self, s):
-        """phi(s_k) and phi(-s_k), each [K, 1, 1]; novel prototypes are scored by phi_n."""
+        """phi(s_k) and phi(-s_k) of prototypes [K, C, 1, 1], each [K, 1]; novel ones are scored by phi_n."""
         scores = []
         for direction in (s, -s):
             parts = [self.classifier(direction[: self.num_base])]
             if self.num_novel:
                 parts.append(self.classifier_n(direction[self.num_base :]))
-            scores.append(torch.cat(parts)[:, 0])
+            scores.append(torch.cat(parts)[:, 0, 0])
         return scores
 
 

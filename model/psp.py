@@ -77,17 +77,20 @@ class PSP(nn.Module):
             product = weight.flatten(0, 2) @ z  # [B, C*9, s*s]
             taps.append(product.unflatten(1, (-1, 9)).flatten(2))  # [B, C, 9*s*s]
         height, width = x.shape[-2:]
-        shifts = torch.cat([_upsampling_taps(size, height, width) for size in self.bins])  # [9*S, h*w]
-        pyramid = torch.cat(taps, dim=2) @ shifts.to(x.device, taps[0].dtype)  # [B, C, h*w]
+        shifts = _upsampling_taps(self.bins, height, width, x.device, taps[0].dtype)  # [9*S, h*w]
+        pyramid = torch.cat(taps, dim=2) @ shifts  # [B, C, h*w]
         return pyramid.unflatten(2, (height, width))
 
 
-@lru_cache(maxsize=32)
-def _upsampling_taps(size, height, width):
-    """shift_t(U_s) for the nine taps of a zero-padded 3x3 convolution, float64 [9 * size**2, height * width].
+@lru_cache(maxsize=8)
+def _upsampling_taps(bins, height, width, device, dtype):
+    """shift_t(U_s) for every scale and the nine taps of a zero-padded 3x3 convolution, [9 * S, height * width].
 
     U_s is obtained by upsampling the unit maps, so it is the interpolation that the plain form would do.
     """
-    units = torch.eye(size * size, dtype=torch.float64).view(-1, 1, size, size)
-    upsampled = F.interpolate(units, (height, width), mode='bilinear', align_corners=False)  # [s*s, 1, h, w]
-    return F.unfold(upsampled, 3, padding=1).transpose(0, 1).flatten(0, 1)  # [9*s*s, h*w]
+    taps = []
+    for size in bins:
+        units = torch.eye(size * size, dtype=torch.float64).view(-1, 1, size, size)
+        upsampled = F.interpolate(units, (height, width), mode='bilinear', align_corners=False)  # [s*s, 1, h, w]
+        taps.append(F.unfold(upsampled, 3, padding=1).transpose(0, 1).flatten(0, 1))  # [9*s*s, h*w]
+    return torch.cat(taps).to(device, dtype)

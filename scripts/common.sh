@@ -59,7 +59,7 @@ novel_stage() {
     launch ft_pop.py "${shared[@]}" --restore-from "$RESTORE_PATH" --shot "${SHOT:-1}" \
         --input-size "${INPUT_SIZE:-473,473}" --learning-rate "${LR:-1e-3}" --weight-decay "${WD:-1e-4}" \
         --batch-size "${BS:-1}" --test-batch-size "${BS_TEST:-16}" --num-epoch "${EPOCHS:-500}" \
-        --random-seed "$seeds" --freeze-backbone --fix-lr --update-base "$@"
+        --random-seed "$seeds" ${RECIPE---freeze-backbone --fix-lr --update-base} "$@"
 }
 
 # evaluation DATASET FLAG...: base and novel classes together
@@ -67,6 +67,7 @@ evaluation() {
     need RESTORE_PATH "the stage-2 folder, or FOLDER/best.pth for FOLDER/best_{seed}.pth"
     data_flags "$1"
     shift
+    if [ -n "${SAVE_DIR:-}" ]; then shared+=(--save-path "$SAVE_DIR"); fi
     launch test.py "${shared[@]}" --restore-from "$RESTORE_PATH" --shot "${SHOT:-1}" \
         --test-batch-size "${BS_TEST:-1}" --random-seed "${SEED:-123,234,345}" "$@"
 }

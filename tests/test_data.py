@@ -1,7 +1,9 @@
 """Folds, labels, masks, views, lists and draws."""
 
+import io
 import itertools
 import os
+import zlib
 
 import cv2
 import numpy as np
@@ -14,10 +16,10 @@ from dataset.classes import SHAPES
 from dataset.fewshot import draw_base, draw_support
 from dataset.labels import INVALID, label_table
 from dataset.lists import ClassIndex, FoldLists, ensure_class_lists, read_ids, write_ids
-from dataset.segmentation import read_mask
+from dataset.segmentation import Samples, read_image, read_mask
 from dataset.shapes import make_shapes
 from dataset.transforms import resize
-from utils.engine import evaluation_loader, training_loader
+from utils.engine import TrainingBatches, evaluation_loader, training_loader
 from utils.errors import InputError
 from utils.visualize import save_palette_png, voc_palette
 
@@ -67,6 +69,32 @@ def test_palette_masks_of_few_bits_read_as_ids(tmp_path):
     picture.putpalette(voc_palette()[:4].tobytes())
     picture.save(tmp_path / 'm.png', bits=2)
     assert np.array_equal(read_mask(tmp_path / 'm.png'), mask)
+
+
+def test_greyscale_of_few_bits_is_refused(tmp_path):
+    """Decoders stretch its values to 0..255: id 1 of a 4-bit mask would read as 17."""
+    picture = Image.fromarray(np.array([[0, 1], [2, 3]], np.uint8))
+    four_bits = io.BytesIO()
+    palette = picture.copy()
+    palette.putpalette(bytes(48))
+    palette.save(four_bits, 'png', bits=4)
+    content = bytearray(four_bits.getvalue())
+    header = content.index(b'IHDR')
+    content[header + 13] = 0  # colour type palette -> greyscale
+    content[header + 17 : header + 21] = zlib.crc32(content[header : header + 17]).to_bytes(4, 'big')
+    (tmp_path / 'm.png').write_bytes(content)
+    with pytest.raises(InputError, match='fewer than 8 bits'):
+        read_mask(tmp_path / 'm.png')
+
+
+def test_a_truncated_photograph_is_refused_and_trailing_bytes_are_not(tmp_path, shapes):
+    content = (shapes / 'JPEGImages/val_0000.jpg').read_bytes()
+    path = tmp_path / 'i.jpg'
+    path.write_bytes(content + b'\0\0')
+    assert np.array_equal(read_image(path), read_image(shapes / 'JPEGImages/val_0000.jpg'))
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match='cannot be decoded'):
+        read_image(path)
 
 
 def test_real_masks_hold_voc_ids(voc_mini):
@@ -188,8 +216,8 @@ def test_evaluation_items_fit_pad_and_know_their_canvas(shapes):
 
 
 def hand_made(tmp_path, masks):
-    """Masks of 200x200 pixels from {id: {class id: pixels}}."""
-    folder = tmp_path / 'masks'
+    """Masks of 200x200 pixels from {id: {class id: pixels}}, with images."""
+    folder = tmp_path / 'data'
     folder.mkdir()
     for image_id, classes in masks.items():
         mask = np.zeros(40_000, np.uint8)
@@ -198,8 +226,9 @@ def hand_made(tmp_path, masks):
             mask[start : start + count] = class_id
             start += count
         cv2.imwrite(str(folder / f'{image_id}.png'), mask.reshape(200, 200))
+        cv2.imwrite(str(folder / f'{image_id}.jpg'), np.zeros((200, 200, 3), np.uint8))
     write_ids(tmp_path / 'list' / 'trainaug.txt', masks)
-    return folder
+    return Samples(folder, folder, label_table(range(1, 21), (), True))
 
 
 MASKS = {
@@ -213,9 +242,9 @@ MASKS = {
 
 
 def test_class_lists_of_a_hand_made_case(tmp_path):
-    folder = hand_made(tmp_path, MASKS)
+    samples = hand_made(tmp_path, MASKS)
     lists = FoldLists(tmp_path / 'list', 0)
-    ensure_class_lists(DATASETS['voc'], folder, tmp_path / 'list' / 'trainaug.txt', lists)
+    ensure_class_lists(DATASETS['voc'], samples, tmp_path / 'list' / 'trainaug.txt', lists)
     read = lambda path: path.read_text().split()  # noqa: E731
     assert read(lists.train) == ['d', 'a', 'b']
     assert {c: read(lists.base_class(c)) for c in (6, 7, 8, 20)} == {6: ['d'], 7: ['b'], 8: [], 20: ['b']}
@@ -223,45 +252,67 @@ def test_class_lists_of_a_hand_made_case(tmp_path):
     assert len(list(lists.train.parent.iterdir())) == 21
 
     filtered = FoldLists(tmp_path / 'list', 0, filter_novel=True)
-    ensure_class_lists(DATASETS['voc'], folder, tmp_path / 'list' / 'trainaug.txt', filtered)
+    ensure_class_lists(DATASETS['voc'], samples, tmp_path / 'list' / 'trainaug.txt', filtered)
     assert filtered.train == tmp_path / 'list' / 'fold0_filter' / 'train_fold0.txt'
     assert read(filtered.train) == ['a', 'b'] and read(filtered.base_class(6)) == []
     assert read(filtered.novel_class(1)) == ['c']  # support comes from images with novel classes, filtered or not
 
 
 def test_class_index_does_not_depend_on_workers_and_reads_a_mask_once(tmp_path):
-    folder = hand_made(tmp_path, MASKS)
+    samples = hand_made(tmp_path, MASKS)
     cache = tmp_path / 'counts.npz'
-    one = ClassIndex.from_masks(folder, list(MASKS), 20, workers=1)
-    two = ClassIndex.from_masks(folder, list(MASKS), 20, cache, workers=2)
+    one = ClassIndex.from_masks(samples, list(MASKS), 20, workers=1)
+    two = ClassIndex.from_masks(samples, list(MASKS), 20, cache, workers=2)
     assert np.array_equal(one.pixels, two.pixels)
     # the cache answers for masks that can no longer be decoded, as long as they look unchanged
-    path = folder / 'a.png'
+    path = samples.mask_path('a')
     stamp, size = path.stat().st_mtime_ns, path.stat().st_size
     path.write_bytes(b'x' * size)
     os.utime(path, ns=(stamp, stamp))
-    cached = ClassIndex.from_masks(folder, [*reversed(MASKS)], 20, cache)
+    cached = ClassIndex.from_masks(samples, [*reversed(MASKS)], 20, cache)
     assert np.array_equal(cached.pixels[::-1], one.pixels)
     os.utime(path, ns=(stamp + 1, stamp + 1))
     with pytest.raises(InputError, match=r'a\.png cannot be decoded'):
-        ClassIndex.from_masks(folder, list(MASKS), 20, cache)
+        ClassIndex.from_masks(samples, list(MASKS), 20, cache)
 
 
 def test_lists_that_were_brought_along_are_kept_but_checked(tmp_path):
-    folder = hand_made(tmp_path, MASKS)
+    samples = hand_made(tmp_path, MASKS)
     train = tmp_path / 'list' / 'trainaug.txt'
     lists = FoldLists(tmp_path / 'list', 0)
     write_ids(lists.train, ['b', 'd'])
-    ensure_class_lists(DATASETS['voc'], folder, train, lists)
+    ensure_class_lists(DATASETS['voc'], samples, train, lists)
     assert lists.train.read_text() == 'b\nd\n'
+    assert lists.base_class(6).read_text() == 'd\n'  # the others are made
     write_ids(lists.train, ['b', 'c'])  # c shows novel classes of fold 0 only: a list of another fold
-    with pytest.raises(InputError, match='names c, of which none shows a base class of fold 0'):
-        ensure_class_lists(DATASETS['voc'], folder, train, lists)
+    with pytest.raises(InputError, match='names c, which in this data do not belong there: it is a list of another'):
+        ensure_class_lists(DATASETS['voc'], samples, train, lists)
+    write_ids(lists.train, ['b', 'd'])
+    # an unfiltered list in the filtered folder is noticed (d shows novel class 1), and filtering rewrites no list
+    filtered = FoldLists(tmp_path / 'list', 0, filter_novel=True)
+    write_ids(lists.novel_class(1), ['d', 'c'])
+    write_ids(filtered.train, ['b', 'd'])
+    with pytest.raises(InputError, match='names d'):
+        ensure_class_lists(DATASETS['voc'], samples, train, filtered)
+    assert lists.novel_class(1).read_text() == 'd\nc\n'
+    ensure_class_lists(DATASETS['voc'], samples, train, lists, overwrite=True)
+    assert lists.novel_class(1).read_text() == 'c\n'
+
+
+def test_a_damaged_cache_is_no_cache(tmp_path):
+    samples = hand_made(tmp_path, MASKS)
+    cache = tmp_path / 'counts.npz'
+    cache.write_bytes(b'PK nothing')
+    index = ClassIndex.from_masks(samples, list(MASKS), 20, cache)
+    assert index.covering(6, 16384) == ['d']
+    with np.load(cache) as saved:
+        assert saved['ids'].tolist() == list(MASKS)
 
 
 def test_class_lists_of_real_data_agree_with_np_unique(voc_mini, tmp_path):
     ids = (voc_mini / 'ImageSets/Segmentation/trainaug.txt').read_text().split()[:60]
-    index = ClassIndex.from_masks(voc_mini / 'SegmentationClassAug', ids, 20)
+    samples = Samples(voc_mini / 'JPEGImages', voc_mini / 'SegmentationClassAug', label_table(range(1, 21), (), True))
+    index = ClassIndex.from_masks(samples, ids, 20)
     for image_id, row in zip(ids, index.pixels, strict=True):
         values, counts = np.unique(read_mask(voc_mini / f'SegmentationClassAug/{image_id}.png'), return_counts=True)
         assert dict(zip(values.tolist(), counts.tolist(), strict=True)) == {v: row[v] for v in np.flatnonzero(row)}
@@ -302,8 +353,24 @@ def test_base_draw_has_every_class_no_repeats_and_no_support():
         assert all(len(set(drawn) & set(ids)) >= 2 for ids in lists.values())
         assert drawn == draw_base(lists, 2, {'a', 'j'}, seed, epoch=0)
     assert len({tuple(draw_base(lists, 2, (), 0, epoch)) for epoch in range(10)}) > 5
-    with pytest.raises(InputError, match='base class 1: 5 base images an epoch asked for, 4 are left'):
+    with pytest.raises(InputError, match='base class 1: 5 base images an epoch asked for; it has 4'):
         draw_base(lists, 5, (), 0, 0)
+
+
+def test_base_draw_finds_a_way_where_images_are_shared():
+    """Of a..f, class 1 needs two of a, b, c and class 2 two of b, c, d: the first choice must not be the last word."""
+    lists = {1: list('abc'), 2: list('bcd'), 3: list('ef')}
+    for epoch in range(200):
+        drawn = draw_base(lists, 2, (), 0, epoch)
+        assert len(set(drawn)) == 6
+
+
+def test_an_epoch_fills_its_last_batch_or_drops_it():
+    whole = TrainingBatches(7, 3, 0, fill_last=True)
+    batches = [[index for _, index in batch] for batch in whole]
+    assert [len(batch) for batch in batches] == [3, 3, 3] == [3] * len(whole)
+    assert {index for batch in batches for index in batch} == set(range(7))
+    assert [len(batch) for batch in TrainingBatches(7, 3, 0)] == [3, 3]
 
 
 def test_an_epoch_of_stage_2_passes_over_the_draw_and_redraws_on_request(shapes):

@@ -61,7 +61,7 @@ def test_entry_points_run_one_after_the_other(tmp_path, name, base, novel, evalu
     output = run(novel, '--select', 'last', RESTORE_PATH='base', SAVE_DIR='shots')
     assert 'seed 123, last (selected)' in output
     output = run(evaluate, '--select', 'last', RESTORE_PATH='shots')  # further flags are passed on
-    assert 'last checkpoint' in output and (tmp_path / 'shots' / 'confusion_123.npy').is_file()
+    assert 'weights "last"' in output and (tmp_path / 'shots' / 'confusion_123.npy').is_file()
 
 
 ENTRY_POINTS = [path.name for path in (ROOT / 'scripts').glob('*.sh') if 'common.sh' in path.read_text()]

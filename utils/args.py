@@ -1,6 +1,7 @@
 """Command line flags that the three scripts share, and the checks of their values (exit code 2)."""
 
 import argparse
+import math
 import os
 from pathlib import Path
 
@@ -31,11 +32,6 @@ def parse_seeds(text):
     return _numbers(text, int, 'different whole numbers >= 0, e.g. 123,234', None, distinct)
 
 
-def parse_seed(text):
-    """A whole number >= 0."""
-    return _numbers(text, int, 'a whole number >= 0', 1, lambda seed: seed >= 0)[0]
-
-
 def _numbers(text, kind, expected, count, valid):
     try:
         numbers = tuple(kind(part) for part in text.split(','))
@@ -54,6 +50,11 @@ def positive(text):
 def not_negative(text):
     """A whole number >= 0."""
     return _numbers(text, int, 'a whole number >= 0', 1, lambda n: n >= 0)[0]
+
+
+def rate(text):
+    """A finite number >= 0."""
+    return _numbers(text, float, 'a finite number >= 0', 1, lambda x: 0 <= x < math.inf)[0]
 
 
 def make_parser(doc):
@@ -125,13 +126,13 @@ def add_training_flags(parser, batch_size, num_epoch, seed_type, seed):
     )
     group.add_argument(
         '--learning-rate',
-        type=float,
+        type=rate,
         default=1e-3,
         help='of the backbone; everything else takes ten times it (default: 1e-3)',
     )
-    group.add_argument('--momentum', type=float, default=0.9)
-    group.add_argument('--weight-decay', type=float, default=1e-4)
-    group.add_argument('--power', type=float, default=0.9, help='of the poly schedule (default: 0.9)')
+    group.add_argument('--momentum', type=rate, default=0.9)
+    group.add_argument('--weight-decay', type=rate, default=1e-4)
+    group.add_argument('--power', type=rate, default=0.9, help='of the poly schedule (default: 0.9)')
     group.add_argument('--num-epoch', type=positive, default=num_epoch, help=f'default: {num_epoch}')
     group.add_argument(
         '--start-epoch',
@@ -198,8 +199,6 @@ def check(parser, args, datasets):
         args.scale_range = args.scale_range or spec.scale_range
         if args.start_epoch >= args.num_epoch:
             parser.error(f'--start-epoch {args.start_epoch} leaves nothing of --num-epoch {args.num_epoch}')
-        if args.learning_rate <= 0:
-            parser.error(f'--learning-rate: got {args.learning_rate}; expected a number > 0')
         world = world_size()
         if args.batch_size % world:
             below, above = args.batch_size // world * world, (args.batch_size // world + 1) * world

@@ -152,7 +152,11 @@ def resolve_checkpoint(source, select='best', seed=None):
     path = Path(source)
     if path.is_dir():
         path = path / f'{select}.pth'
-    candidates = [path] if seed is None else [path.with_name(f'{path.stem}_{seed}.pth'), path]
+    candidates = [path]
+    if seed is not None:
+        candidates.insert(0, path.with_name(f'{path.stem}_{seed}.pth'))
+        if any(path.parent.glob(f'{path.stem}_[0-9]*.pth')):  # a folder of stage 2: no other file stands in for a seed
+            candidates.pop()
     for candidate in candidates:
         if candidate.is_file():
             return candidate

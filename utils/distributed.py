@@ -76,6 +76,13 @@ def parallel(net, device):
     return nn.parallel.DistributedDataParallel(net)
 
 
+def share_buffers(net):
+    """Give every process the main one's running statistics: without SyncBatchNorm they drift apart between steps."""
+    if world_size() > 1:
+        for buffer in net.buffers():
+            dist.broadcast(buffer, src=0)
+
+
 def all_sum(tensor):
     """Sum a tensor over the processes, in place."""
     if world_size() > 1:

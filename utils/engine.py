@@ -8,44 +8,48 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from utils.distributed import all_sum, is_main, rank, world_size
+from utils.checkpoint import save_checkpoint
+from utils.distributed import all_sum, is_main, rank, share_buffers, world_size
 from utils.errors import InputError
-from utils.metrics import confusion_matrix, upsample
+from utils.metrics import confusion_matrix, summarize, upsample
 
 
 class TrainingBatches:
     """Batch sampler of one process: (epoch, index) pairs, shuffled by (seed, epoch).
 
-    The global order does not depend on the number of processes; the last incomplete batch is dropped.
+    The global order does not depend on the number of processes. A last incomplete batch is dropped, or filled up from
+    the start of the order.
 
     Args:
         length (int): of the data set.
         batch_size (int): global.
         seed (int): of the order.
+        fill_last (bool): fill the last batch rather than drop it.
     """
 
-    def __init__(self, length, batch_size, seed):
+    def __init__(self, length, batch_size, seed, fill_last=False):
         if length < batch_size:
             raise InputError(f'{length} training samples do not fill one batch of {batch_size}; lower --batch-size')
         self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.steps = -(-length // batch_size) if fill_last else length // batch_size
         self.epoch = 0
 
     def __len__(self):
-        return self.length // self.batch_size
+        return self.steps
 
     def __iter__(self):
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length).tolist()
         share = self.batch_size // world_size()
-        for i in range(len(self)):
+        for i in range(self.steps):
             start = i * self.batch_size + rank() * share
-            yield [(self.epoch, index) for index in order[start : start + share]]
+            yield [(self.epoch, order[k % self.length]) for k in range(start, start + share)]
 
 
-def training_loader(dataset, batch_size, seed, num_workers, device):
+def training_loader(dataset, batch_size, seed, num_workers, device, fill_last=False):
     """Loader of training views; set `loader.batch_sampler.epoch` before each epoch."""
     return DataLoader(
         dataset,
-        batch_sampler=TrainingBatches(len(dataset), batch_size, seed),
+        batch_sampler=TrainingBatches(len(dataset), batch_size, seed, fill_last),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=device.type == 'cuda',
@@ -128,6 +132,53 @@ def train_epoch(step, loader, optimization, logger, epoch, num_epoch, print_freq
                 epoch=epoch + 1, **position,
             )  # fmt: skip
         handed = time.perf_counter()
+
+
+def fit(step, net, loaders, optimization, logger, args, config, improves, seed=None, patience=None):
+    """Train from --start-epoch to --num-epoch; validate, keep `best` and `last`.
+
+    Args:
+        step (callable): see `train_epoch`.
+        net (POP): the network, unwrapped.
+        loaders (tuple): training and validation loader.
+        optimization (Optimization), logger (RunLogger): of this run.
+        args (Namespace): the training flags.
+        config (dict): stored in the checkpoints (`checkpoint.network_config`).
+        improves (callable): (metrics, best metrics or None) -> whether these are the new best.
+        seed (int, optional): of stage 2; part of the file names.
+        patience (int, optional): stop after this many epochs without a new best.
+
+    Returns:
+        dict: validation results of 'best' and of 'last'.
+    """
+    train_loader, val_loader = loaders
+    position = {} if seed is None else {'seed': seed}
+    who, suffix = ('', '') if seed is None else (f'seed {seed} ', f'_{seed}')
+    best, best_epoch, metrics = None, args.start_epoch, {}
+
+    def save(name):
+        save_checkpoint(args.snapshot_dir / f'{name}{suffix}.pth', net, config, done, metrics)
+
+    for epoch in range(args.start_epoch, args.num_epoch):
+        done, metrics = epoch + 1, {}
+        net.train()
+        train_epoch(step, train_loader, optimization, logger, epoch, args.num_epoch, args.print_frequency, **position)
+        if done % args.val_every == 0 or done == args.num_epoch:
+            share_buffers(net)
+            metrics = summarize(evaluate(net, val_loader, optimization.device, args.fp16), net.num_base)
+            logger.record('val', done * len(train_loader), metrics, epoch=done, **position)
+            if improves(metrics, best):
+                best, best_epoch = metrics, done
+                save('best')
+            shown = [f'{name} {metrics[name]:.2f} %' for name in ('base', 'novel', 'total') if metrics[name] >= 0]
+            logger.info(f'{who}epoch {done}: mIoU {", ".join(shown)}; best at epoch {best_epoch}')
+        save('last')
+        if args.save_pred_every and done % args.save_pred_every == 0:
+            save(f'epoch_{done}')
+        if metrics and patience and done - best_epoch >= patience:
+            logger.info(f'{who}no better result for {done - best_epoch} epochs, stopping early')
+            break
+    return {'best': best, 'last': metrics}
 
 
 def _image_ids(batch):

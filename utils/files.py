@@ -7,6 +7,13 @@ from pathlib import Path
 from utils.errors import InputError
 
 
+def check_writable(folder):
+    """Make a folder; InputError where files cannot be written into it, before work is done for them."""
+    with atomic_write(Path(folder) / '.writable', sync=False):
+        pass
+    (Path(folder) / '.writable').unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def atomic_write(path, mode='w', sync=True):
     """Open a file beside `path` for writing and rename it to `path` once it is complete and on disk.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dataset import DATASETS, FoldData
 from dataset.fewshot import draw_support
-from dataset.lists import keep_or_write_ids, read_ids
+from dataset.lists import read_ids, write_ids
 from utils.args import not_negative, positive
 from utils.errors import InputError, exits_cleanly, some
 
@@ -60,7 +60,10 @@ def main(args):
                 path = data.lists.support(shot, seed)
                 if path.is_file() and not args.overwrite:
                     check_support(path, args.train_list, spec.mend)
-                print(keep_or_write_ids(path, draw_support(class_lists, shot, seed), args.overwrite))
+                    print(f'kept {path}')
+                else:
+                    write_ids(path, draw_support(class_lists, shot, seed))
+                    print(f'wrote {path}')
 
 
 def check_support(path, train_list, mend):

@@ -1,6 +1,7 @@
 """What a run leaves behind beside its checkpoints: args.json, log.txt, metrics.jsonl, tb/. The main process writes."""
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -41,12 +42,12 @@ class RunLogger:
         Args:
             kind (str): 'train' or 'val'.
             step (int): optimisation steps so far.
-            values (dict): name -> number; NaN becomes null.
+            values (dict): name -> number; NaN and infinity become null.
             position: epoch, seed, ... stored alike but not drawn.
         """
         if not is_main():
             return
-        clean = {name: value if value == value else None for name, value in values.items()}
+        clean = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with open(self._folder / 'metrics.jsonl', 'a') as file:
             file.write(json.dumps({'kind': kind, 'step': step, **position, **clean}) + '\n')
         run = f'{kind}_{position["seed"]}' if 'seed' in position else kind

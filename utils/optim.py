@@ -38,19 +38,18 @@ class Optimization:
         total_steps (int): steps of the whole run, which the schedule reaches 0 at.
         first_step (int): the step to start at.
         power (float): of the poly schedule; 0 keeps the learning rate constant.
-        scale_loss (bool): float16 gradients underflow without it.
+        fp16 (bool): scale the loss on CUDA, whose float16 gradients underflow otherwise.
     """
 
-    def __init__(
-        self, net, learning_rate, momentum, weight_decay, total_steps, first_step=0, power=0.9, scale_loss=False
-    ):
+    def __init__(self, net, learning_rate, momentum, weight_decay, total_steps, first_step=0, power=0.9, fp16=False):
         groups = parameter_groups(net, learning_rate, weight_decay)
         self.parameters = [parameter for group in groups for parameter in group['params']]
         self.optimizer = torch.optim.SGD(groups, momentum=momentum)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: max(1 - (first_step + step) / total_steps, 0) ** power
         )
-        self.scaler = torch.amp.GradScaler('cuda', enabled=scale_loss)
+        self.device = self.parameters[0].device
+        self.scaler = torch.amp.GradScaler('cuda', enabled=fp16 and self.device.type == 'cuda')
 
     def step(self, loss):
         """Take one step against a scalar loss; returns the gradient norm before clipping, a scalar tensor."""

@@ -1,15 +1,11 @@
 """Pictures of predictions: palette PNGs, and panels of image, ground truth and prediction."""
 
-from pathlib import Path
-
-import matplotlib
-
-matplotlib.use('Agg')
 import numpy as np
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 
+from utils.files import atomic_write
 from utils.metrics import IGNORE_INDEX
 
 
@@ -27,7 +23,8 @@ def save_palette_png(path, mask):
     """Write a mask (uint8 [H, W], class ids) as a palette PNG in VOC's colours."""
     picture = Image.fromarray(mask)
     picture.putpalette(voc_palette().tobytes())
-    picture.save(path)
+    with atomic_write(path, 'wb', sync=False) as file:
+        picture.save(file, format='png')
 
 
 def draw_panel(path, image, truth, prediction, class_ids, names):
@@ -43,7 +40,8 @@ def draw_panel(path, image, truth, prediction, class_ids, names):
     colors = np.full((256, 3), 255, np.uint8)
     colors[: len(class_ids)] = palette[list(class_ids)]
     height, width = truth.shape
-    figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.5 * height / width + 0.9), layout='constrained')
+    figure = Figure(figsize=(10.5, 3.5 * height / width + 0.9), layout='constrained')
+    axes = figure.subplots(1, 3)
     for axis, picture, title in zip(
         axes, (image, colors[truth], colors[prediction]), ('image', 'ground truth', 'prediction'), strict=True
     ):
@@ -55,8 +53,8 @@ def draw_panel(path, image, truth, prediction, class_ids, names):
     if IGNORE_INDEX in truth:
         handles.append(Patch(facecolor='white', edgecolor='grey', label='not counted'))
     figure.legend(handles=handles, loc='outside lower center', ncols=6, frameon=False)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    with atomic_write(path, 'wb', sync=False) as file:
+        figure.savefig(file, format='png', dpi=100)
 
 
 class PredictionWriter:
@@ -80,9 +78,6 @@ class PredictionWriter:
         self.overlays = overlays
         self.wanted = list(wanted)
         self.pictures = []
-        for folder in (prediction_folder, overlay_folder if overlays else None):
-            if folder:
-                Path(folder).mkdir(parents=True, exist_ok=True)
 
     def __call__(self, image_id, prediction, truth):
         """Take one image's labels, uint8 [H, W] each."""

@@ -19,7 +19,9 @@ from scipy.io import loadmat
 
 from dataset import DATASETS
 from dataset.classes import LIST_ROOT
+from dataset.labels import label_table
 from dataset.lists import ClassIndex, keep_or_write_ids, read_ids
+from dataset.segmentation import Samples
 from utils.args import positive
 from utils.errors import InputError, exits_cleanly, some
 from utils.files import atomic_write
@@ -115,14 +117,12 @@ def make_masks(args, folder):
         print(f'left out, no photograph in JPEGImages: {some(without_photograph)}')
 
 
-def report(spec, folder, lists, workers):
+def report(spec, samples, lists, workers):
     """Print how many images each list and class has, and whether the lists are the expected ones."""
-    indices = {
-        name: ClassIndex.from_masks(folder, ids, spec.num_classes, workers=workers) for name, ids in lists.items()
-    }
+    indices = [ClassIndex.from_masks(samples, ids, spec.num_classes, workers=workers) for ids in lists.values()]
     print(f'{"class":<14}' + ''.join(f'{name:>14}' for name in lists))
     for class_id, name in enumerate(spec.class_names, 1):
-        print(f'{name:<14}' + ''.join(f'{len(index.containing([class_id])):>14}' for index in indices.values()))
+        print(f'{name:<14}' + ''.join(f'{len(index.containing([class_id])):>14}' for index in indices))
     for name, ids in lists.items():
         verdict = 'as expected' if len(ids) == EXPECTED[name] else f'expected {EXPECTED[name]} for the published split'
         print(f'{name}: {len(ids)} images, {verdict}')
@@ -146,7 +146,8 @@ def main(args):
     lists = {spec.train_list: sorted(masks - set(val)), spec.val_list: val}
     for name, ids in lists.items():
         print(keep_or_write_ids(args.list_dir / name, ids, args.overwrite))
-    report(spec, folder, lists, args.workers)
+    samples = Samples(args.voc_root / spec.train_images, folder, label_table(spec.base_ids(-1), (), True))
+    report(spec, samples, lists, args.workers)
 
 
 if __name__ == '__main__':

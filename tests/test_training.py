@@ -1,0 +1,148 @@
+"""Optimisation, selection and files: the parts of a run that no picture shows."""
+
+import argparse
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from oracle import dense_logits, dense_losses, dense_psp
+from torch import nn
+
+import ft_pop
+from model import POP, PSP, build_model
+from model.losses import pop_losses
+from utils import engine
+from utils.errors import InputError, exits_cleanly
+from utils.files import atomic_write, check_writable
+from utils.logger import RunLogger
+from utils.optim import Optimization, parameter_groups
+
+
+@pytest.mark.parametrize('num_novel', (0, 3))
+def test_training_follows_the_plain_formulation_step_by_step(num_novel):
+    torch.manual_seed(0)
+    ours = POP(nn.Conv2d(3, 8, 1), PSP(8, 16), 4, num_novel).double()
+    plain = copy.deepcopy(ours)
+    curves = []
+    for net in (ours, plain):
+        if num_novel:
+            net.freeze_base()
+        optimization = Optimization(net, 0.05, 0.9, 1e-4, total_steps=6)
+        generator = torch.Generator().manual_seed(1)
+        curve = []
+        for _ in range(6):
+            images = torch.randn(4, 3, 9, 9, generator=generator, dtype=torch.float64)
+            mask = torch.randint(0, net.num_logits, (4, 17, 17), generator=generator)
+            net.train()
+            if net is ours:
+                trained, fixed = (net.novel_emb, net.base_emb) if num_novel else (net.base_emb, None)
+                losses = pop_losses(net(images), mask, trained, fixed)
+            else:
+                losses = dense_losses(dense_logits(net, dense_psp(net.decoder, net.backbone(images))), mask, net)
+            curve.append(sum(losses.values()).item())
+            optimization.step(sum(losses.values()))
+        curves.append(curve)
+    assert curves[0] == pytest.approx(curves[1], rel=1e-9)
+    assert curves[0][-1] != curves[0][0]
+
+
+def test_parameter_groups_follow_the_recipe():
+    net = build_model('resnet18', 15)
+    net.backbone.layer1.requires_grad_(False)
+    names = {id(parameter): name for name, parameter in net.named_parameters()}
+    groups = {group['name']: group for group in parameter_groups(net, 1e-3, 1e-4)}
+    found = {name: {names[id(p)] for p in group['params']} for name, group in groups.items()}
+    assert all(name.startswith('backbone.') for name in found['backbone'])
+    assert 'backbone.bn1.bias' in found['backbone'] and not any('layer1' in name for name in found['backbone'])
+    assert found['head_bias'] == {
+        *(f'decoder.stages.{i}.2.bias' for i in range(4)), 'decoder.bottleneck.1.bias', 'decoder.bottleneck.3.bias'
+    }  # fmt: skip
+    assert {'base_emb', 'classifier.0.weight', 'decoder.bottleneck.1.weight'} <= found['head']
+    settings = {name: (group['lr'], group['weight_decay']) for name, group in groups.items()}
+    assert settings == {'backbone': (1e-3, 1e-4), 'head': (1e-2, 1e-4), 'head_bias': (1e-2, 0)}
+
+
+def test_gradients_are_clipped_at_5_and_their_norm_reported():
+    net = nn.Linear(4, 1, bias=False)
+    before = net.weight.detach().clone()
+    optimization = Optimization(net, 0.1, 0, 0, total_steps=10)
+    norm = optimization.step((net.weight * 100).sum())  # gradient (100, 100, 100, 100)
+    assert norm.item() == pytest.approx(200)
+    assert (before - net.weight).norm().item() == pytest.approx(0.1 * 10 * 5, rel=1e-4)
+
+
+def test_the_schedule_decays_from_where_it_starts():
+    for first, power, expected in ((0, 0.9, 1.0), (50, 0.9, 0.5**0.9), (50, 0, 1.0)):
+        optimization = Optimization(nn.Linear(1, 1), 1e-3, 0.9, 0, total_steps=100, first_step=first, power=power)
+        assert optimization.learning_rates['head'] == pytest.approx(1e-2 * expected)
+
+
+@pytest.mark.parametrize(('total', 'novel', 'better'), (
+    (50.0, 20.0, True),    # equal in both
+    (50.05, 19.0, False),  # total up by too little, novel down
+    (50.05, 20.0, True),
+    (50.11, 1.0, True),    # total up by more than 0.1
+    (49.99, 90.0, False),  # total down
+))  # fmt: skip
+def test_the_released_rule_for_best(total, novel, better):
+    assert ft_pop.improves({'total': total, 'novel': novel}, {'total': 50.0, 'novel': 20.0}) is better
+    assert ft_pop.improves({'total': total, 'novel': novel}, None)
+
+
+@pytest.mark.parametrize(('val_every', 'stops_after', 'validated'), ((1, 5, [1, 2, 3, 4, 5]), (2, 6, [2, 4, 6])))
+def test_a_run_keeps_best_and_last_and_stops_early(tmp_path, monkeypatch, val_every, stops_after, validated):
+    """A scripted run: the third epoch is the best (the second and fourth where every second one is validated)."""
+    correct = iter([50, 60, 70, 65, 60, 55, 50, 45] if val_every == 1 else [60, 70, 60, 50])
+    monkeypatch.setattr(engine, 'train_epoch', lambda *args, **position: None)
+    monkeypatch.setattr(engine, 'evaluate', lambda *args: np.array([[(hits := next(correct)), 100 - hits], [0, 100]]))
+    net = POP(nn.Conv2d(3, 8, 1), PSP(8, 16), 1)
+    args = argparse.Namespace(
+        snapshot_dir=tmp_path, start_epoch=0, num_epoch=8, val_every=val_every, save_pred_every=3, print_frequency=1,
+        fp16=False,
+    )  # fmt: skip
+    patience = 2
+    result = engine.fit(
+        None, net, ([0], None), Optimization(net, 1e-3, 0.9, 0, 8), RunLogger(tmp_path, {}), args, {'fold': 0},
+        improves=lambda metrics, best: best is None or metrics['base'] > best['base'], seed=7, patience=patience,
+    )  # fmt: skip
+    epochs = {path.stem: torch.load(path, weights_only=True)['epoch'] for path in tmp_path.glob('*.pth')}
+    best = 3 if val_every == 1 else 4
+    saved = {f'epoch_{n}_7': n for n in range(3, stops_after + 1, 3)}
+    assert epochs == {'best_7': best, 'last_7': stops_after, **saved}
+    lines = map(json.loads, (tmp_path / 'metrics.jsonl').read_text().splitlines())
+    assert [line['epoch'] for line in lines] == validated
+    assert result['best']['base'] > result['last']['base']
+    stored = torch.load(tmp_path / 'epoch_3_7.pth', weights_only=True)['metrics']
+    assert bool(stored) == (val_every == 1)  # results of other weights are not stored with these
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / 'file'
+    path.write_text('old')
+    with pytest.raises(ZeroDivisionError), atomic_write(path) as file:
+        file.write('new')
+        raise ZeroDivisionError
+    assert path.read_text() == 'old' and list(tmp_path.iterdir()) == [path]
+    with atomic_write(path) as file:
+        file.write('new')
+        assert path.read_text() == 'old'
+    assert path.read_text() == 'new' and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(InputError, match='cannot write'):
+        check_writable(path / 'below')
+
+
+def test_an_input_error_ends_with_its_message_and_code_1(capsys):
+    @exits_cleanly
+    def main(text):
+        raise InputError(text)
+
+    for text in (
+        'mend it',
+        'Caught InputError in DataLoader worker process 0.\n  File ...\nutils.errors.InputError: mend it\n',
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(text)
+        assert end.value.code == 1
+        assert capsys.readouterr().err == 'error: mend it\n'
