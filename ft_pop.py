@@ -21,7 +21,6 @@ from utils.engine import autocast, evaluation_loader, fit, to_device, training_l
 from utils.errors import InputError, exits_cleanly
 from utils.logger import RunLogger
 from utils.metrics import summary_table
-from utils.optim import Optimization
 
 
 def parse_args(argv=None):
@@ -84,11 +83,6 @@ def update_novel(args, data, seed, device, logger, val_loader):
     net.freeze_base()
     net.to(device, memory_format=torch.channels_last)
     parallel_net = parallel(net, device)
-    steps = len(train_loader)
-    optimization = Optimization(
-        net, args.learning_rate, args.momentum, args.weight_decay, args.num_epoch * steps,
-        first_step=args.start_epoch * steps, power=0 if args.fix_lr else args.power, fp16=args.fp16,
-    )  # fmt: skip
 
     def step(batch):
         support, base = batch['support'], batch['base']
@@ -102,7 +96,7 @@ def update_novel(args, data, seed, device, logger, val_loader):
 
     loaders, config = (train_loader, val_loader), network_config(args, seed)
     patience = max(args.num_epoch // 4, 1)
-    return fit(step, net, loaders, optimization, logger, args, config, improves, seed, patience)
+    return fit(step, net, loaders, logger, args, config, improves, seed, patience)
 
 
 @exits_cleanly

@@ -25,7 +25,6 @@ from utils.distributed import main_first, parallel, process_group, world_size
 from utils.engine import autocast, evaluation_loader, fit, to_device, training_loader
 from utils.errors import InputError, exits_cleanly
 from utils.logger import RunLogger
-from utils.optim import Optimization
 
 
 def parse_args(argv=None):
@@ -81,11 +80,6 @@ def main(args):
             net.fix_batch_norm()
         net.to(device, memory_format=torch.channels_last)
         parallel_net = parallel(net, device)
-        steps = len(train_loader)
-        optimization = Optimization(
-            net, args.learning_rate, args.momentum, args.weight_decay, args.num_epoch * steps,
-            first_step=args.start_epoch * steps, power=0 if args.fix_lr else args.power, fp16=args.fp16,
-        )  # fmt: skip
         logger = RunLogger(args.snapshot_dir, vars(args))
         logger.info(f'{len(train_set)} training and {len(val_set)} validation images, base classes {data.base_ids}')
 
@@ -100,7 +94,7 @@ def main(args):
             return best is None or metrics['base'] >= best['base']
 
         loaders = train_loader, val_loader
-        fit(step, net, loaders, optimization, logger, args, network_config(args), improves)
+        fit(step, net, loaders, logger, args, network_config(args), improves)
         logger.close()
 
 

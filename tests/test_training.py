@@ -100,11 +100,11 @@ def test_a_run_keeps_best_and_last_and_stops_early(tmp_path, monkeypatch, val_ev
     net = POP(nn.Conv2d(3, 8, 1), PSP(8, 16), 1)
     args = argparse.Namespace(
         snapshot_dir=tmp_path, start_epoch=0, num_epoch=8, val_every=val_every, save_pred_every=3, print_frequency=1,
-        fp16=False,
+        fp16=False, learning_rate=1e-3, momentum=0.9, weight_decay=0.0, power=0.9, fix_lr=True,
     )  # fmt: skip
     patience = 2
     result = engine.fit(
-        None, net, ([0], None), Optimization(net, 1e-3, 0.9, 0, 8), RunLogger(tmp_path, {}), args, {'fold': 0},
+        None, net, ([0], None), RunLogger(tmp_path, {}), args, {'fold': 0},
         improves=lambda metrics, best: best is None or metrics['base'] > best['base'], seed=7, patience=patience,
     )  # fmt: skip
     epochs = {path.stem: torch.load(path, weights_only=True)['epoch'] for path in tmp_path.glob('*.pth')}

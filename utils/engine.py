@@ -12,6 +12,7 @@ from utils.checkpoint import save_checkpoint
 from utils.distributed import all_sum, is_main, rank, share_buffers, world_size
 from utils.errors import InputError
 from utils.metrics import confusion_matrix, summarize, upsample
+from utils.optim import Optimization
 
 
 class TrainingBatches:
@@ -134,14 +135,14 @@ def train_epoch(step, loader, optimization, logger, epoch, num_epoch, print_freq
         handed = time.perf_counter()
 
 
-def fit(step, net, loaders, optimization, logger, args, config, improves, seed=None, patience=None):
+def fit(step, net, loaders, logger, args, config, improves, seed=None, patience=None):
     """Train from --start-epoch to --num-epoch; validate, keep `best` and `last`.
 
     Args:
         step (callable): see `train_epoch`.
-        net (POP): the network, unwrapped.
+        net (POP): the network, unwrapped; what requires gradients is trained.
         loaders (tuple): training and validation loader.
-        optimization (Optimization), logger (RunLogger): of this run.
+        logger (RunLogger): of this run.
         args (Namespace): the training flags.
         config (dict): stored in the checkpoints (`checkpoint.network_config`).
         improves (callable): (metrics, best metrics or None) -> whether these are the new best.
@@ -152,6 +153,11 @@ def fit(step, net, loaders, optimization, logger, args, config, improves, seed=N
         dict: validation results of 'best' and of 'last'.
     """
     train_loader, val_loader = loaders
+    steps = len(train_loader)
+    optimization = Optimization(
+        net, args.learning_rate, args.momentum, args.weight_decay, args.num_epoch * steps,
+        first_step=args.start_epoch * steps, power=0 if args.fix_lr else args.power, fp16=args.fp16,
+    )  # fmt: skip
     position = {} if seed is None else {'seed': seed}
     who, suffix = ('', '') if seed is None else (f'seed {seed} ', f'_{seed}')
     best, best_epoch, metrics = None, args.start_epoch, {}
@@ -166,7 +172,7 @@ def fit(step, net, loaders, optimization, logger, args, config, improves, seed=N
         if done % args.val_every == 0 or done == args.num_epoch:
             share_buffers(net)
             metrics = summarize(evaluate(net, val_loader, optimization.device, args.fp16), net.num_base)
-            logger.record('val', done * len(train_loader), metrics, epoch=done, **position)
+            logger.record('val', done * steps, metrics, epoch=done, **position)
             if improves(metrics, best):
                 best, best_epoch = metrics, done
                 save('best')
