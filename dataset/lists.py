@@ -84,7 +84,7 @@ def read_ids(path, mend, allow_empty=False, allow_repeats=False):
 
 def write_ids(path, ids):
     """Write a list, one id a line."""
-    with atomic_write(path) as file:
+    with atomic_write(path, sync=False) as file:
         file.writelines(f'{image_id}\n' for image_id in ids)
 
 
