@@ -30,7 +30,14 @@ def parse_args(argv=None):
         parser, MODELS, BACKBONES,
         'base network: a stage-1 checkpoint or snapshot folder; "imagenet" and "none" leave the rest random',
     )  # fmt: skip
-    cli.add_training_flags(parser, batch_size=1, num_epoch=500, seed_type=cli.parse_seeds, seed=(123,))
+    cli.add_training_flags(
+        parser,
+        batch_size=1,
+        num_epoch=500,
+        seed_type=cli.parse_seeds,
+        seed=(123,),
+        seed_help='seeds of the support draws, one run each, e.g. 123,234 (default: 123)',
+    )
     cli.add_few_shot_flags(parser)
     parser.add_argument('--update-base', action='store_true', help='draw new base images as training goes on')
     parser.add_argument(

@@ -38,14 +38,16 @@ def parse_args(argv=None):
         'checkpoint or snapshot folder; "imagenet" and "none" evaluate an untrained network',
     )  # fmt: skip
     cli.add_few_shot_flags(parser)
-    parser.add_argument('--random-seed', type=cli.parse_seeds, default=(123,), help='default: 123')
+    parser.add_argument(
+        '--random-seed', type=cli.parse_seeds, default=(123,), help='one row each, e.g. 123,234 (default: 123)'
+    )
     parser.add_argument(
         '--save',
         type=cli.parse_switch,
         nargs='?',
         const=True,
         default=False,
-        help='write the predictions as palette PNG',
+        help='write the predictions as palette PNG (--save 0: do not)',
     )
     parser.add_argument(
         '--overlay',

@@ -34,7 +34,14 @@ def parse_args(argv=None):
         parser, MODELS, BACKBONES,
         'backbone weights: a file, "imagenet" (torchvision\'s) or "none"; or start from a stage-1 checkpoint',
     )  # fmt: skip
-    cli.add_training_flags(parser, batch_size=None, num_epoch=50, seed_type=cli.not_negative, seed=123)
+    cli.add_training_flags(
+        parser,
+        batch_size=None,
+        num_epoch=50,
+        seed_type=cli.not_negative,
+        seed=123,
+        seed_help='of every random choice (default: 123)',
+    )
     args = cli.check(parser, parser.parse_args(argv), DATASETS)
     if args.batch_size < 2 * world_size() and not args.fix_bn:
         parser.error(

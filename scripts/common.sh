@@ -29,8 +29,9 @@ data_flags() {
     shared=(
         --dataset "$1" --data-dir "$DATA_PATH" --fold "${FOLD:-0}"
         --model "${MODEL:-pspnet_pop}" --backbone "${BACKBONE:-resnet50v2}" --os "${OS:-8}"
-        --base-size "${BASE_SIZE:-473,473}" --num-workers "${WORKERS:-4}"
+        --base-size "${BASE_SIZE:-473,473}"
     )
+    if [ -n "${WORKERS:-}" ]; then shared+=(--num-workers "$WORKERS"); fi
     if [ -n "${TRAIN_LIST:-}" ]; then shared+=(--train-list "$TRAIN_LIST"); fi
     if [ -n "${VAL_LIST:-}" ]; then shared+=(--val-list "$VAL_LIST"); fi
 }

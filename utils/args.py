@@ -65,7 +65,7 @@ def make_parser(doc):
 def add_data_flags(parser, datasets):
     """Which data: --dataset --data-dir --train-list --val-list --fold --base-size --num-workers ..."""
     group = parser.add_argument_group('data')
-    group.add_argument('--dataset', choices=list(datasets), default='voc')
+    group.add_argument('--dataset', choices=list(datasets), default='voc', help='default: voc')
     group.add_argument('--data-dir', type=Path, required=True, help='folder of the images and masks')
     group.add_argument(
         '--train-list',
@@ -106,7 +106,7 @@ def add_model_flags(parser, models, backbones, restore_help):
     group.add_argument('--fp16', action='store_true', help='mixed precision: float16 on CUDA, bfloat16 on the CPU')
 
 
-def add_training_flags(parser, batch_size, num_epoch, seed_type, seed):
+def add_training_flags(parser, batch_size, num_epoch, seed_type, seed, seed_help):
     """The recipe. Defaults are the paper's."""
     group = parser.add_argument_group('training')
     group.add_argument(
@@ -130,8 +130,8 @@ def add_training_flags(parser, batch_size, num_epoch, seed_type, seed):
         default=1e-3,
         help='of the backbone; everything else takes ten times it (default: 1e-3)',
     )
-    group.add_argument('--momentum', type=rate, default=0.9)
-    group.add_argument('--weight-decay', type=rate, default=1e-4)
+    group.add_argument('--momentum', type=rate, default=0.9, help='default: 0.9')
+    group.add_argument('--weight-decay', type=rate, default=1e-4, help='default: 1e-4')
     group.add_argument('--power', type=rate, default=0.9, help='of the poly schedule (default: 0.9)')
     group.add_argument('--num-epoch', type=positive, default=num_epoch, help=f'default: {num_epoch}')
     group.add_argument(
@@ -140,9 +140,11 @@ def add_training_flags(parser, batch_size, num_epoch, seed_type, seed):
         default=0,
         help='start the schedule and the random draws here, from the weights of --restore-from',
     )
-    group.add_argument('--random-seed', type=seed_type, default=seed, help='default: %(default)s')
-    group.add_argument('--fix-bn', action='store_true', help='keep every batch normalisation as it is loaded')
-    group.add_argument('--freeze-backbone', action='store_true', help='do not train the backbone')
+    group.add_argument('--random-seed', type=seed_type, default=seed, help=seed_help)
+    group.add_argument(
+        '--fix-bn', action='store_true', help='keep every batch normalisation as it is loaded (stage 2 always does)'
+    )
+    group.add_argument('--freeze-backbone', action='store_true', help='do not train the backbone (stage 2 never does)')
     group.add_argument('--fix-lr', action='store_true', help='constant learning rate')
     group.add_argument('--snapshot-dir', type=Path, required=True, help='folder for checkpoints, logs and curves')
     group.add_argument(

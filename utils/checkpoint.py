@@ -56,6 +56,8 @@ def read_checkpoint(path):
         content = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise InputError(f'checkpoint {path} does not exist') from None
+    except IsADirectoryError:
+        raise InputError(f'{path} is a folder; expected a checkpoint file, e.g. {path}/best.pth') from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(

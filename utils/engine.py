@@ -120,11 +120,13 @@ def train_epoch(step, loader, optimization, logger, epoch, num_epoch, print_freq
             elapsed = time.perf_counter() - began
             left = elapsed / (i + 1) * (steps - i - 1 + steps * (num_epoch - epoch - 1))
             values = {name: value.item() for name, value in losses.items()} | {'grad_norm': grad_norm.item()}
+            shown_rates = '  '.join(f'lr_{name} {rate:.2e}' for name, rate in rates.items() if name != 'head_bias')
             speed = (i + 1) * loader.batch_sampler.batch_size / elapsed
+            who = f'seed {position["seed"]} ' if 'seed' in position else ''
             logger.info(
-                f'epoch {epoch + 1}/{num_epoch} step {i + 1}/{steps}  '
+                f'{who}epoch {epoch + 1}/{num_epoch} step {i + 1}/{steps}  '
                 + '  '.join(f'{name} {value:.4f}' for name, value in values.items())
-                + f'  lr {max(rates.values()):.2e}  {speed:.1f} samples/s  waiting for data {waited / elapsed:.0%}'
+                + f'  {shown_rates}  {speed:.1f} samples/s  waiting for data {waited / elapsed:.0%}'
                 + f'  left {timedelta(seconds=round(left))}'
             )
             logger.record(
