@@ -1,4 +1,4 @@
-"""Stage 2: teach a base network the novel classes of its fold from a few images each (paper, section 3.3).
+"""Stage 2: teach a base network the novel classes of its fold from a few images each.
 
     python ft_pop.py --dataset voc --data-dir VOC2012 --fold 0 --shot 5 --random-seed 123,234 \\
         --restore-from runs/base --snapshot-dir runs/5shot --fix-lr --update-base

@@ -1,4 +1,4 @@
-"""Evaluate a network on base and novel classes together, at the masks' original size (paper, section 4.1).
+"""Evaluate a network on base and novel classes together, at the masks' original size.
 
     python test.py --dataset voc --data-dir VOC2012 --fold 0 --shot 5 --random-seed 123,234 --restore-from runs/5shot
 

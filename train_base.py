@@ -1,4 +1,4 @@
-"""Stage 1: learn the base classes of a fold (paper, section 3.2).
+"""Stage 1: learn the base classes of a fold.
 
     python train_base.py --dataset voc --data-dir VOC2012 --restore-from resnet50_v2.pth --snapshot-dir runs/base
     torchrun --nproc_per_node=4 train_base.py --dataset coco --data-dir COCO --restore-from resnet50_v2.pth \\
@@ -14,13 +14,7 @@ from dataset import DATASETS, Augmentation, FoldData
 from model import BACKBONES, MODELS, build_model
 from model.losses import pop_losses
 from utils import args as cli
-from utils.checkpoint import (
-    holds_network,
-    load_backbone,
-    load_weights,
-    network_config,
-    resolve_checkpoint,
-)  # fmt: skip
+from utils.checkpoint import holds_network, load_backbone, load_weights, network_config, resolve_checkpoint
 from utils.distributed import main_first, parallel, process_group, world_size
 from utils.engine import autocast, evaluation_loader, fit, to_device, training_loader
 from utils.errors import InputError, exits_cleanly
