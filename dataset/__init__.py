@@ -53,26 +53,26 @@ class FoldData:
     def ensure_lists(self, overwrite=False):
         """Make the fold's class lists where they are missing, and check them where they are there."""
         self.ensure_images()
-        ensure_class_lists(self.spec, self._samples('train', True), self.train_list, self.lists, overwrite)
+        ensure_class_lists(self.spec, self.samples('train', True), self.train_list, self.lists, overwrite)
 
     def check_validation_masks(self):
         """Read every validation mask once, so that a bad one ends a run before its first epoch rather than after."""
         ids = read_ids(self.val_list, self.spec.mend)
         cache = Path(self.val_list).parent / f'val_{CACHE_NAME}'
-        ClassIndex.from_masks(self._samples('val', True, ids), ids, self.spec.num_classes, cache)
+        ClassIndex.from_masks(self.samples('val', True, ids), ids, self.spec.num_classes, cache)
 
     def base_training(self, augmentation, seed):
         """Stage 1: images with at least one base class, novel pixels relabelled background."""
         ids = read_ids(self.lists.train, self._mend_lists)
-        return SegmentationDataset(ids, self._samples('train', True, ids), augmentation, seed)
+        return SegmentationDataset(ids, self.samples('train', True, ids), augmentation, seed)
 
     def few_shot_training(self, augmentation, shot, seed, redraw_every=0):
         """Stage 2: pairs of a support view, all annotations kept, and a base view without novel annotations."""
         class_lists = {c: read_ids(self.lists.base_class(c), self._mend_lists, True) for c in self.base_ids}
         base_ids = list(dict.fromkeys(image_id for ids in class_lists.values() for image_id in ids))
         support_ids = self.support_ids(shot, seed)
-        support = SegmentationDataset(support_ids, self._samples('train', False, support_ids), augmentation)
-        base = SegmentationDataset(base_ids, self._samples('train', True, base_ids), augmentation)
+        support = SegmentationDataset(support_ids, self.samples('train', False, support_ids), augmentation)
+        base = SegmentationDataset(base_ids, self.samples('train', True, base_ids), augmentation)
         return FewShotDataset(support, base, class_lists, shot, seed, redraw_every)
 
     def support_ids(self, shot, seed):
@@ -88,7 +88,7 @@ class FoldData:
                 f'list {path} names {len(ids)} images; {shot} shots of {len(self.novel_ids)} novel classes are '
                 f'{shot * len(self.novel_ids)}. Is it a list of another shot? To make it anew, delete it and {mend}'
             )
-        samples = self._samples('train', False, ids)
+        samples = self.samples('train', False, ids)
         for i, image_id in enumerate(ids):
             label = len(self.base_ids) + 1 + i // shot
             if label not in samples.read(image_id)[1]:
@@ -107,15 +107,18 @@ class FoldData:
             original_size (bool): masks stay at their original size, as the final evaluation compares.
         """
         ids = read_ids(self.val_list, self.spec.mend)
-        samples = self._samples('val', not with_novel, ids)
+        samples = self.samples('val', not with_novel, ids)
         return SegmentationDataset(ids, samples, fit_size=size, resize_mask=not original_size)
 
     @property
     def _mend_lists(self):
         return f'remove {self.lists.train.parent} to have its lists made anew'
 
-    def _samples(self, split, novel_as_background, ids=()):
-        """How to read a split; InputError where its folders or one of `ids` is not there."""
+    def samples(self, split, novel_as_background, ids=()):
+        """How to read the 'train' or 'val' split; InputError where its folders or one of `ids` is not there.
+
+        With fold -1 the labels are the class ids.
+        """
         images = Path(self.data_dir) / getattr(self.spec, f'{split}_images')
         masks = Path(self.data_dir) / getattr(self.spec, f'{split}_masks')
         for folder, suffix in ((images, '.jpg'), (masks, '.png')):

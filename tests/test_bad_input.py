@@ -54,6 +54,7 @@ def expect(result, code, *words):
     (('--scale-range', '1.5,0.5'), ('1.5,0.5', 'LO <= HI')),
     (('--batch-size', '0'), ('0', '> 0')),
     (('--learning-rate', '-1'), ('-1', '>= 0')),
+    (('--learning-rate', '0'), ('0', '> 0')),
     (('--momentum', 'nan'), ('nan', 'finite')),
     (('--batch-size', '1'), ('two images per process', '--fix-bn')),
     (('--random-seed', 'x'), ('x', 'whole number')),

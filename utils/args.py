@@ -201,6 +201,8 @@ def check(parser, args, datasets):
         args.scale_range = args.scale_range or spec.scale_range
         if args.start_epoch >= args.num_epoch:
             parser.error(f'--start-epoch {args.start_epoch} leaves nothing of --num-epoch {args.num_epoch}')
+        if args.learning_rate == 0:
+            parser.error(f'--learning-rate: got {args.learning_rate}; expected a number > 0')
         world = world_size()
         if args.batch_size % world:
             below, above = args.batch_size // world * world, (args.batch_size // world + 1) * world

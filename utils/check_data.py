@@ -15,9 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from dataset import DATASETS, FoldData
-from dataset.labels import label_table
 from dataset.lists import read_ids
-from dataset.segmentation import Samples
 from utils.args import not_negative, positive
 from utils.errors import InputError, exits_cleanly, some
 from utils.parallel import parallel_map
@@ -53,19 +51,19 @@ def examine(image_id, samples):
     return None, np.bincount(mask.ravel(), minlength=256)
 
 
-def check_split(split, list_path, spec, data_dir, workers):
-    """Examine every image of a list.
+def check_split(split, data, workers):
+    """Examine every image of a split's list.
+
+    Args:
+        split (str): 'train' or 'val'.
+        data (FoldData): of fold -1, whose labels are the class ids.
+        workers (int, optional): processes.
 
     Returns:
         tuple: findings as (severity, subject, text), ids, pixel counts int64 [N, 256].
     """
-    ids = read_ids(list_path, spec.mend)
-    # fold -1: labels are class ids
-    samples = Samples(
-        Path(data_dir) / getattr(spec, f'{split}_images'),
-        Path(data_dir) / getattr(spec, f'{split}_masks'),
-        label_table(spec.base_ids(-1), (), True),
-    )
+    ids = read_ids(getattr(data, f'{split}_list'), data.spec.mend)
+    samples = data.samples(split, novel_as_background=True)
     results = parallel_map(partial(examine, samples=samples), ids, f'examining {split} images', workers)
     findings = [('error', f'{split} {i}', what) for i, (what, _) in zip(ids, results, strict=True) if what]
     pixels = np.array([counts for _, counts in results])
@@ -110,8 +108,9 @@ def check_lists(data, shots):
 @exits_cleanly
 def main(args):
     spec = DATASETS[args.dataset]
-    findings, train_ids, pixels = check_split('train', args.train_list, spec, args.data_dir, args.workers)
-    more, val_ids, _ = check_split('val', args.val_list, spec, args.data_dir, args.workers)
+    everything = FoldData(spec, args.data_dir, -1, args.train_list, args.val_list)
+    findings, train_ids, pixels = check_split('train', everything, args.workers)
+    more, val_ids, _ = check_split('val', everything, args.workers)
     findings += more
     if shared := sorted(set(train_ids) & set(val_ids)):
         findings.append(

@@ -17,11 +17,9 @@ import numpy as np
 from PIL import Image
 from scipy.io import loadmat
 
-from dataset import DATASETS
+from dataset import DATASETS, FoldData
 from dataset.classes import LIST_ROOT
-from dataset.labels import label_table
 from dataset.lists import ClassIndex, keep_or_write_ids, read_ids
-from dataset.segmentation import Samples
 from utils.args import positive
 from utils.errors import InputError, exits_cleanly, some
 from utils.files import atomic_write
@@ -146,7 +144,8 @@ def main(args):
     lists = {spec.train_list: sorted(masks - set(val)), spec.val_list: val}
     for name, ids in lists.items():
         print(keep_or_write_ids(args.list_dir / name, ids, args.overwrite))
-    samples = Samples(args.voc_root / spec.train_images, folder, label_table(spec.base_ids(-1), (), True))
+    train_list, val_list = (args.list_dir / name for name in lists)
+    samples = FoldData(spec, args.voc_root, -1, train_list, val_list).samples('train', novel_as_background=True)
     report(spec, samples, lists, args.workers)
 
 
