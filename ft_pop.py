@@ -13,11 +13,22 @@ import torch
 
 from dataset import DATASETS, Augmentation, FoldData
 from model import BACKBONES, MODELS, build_model
+from model.folding import folded
 from model.losses import pop_losses, pseudo_label
 from utils import args as cli
+from utils.cache import cache_features
 from utils.checkpoint import count_classes, load_backbone, load_weights, network_config, resolve_checkpoint
 from utils.distributed import main_first, parallel, process_group
-from utils.engine import autocast, evaluation_loader, fit, to_device, training_loader
+from utils.engine import (
+    autocast,
+    compile_features,
+    evaluate,
+    evaluation_loader,
+    fit,
+    precision,
+    to_device,
+    training_loader,
+)
 from utils.errors import InputError, exits_cleanly
 from utils.logger import RunLogger
 from utils.metrics import summary_table
@@ -47,26 +58,53 @@ def parse_args(argv=None):
         metavar='N',
         help='with --update-base: draw every N epochs (default: 1)',
     )
+    group = parser.add_argument_group('validation cache')
+    group.add_argument(
+        '--val-cache',
+        choices=('auto', 'memory', 'disk', 'off'),
+        default='auto',
+        help="where the frozen network's validation features are kept; auto: in memory within the budget, else in the "
+        'snapshot folder, else not at all (default)',
+    )
+    group.add_argument(
+        '--val-cache-gb',
+        type=cli.rate,
+        default=8,
+        metavar='GB',
+        help='memory for them on each host; VOC at 473x473 takes 6 GB (default: 8)',
+    )
     args = cli.check(parser, parser.parse_args(argv), DATASETS)
     if not DATASETS[args.dataset].novel_ids(args.fold):
         parser.error('--fold -1 has no novel classes, so there is nothing for stage 2 to learn')
     return args
 
 
-def restore(net, args, seed):
-    """Load the base network; with --start-epoch, a stage-2 checkpoint of the same seed."""
+def restore(args, data, device):
+    """The network that stage 2 starts from and freezes.
+
+    That is the stage-1 network of --restore-from, a random one where it names none, and with --start-epoch the stage-2
+    network of the first seed (its novel parts are then left to `start`).
+    """
+    torch.manual_seed(args.random_seed[0])
+    base = build_model(args.backbone, len(data.base_ids), len(data.novel_ids) if args.start_epoch else 0, args.os)
     if args.start_epoch:
-        path = resolve_checkpoint(args.restore_from, 'last', seed)
-        if not count_classes(path)[1]:
-            raise InputError(f'--start-epoch goes on from a stage-2 checkpoint; {path} has no novel classes')
-        load_weights(net, path, network_config(args, seed))
+        load_stage_2(base, args, args.random_seed[0])
     elif args.restore_from == 'imagenet':
-        load_backbone(net, 'imagenet', args.backbone)
+        load_backbone(base, 'imagenet', args.backbone)
     elif args.restore_from != 'none':
         path = resolve_checkpoint(args.restore_from)
         if count_classes(path)[1]:
             raise InputError(f'{path} has novel classes already; expected a checkpoint of stage 1 (train_base.py)')
-        load_weights(net, path, network_config(args))
+        load_weights(base, path, network_config(args))
+    return base.to(device, memory_format=torch.channels_last)
+
+
+def load_stage_2(net, args, seed):
+    """Load the checkpoint that --start-epoch goes on from."""
+    path = resolve_checkpoint(args.restore_from, 'last', seed)
+    if not count_classes(path)[1]:
+        raise InputError(f'--start-epoch goes on from a stage-2 checkpoint; {path} has no novel classes')
+    load_weights(net, path, network_config(args, seed))
 
 
 def improves(metrics, best):
@@ -77,19 +115,37 @@ def improves(metrics, best):
     return gain >= 0 and (gain > 0.1 or metrics['novel'] >= best['novel'])
 
 
-def update_novel(args, data, seed, device, logger, val_loader):
-    """Run stage 2 for one seed; returns the validation results of `best` and of `last`."""
+def update_novel(args, data, seed, base, frozen, val_batches, logger):
+    """Run stage 2 for one seed.
+
+    Args:
+        args (Namespace): the flags.
+        data (FoldData): of the fold.
+        seed (int): of the support draw and all else.
+        base (POP): the network to start from.
+        frozen (POP): its folded copy, whose features training and validation use.
+        val_batches (iterable): validation images or their features.
+        logger (RunLogger): of this run.
+
+    Returns:
+        dict: validation results of 'best' and of 'last'.
+    """
     torch.manual_seed(seed)
+    device = base.base_emb.device
     augmentation = Augmentation(args.input_size, args.scale_range)
     redraw_every = args.update_epoch if args.update_base else 0
     train_set = data.few_shot_training(augmentation, args.shot, seed, redraw_every)
     train_loader = training_loader(train_set, args.batch_size, seed, args.num_workers, device, fill_last=True)
 
     net = build_model(args.backbone, len(data.base_ids), len(data.novel_ids), args.os)
-    restore(net, args, seed)
+    if args.start_epoch:
+        load_stage_2(net, args, seed)
+    else:
+        net.start_from(base)
     net.freeze_base()
     net.to(device, memory_format=torch.channels_last)
-    parallel_net = parallel(net, device)
+    fast = net.on_features_of(frozen)
+    parallel_net = parallel(fast, device)
 
     def step(batch):
         support, base = batch['support'], batch['base']
@@ -101,9 +157,12 @@ def update_novel(args, data, seed, device, logger, val_loader):
         base_masks = pseudo_label(masks[count:], logits[count:], net.num_base)
         return pop_losses(logits, torch.cat([masks[:count], base_masks]), net.novel_emb, fixed=net.base_emb)
 
-    loaders, config = (train_loader, val_loader), network_config(args, seed)
+    def validate():
+        return evaluate(fast, val_batches, device, args.fp16)
+
     patience = max(args.num_epoch // 4, 1)
-    return fit(step, net, loaders, logger, args, config, improves, seed, patience)
+    config = network_config(args, seed)
+    return fit(step, validate, net, train_loader, logger, args, config, improves, seed, patience)
 
 
 @exits_cleanly
@@ -115,14 +174,19 @@ def main(args):
         main_first(data.check_validation_masks)
         for seed in args.random_seed:  # a list that does not fit ends the run before the first seed is trained
             data.support_ids(args.shot, seed)
-        val_set = data.validation(args.base_size, with_novel=True)
+        val_set = data.validation(args.base_size, with_novel=True, limit=args.val_limit)
         val_loader = evaluation_loader(val_set, args.test_batch_size, args.num_workers, device)
+        base = restore(args, data, device)
+        frozen = folded(base, precision(device, args.fp16))
+        if args.compile:
+            compile_features(frozen)
         logger = RunLogger(args.snapshot_dir, vars(args))
         logger.info(f'{args.shot}-shot, novel classes {data.novel_ids}, {len(val_set)} validation images')
+        val_batches = cache_features(frozen, val_loader, args.base_size, device, args, logger)
 
         rows = {}
         for seed in args.random_seed:
-            results = update_novel(args, data, seed, device, logger, val_loader)
+            results = update_novel(args, data, seed, base, frozen, val_batches, logger)
             for which, metrics in results.items():
                 mark = ' (selected)' if which == args.select else ''
                 rows[f'seed {seed}, {which}{mark}'] = metrics

@@ -18,10 +18,11 @@ import torch
 
 from dataset import DATASETS, FoldData
 from model import BACKBONES, MODELS, build_model
+from model.folding import folded
 from utils import args as cli
 from utils.checkpoint import count_classes, load_backbone, load_weights, network_config, resolve_checkpoint
 from utils.distributed import is_main, main_first, process_group
-from utils.engine import evaluate, evaluation_loader
+from utils.engine import compile_features, evaluate, evaluation_loader, precision
 from utils.errors import InputError, exits_cleanly, some
 from utils.files import atomic_write, check_writable
 from utils.metrics import SUMMARY, iou_per_class, summarize, summary_table
@@ -97,7 +98,9 @@ def evaluate_seed(args, data, seed, device, folder):
         tuple: dict of 'checkpoint', the keys of `SUMMARY`, and 'iou' by class name, in percent; paths of the panels.
     """
     net, path = load_network(args, data, seed)
-    net.to(device)
+    net = folded(net.to(device), precision(device, args.fp16))
+    if args.compile:
+        compile_features(net)
     val_set = data.validation(args.base_size, with_novel=net.num_novel > 0, original_size=True)
     loader = evaluation_loader(val_set, args.test_batch_size, args.num_workers, device)
     names = data.spec.logit_names(data.fold)[: net.num_logits]

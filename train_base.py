@@ -16,7 +16,7 @@ from model.losses import pop_losses
 from utils import args as cli
 from utils.checkpoint import holds_network, load_backbone, load_weights, network_config, resolve_checkpoint
 from utils.distributed import main_first, parallel, process_group, world_size
-from utils.engine import autocast, evaluation_loader, fit, to_device, training_loader
+from utils.engine import autocast, compile_features, evaluate, evaluation_loader, fit, to_device, training_loader
 from utils.errors import InputError, exits_cleanly
 from utils.logger import RunLogger
 
@@ -69,7 +69,7 @@ def main(args):
         main_first(data.ensure_lists)
         main_first(data.check_validation_masks)
         train_set = data.base_training(Augmentation(args.input_size, args.scale_range), args.random_seed)
-        val_set = data.validation(args.base_size, with_novel=False)
+        val_set = data.validation(args.base_size, with_novel=False, limit=args.val_limit)
         train_loader = training_loader(train_set, args.batch_size, args.random_seed, args.num_workers, device)
         val_loader = evaluation_loader(val_set, args.test_batch_size, args.num_workers, device)
 
@@ -80,6 +80,8 @@ def main(args):
         if args.fix_bn:
             net.fix_batch_norm()
         net.to(device, memory_format=torch.channels_last)
+        if args.compile:
+            compile_features(net)
         parallel_net = parallel(net, device)
         logger = RunLogger(args.snapshot_dir, vars(args))
         logger.info(f'{len(train_set)} training and {len(val_set)} validation images, base classes {data.base_ids}')
@@ -91,11 +93,13 @@ def main(args):
                 logits = parallel_net(images)  # [B, 1 + Kb, h, w]
             return pop_losses(logits, masks, net.base_emb)
 
+        def validate():
+            return evaluate(net, val_loader, device, args.fp16)
+
         def improves(metrics, best):
             return best is None or metrics['base'] >= best['base']
 
-        loaders = train_loader, val_loader
-        fit(step, net, loaders, logger, args, network_config(args), improves)
+        fit(step, validate, net, train_loader, logger, args, network_config(args), improves)
         logger.close()
 
 

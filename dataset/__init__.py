@@ -1,6 +1,7 @@
 """Data sets of the two stages and of evaluation, built from a `DatasetSpec` and list files."""
 
 import os
+import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,15 +99,19 @@ class FoldData:
                 )
         return ids
 
-    def validation(self, size, with_novel, original_size=False):
+    def validation(self, size, with_novel, original_size=False, limit=None):
         """Evaluation images.
 
         Args:
             size ((int, int)): images are resized to fit (H, W) and padded.
             with_novel (bool): novel pixels have their own labels; otherwise they count as background.
             original_size (bool): masks stay at their original size, as the final evaluation compares.
+            limit (int, optional): a random choice of so many images, the same for every run.
         """
         ids = read_ids(self.val_list, self.spec.mend)
+        if limit and limit < len(ids):
+            chosen = set(random.Random(0).sample(ids, limit))
+            ids = [image_id for image_id in ids if image_id in chosen]
         samples = self.samples('val', not with_novel, ids)
         return SegmentationDataset(ids, samples, fit_size=size, resize_mask=not original_size)
 

@@ -69,10 +69,10 @@ def read_image(path):
         content = Path(path).read_bytes()
     except OSError as error:
         raise _unreadable(path, 'image') from error
-    image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR) if content else None
+    image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB) if content else None
     if image is None or (not content.endswith(JPEG_END) and not _decodes_strictly(content)):
         raise _unreadable(path, 'image')
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    return image
 
 
 def _decodes_strictly(content):
@@ -153,7 +153,7 @@ class SegmentationDataset(Dataset):
             epoch that training starts from changes what is drawn.
         seed (int): of the random choices.
         fit_size ((int, int), optional): evaluation: image resized to fit (H, W) and padded.
-        resize_mask (bool): evaluation: mask resized and padded alike rather than left at its original size.
+        resize_mask (bool): evaluation: mask resized alike (not padded) rather than left at its original size.
     """
 
     def __init__(self, image_ids, samples, augmentation=None, seed=0, fit_size=None, resize_mask=False):
@@ -189,7 +189,8 @@ class SegmentationDataset(Dataset):
 
     def _evaluation_item(self, image_id):
         original, labels = self.samples.read(image_id)
-        image, mask = transforms.to_tensors(*transforms.fit(original, labels, self.fit_size), self.fit_size)
+        fitted, mask = transforms.fit(original, labels, self.fit_size)
+        image, _ = transforms.to_tensors(fitted, mask, self.fit_size)
         if self.resize_mask:
             return {'image': image, 'mask': mask, 'canvas': self.fit_size, 'id': image_id}
         factor = transforms.fit_factor(labels.shape, self.fit_size)

@@ -10,6 +10,8 @@ from utils.metrics import IGNORE_INDEX
 
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
+# the normalised value of every 8-bit value, [256, 1, 3]: one lookup a pixel in place of three float operations
+NORMALISED = (np.arange(256, dtype=np.float32)[:, None, None] / np.float32(255) - IMAGENET_MEAN) / IMAGENET_STD
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,11 @@ def to_tensors(image, mask, size):
     """Normalise with ImageNet's mean and std, then pad right and bottom: the image with 0, the mask with 255.
 
     Returns:
-        tuple: float32 [3, *size] and uint8 [*size] tensors.
+        tuple: float32 [3, *size], channels last in memory, and uint8 [*size] tensors.
     """
     height, width = mask.shape
     pixels = np.zeros((*size, 3), np.float32)
-    pixels[:height, :width] = (image / np.float32(255) - IMAGENET_MEAN) / IMAGENET_STD
+    pixels[:height, :width] = cv2.LUT(np.ascontiguousarray(image), NORMALISED)
     labels = np.full(size, IGNORE_INDEX, np.uint8)
     labels[:height, :width] = mask
-    return torch.from_numpy(pixels.transpose(2, 0, 1).copy()), torch.from_numpy(labels)
+    return torch.from_numpy(pixels).permute(2, 0, 1), torch.from_numpy(labels)

@@ -3,7 +3,10 @@
 `resnet50v2` / `resnet101v2` are the ResNets of PSPNet: a stem of three 3x3 convolutions in place of the 7x7 one.
 """
 
+import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torchvision import models
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
@@ -111,8 +114,65 @@ def _dilate(stage, dilation):
     torchvision's own `replace_stride_with_dilation` leaves the first block at the previous dilation and refuses
     BasicBlock; PSPNet's networks, which published checkpoints were trained with, dilate every block.
     """
-    for conv in stage.modules():
-        if isinstance(conv, nn.Conv2d):
-            conv.stride = (1, 1)
-            if conv.kernel_size == (3, 3):
-                conv.dilation = conv.padding = (dilation, dilation)
+    for parent in list(stage.modules()):
+        for name, conv in parent.named_children():
+            if isinstance(conv, nn.Conv2d):
+                conv.stride = (1, 1)
+                if conv.kernel_size == (3, 3):
+                    conv.dilation = conv.padding = (dilation, dilation)
+                    if conv.groups == conv.in_channels:
+                        setattr(parent, name, DilatedDepthwiseConv2d(conv))
+
+
+class DilatedDepthwiseConv2d(nn.Conv2d):
+    """A depthwise 3x3 convolution whose backward pass is written out on the CPU.
+
+    PyTorch 2.14's own is an order of magnitude slower there, and its bfloat16 weight gradient is wrong on feature maps
+    of 33x33 (`tests/test_model.py` has the comparison).
+
+    Args:
+        conv (nn.Conv2d): without bias; settings and weight are taken over.
+    """
+
+    def __init__(self, conv):
+        channels = conv.in_channels
+        super().__init__(channels, channels, 3, 1, conv.padding, conv.dilation, channels, bias=False)
+        self.weight = conv.weight
+
+    def forward(self, x):
+        if x.device.type == 'cpu' and torch.is_grad_enabled() and self.weight.requires_grad:
+            return _DepthwiseFunction.apply(x, self.weight.to(x.dtype), self.dilation[0])
+        return super().forward(x)
+
+
+class _DepthwiseFunction(torch.autograd.Function):
+    """x [B, C, h, w] and weight [C, 1, 3, 3] of one type to [B, C, h, w], zero-padded."""
+
+    @staticmethod
+    def forward(ctx, x, weight, dilation):
+        ctx.save_for_backward(x, weight)
+        ctx.dilation = dilation
+        return _depthwise(x, weight, dilation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        by_weight = torch.empty_like(weight)
+        for row in range(3):
+            for column in range(3):
+                above, below = _overlap(x.shape[2], (row - 1) * ctx.dilation)
+                left, right = _overlap(x.shape[3], (column - 1) * ctx.dilation)
+                product = gradient[:, :, above, left] * x[:, :, below, right]
+                by_weight[:, 0, row, column] = product.sum(dim=(0, 2, 3))
+        # the gradient by x is the convolution with the kernel turned round
+        return _depthwise(gradient, weight.flip(2, 3), ctx.dilation), by_weight, None
+
+
+def _depthwise(x, weight, dilation):
+    return F.conv2d(x, weight, padding=dilation, dilation=dilation, groups=len(weight))
+
+
+def _overlap(size, shift):
+    """Positions i in 0..size-1 for which i + shift is one too, and these i + shift, as slices."""
+    return slice(max(-shift, 0), max(size - max(shift, 0), 0)), slice(max(shift, 0), max(size + min(shift, 0), 0))

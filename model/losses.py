@@ -5,8 +5,10 @@ Dimensions: B batch, K logits, h x w feature size, H x W mask size.
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
-from utils.metrics import IGNORE_INDEX, upsample
+from utils.metrics import IGNORE_INDEX
+from utils.upsampling import interpolation, predict, row_bands, widened
 
 ORTHOGONALITY_WEIGHT = 10.0
 
@@ -21,8 +23,44 @@ def cross_entropy(logits, mask):
     Returns:
         Tensor: scalar; 0 where every pixel is ignored.
     """
-    total = F.cross_entropy(upsample(logits, mask.shape[-2:]), mask, ignore_index=IGNORE_INDEX, reduction='sum')
-    return total / (mask != IGNORE_INDEX).sum().clamp(min=1)
+    return _UpsampledCrossEntropy.apply(logits, mask) / (mask != IGNORE_INDEX).sum().clamp(min=1)
+
+
+class _UpsampledCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of logits upsampled to a mask, summed; arguments as in `cross_entropy`.
+
+    Upsampled logits would be the largest tensors of a training step. Here a band of rows is upsampled, scored and its
+    gradient brought back to the features' resolution, in place, before the next one is made.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, mask):
+        wide = widened(logits, mask.shape[-1])  # [B, K, h, W]
+        gradient = torch.zeros_like(wide)
+        total = wide.new_zeros(())
+        for rows, cells, taps in row_bands(logits, mask.shape[-2:]):
+            z = taps @ wide[:, :, cells]  # [B, K, rows, W]
+            z -= z.amax(dim=1, keepdim=True)
+            labels = mask[:, None, rows]
+            counted = labels != IGNORE_INDEX
+            labels = labels.where(counted, 0)
+            total -= (z.gather(1, labels) * counted).sum()
+            z.exp_()
+            partition = z.sum(dim=1, keepdim=True)
+            total += (partition.log() * counted).sum()
+            # gradient of the sum: probability minus one-hot
+            z *= counted / partition
+            z.scatter_(1, labels, z.gather(1, labels) - counted.to(z.dtype))
+            gradient[:, :, cells] += taps.T @ z
+        across = interpolation(mask.shape[-1], logits.shape[-1], wide.dtype, wide.device)
+        ctx.save_for_backward((gradient @ across).to(logits.dtype))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, scale):
+        (gradient,) = ctx.saved_tensors
+        return scale.to(gradient.dtype) * gradient, None
 
 
 def orthogonality(trained, fixed=None):
@@ -73,6 +111,6 @@ def pseudo_label(mask, logits, num_base):
         Tensor: a new mask; background pixels hold the argmax over background and the novel classes.
     """
     candidates = torch.cat([logits[:, :1], logits[:, 1 + num_base :]], dim=1)
-    choice = upsample(candidates, mask.shape[-2:]).argmax(dim=1)
+    choice = predict(candidates, mask.shape[-2:])
     novel = torch.where(choice > 0, choice + num_base, choice)
     return torch.where(mask == 0, novel, mask)

@@ -3,6 +3,8 @@
 Dimensions: B batch, C feature channels, Kb base classes, Kn novel classes, h x w feature size.
 """
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -88,6 +90,17 @@ class POP(nn.Module):
     def prototypes(self):
         """The base prototypes [Kb, C], followed by the novel ones [Kn, C] where there are any."""
         return (self.base_emb, self.novel_emb) if self.num_novel else (self.base_emb,)
+
+    def on_features_of(self, frozen):
+        """A twin that takes its features from a frozen network: the head is this network's own, trained by either."""
+        twin = copy.copy(self)
+        twin._modules = self._modules | {'backbone': frozen.backbone, 'decoder': frozen.decoder}
+        return twin
+
+    def start_from(self, base):
+        """Start stage 2 from a network of stage 1: its weights, and phi_n from phi."""
+        self.load_state_dict(base.state_dict(), strict=False)
+        self.start_novel_classifier()
 
     def start_novel_classifier(self):
         """Start phi_n from phi."""

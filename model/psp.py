@@ -49,6 +49,7 @@ class PSP(nn.Module):
             nn.ReLU(inplace=True),
             nn.Conv2d(channels, channels, 1),
         )
+        self.register_buffer('feature_weight', None, persistent=False)
 
     def forward(self, x):
         """Decode backbone features.
@@ -60,14 +61,24 @@ class PSP(nn.Module):
             Tensor: [B, C, h, w].
         """
         conv, *rest = self.bottleneck
-        # rows (output channel, tap), columns input channels: no copy where the weight is stored channels-last
-        weight = conv.weight.permute(0, 2, 3, 1)  # [C, 3, 3, n*C + Cb]
-        *pyramid, feature = weight.split([self.out_channels] * len(self.bins) + [self.in_channels], dim=3)
-        y = F.conv2d(x, feature.permute(0, 3, 1, 2), padding=1)  # [B, C, h, w]
+        *pyramid, feature = self._weights()
+        y = F.conv2d(x, feature, conv.bias, padding=1)  # [B, C, h, w]; has a bias only where folded
         y = y + self._pyramid(x, pyramid)
         for layer in rest:
             y = layer(y)
         return y
+
+    def freeze_weights(self):
+        """Keep the copy that the convolution makes of its part of the weight; later changes of it go unnoticed."""
+        *_, feature = self._weights()
+        self.feature_weight = feature.contiguous(memory_format=torch.channels_last)
+
+    def _weights(self):
+        """The 3x3 convolution's weight: for each scale [C, 3, 3, C], for the feature [C, Cb, 3, 3]."""
+        # rows (output channel, tap), columns input channels: no copy where the weight is stored channels-last
+        weight = self.bottleneck[0].weight.permute(0, 2, 3, 1)  # [C, 3, 3, n*C + Cb]
+        *pyramid, feature = weight.split([self.out_channels] * len(self.bins) + [self.in_channels], dim=3)
+        return *pyramid, feature.permute(0, 3, 1, 2) if self.feature_weight is None else self.feature_weight
 
     def _pyramid(self, x, weights):
         """The pyramid's share of the 3x3 convolution: sum over scales and taps, [B, C, h, w]."""
@@ -82,6 +93,7 @@ class PSP(nn.Module):
         return pyramid.unflatten(2, (height, width))
 
 
+@torch.compiler.assume_constant_result
 @lru_cache(maxsize=8)
 def _upsampling_taps(bins, height, width, device, dtype):
     """shift_t(U_s) for every scale and the nine taps of a zero-padded 3x3 convolution, [9 * S, height * width].

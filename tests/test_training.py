@@ -3,6 +3,7 @@
 import argparse
 import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -46,6 +47,16 @@ def test_training_follows_the_plain_formulation_step_by_step(num_novel):
         curves.append(curve)
     assert curves[0] == pytest.approx(curves[1], rel=1e-9)
     assert curves[0][-1] != curves[0][0]
+
+
+@pytest.mark.parametrize(('stage', 'seed'), (('stage_1', None), ('stage_2', 123)))
+def test_losses_follow_the_golden_curve(base_run, few_shot_run, stage, seed):
+    """Float32 losses of two short runs, written down before any of the steps was made faster."""
+    golden = json.loads((Path(__file__).parent / 'golden_losses.json').read_text())[stage]
+    lines = ((base_run if seed is None else few_shot_run) / 'metrics.jsonl').read_text().splitlines()
+    records = [r for r in map(json.loads, lines) if r['kind'] == 'train' and r.get('seed') == seed]
+    for term, curve in golden.items():
+        assert [record[term] for record in records] == pytest.approx(curve, abs=1e-4), term
 
 
 def test_parameter_groups_follow_the_recipe():
@@ -96,7 +107,6 @@ def test_a_run_keeps_best_and_last_and_stops_early(tmp_path, monkeypatch, val_ev
     """A scripted run: the third epoch is the best (the second and fourth where every second one is validated)."""
     correct = iter([50, 60, 70, 65, 60, 55, 50, 45] if val_every == 1 else [60, 70, 60, 50])
     monkeypatch.setattr(engine, 'train_epoch', lambda *args, **position: None)
-    monkeypatch.setattr(engine, 'evaluate', lambda *args: np.array([[(hits := next(correct)), 100 - hits], [0, 100]]))
     net = POP(nn.Conv2d(3, 8, 1), PSP(8, 16), 1)
     args = argparse.Namespace(
         snapshot_dir=tmp_path, start_epoch=0, num_epoch=8, val_every=val_every, save_pred_every=3, print_frequency=1,
@@ -104,7 +114,8 @@ def test_a_run_keeps_best_and_last_and_stops_early(tmp_path, monkeypatch, val_ev
     )  # fmt: skip
     patience = 2
     result = engine.fit(
-        None, net, ([0], None), RunLogger(tmp_path, {}), args, {'fold': 0},
+        None, lambda: np.array([[(hits := next(correct)), 100 - hits], [0, 100]]), net, [0], RunLogger(tmp_path, {}),
+        args, {'fold': 0},
         improves=lambda metrics, best: best is None or metrics['base'] > best['base'], seed=7, patience=patience,
     )  # fmt: skip
     epochs = {path.stem: torch.load(path, weights_only=True)['epoch'] for path in tmp_path.glob('*.pth')}

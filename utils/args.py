@@ -104,6 +104,9 @@ def add_model_flags(parser, models, backbones, restore_help):
         '--device', choices=('auto', 'cpu', 'cuda'), default='auto', help='auto: CUDA where there is one (default)'
     )
     group.add_argument('--fp16', action='store_true', help='mixed precision: float16 on CUDA, bfloat16 on the CPU')
+    group.add_argument(
+        '--compile', action='store_true', help='torch.compile backbone and decoder; gains nothing on CPUs tried so far'
+    )
 
 
 def add_training_flags(parser, batch_size, num_epoch, seed_type, seed, seed_help):
@@ -160,6 +163,12 @@ def add_training_flags(parser, batch_size, num_epoch, seed_type, seed, seed_help
         default=1,
         metavar='N',
         help='validate every N epochs and after the last (default: 1)',
+    )
+    group.add_argument(
+        '--val-limit',
+        type=positive,
+        metavar='N',
+        help='validate on a fixed random choice of N images; test.py evaluates on all (default: all)',
     )
     group.add_argument(
         '--print-frequency', type=positive, default=50, metavar='N', help='log every N steps (default: 50)'

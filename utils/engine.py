@@ -5,14 +5,16 @@ from datetime import timedelta
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from utils.checkpoint import save_checkpoint
 from utils.distributed import all_sum, is_main, rank, share_buffers, world_size
 from utils.errors import InputError
-from utils.metrics import confusion_matrix, summarize, upsample
+from utils.metrics import confusion_matrix, summarize
 from utils.optim import Optimization
+from utils.upsampling import needed, predict
 
 
 class TrainingBatches:
@@ -78,9 +80,22 @@ def _collate_evaluation(items):
     return batch
 
 
+def precision(device, fp16):
+    """The type that convolutions run in: with mixed precision float16 on CUDA, bfloat16 on the CPU."""
+    if not fp16:
+        return torch.float32
+    return torch.float16 if device.type == 'cuda' else torch.bfloat16
+
+
 def autocast(device, fp16):
-    """Mixed precision where it is asked for: float16 on CUDA, bfloat16 on the CPU."""
-    return torch.autocast(device.type, torch.float16 if device.type == 'cuda' else torch.bfloat16, enabled=fp16)
+    """Mixed precision where it is asked for."""
+    return torch.autocast(device.type, precision(device, fp16), enabled=fp16)
+
+
+def compile_features(net):
+    """Compile backbone and decoder of a POP network in place (torch.compile); its keys stay as they are."""
+    net.backbone.compile()
+    net.decoder.compile()
 
 
 def to_device(images, device):
@@ -104,18 +119,18 @@ def train_epoch(step, loader, optimization, logger, epoch, num_epoch, print_freq
     """
     loader.batch_sampler.epoch = epoch
     steps, began, waited, handed = len(loader), time.perf_counter(), 0.0, time.perf_counter()
+    # reading a loss makes a GPU's queue run dry, so there it is looked at when it is printed
+    look_every = 1 if optimization.device.type == 'cpu' else print_frequency
+    unseen = []
     for i, batch in enumerate(loader):
         waited += time.perf_counter() - handed
         losses = step(batch)
-        total = sum(losses.values())
-        if not torch.isfinite(total):
-            values = ', '.join(f'{name} {value.item():.4g}' for name, value in losses.items())
-            raise InputError(
-                f'loss is not finite at epoch {epoch + 1}, step {i + 1} ({values}); images: '
-                f'{", ".join(_image_ids(batch))}. Lower --learning-rate, or look at these images and masks.'
-            )
         rates = optimization.learning_rates
-        grad_norm = optimization.step(total)
+        grad_norm = optimization.step(sum(losses.values()))
+        unseen.append((i + 1, {name: value.detach() for name, value in losses.items()}, _image_ids(batch)))
+        if (i + 1) % look_every == 0 or i + 1 == steps:
+            _check_finite(unseen, epoch)
+            unseen = []
         if (i + 1) % print_frequency == 0 or i + 1 == steps:
             elapsed = time.perf_counter() - began
             left = elapsed / (i + 1) * (steps - i - 1 + steps * (num_epoch - epoch - 1))
@@ -137,13 +152,26 @@ def train_epoch(step, loader, optimization, logger, epoch, num_epoch, print_freq
         handed = time.perf_counter()
 
 
-def fit(step, net, loaders, logger, args, config, improves, seed=None, patience=None):
+def _check_finite(steps, epoch):
+    """InputError at the first of (step, losses, image ids) whose loss is not finite."""
+    finite = torch.stack([sum(losses.values()) for _, losses, _ in steps]).isfinite().tolist()
+    if not all(finite):
+        step, losses, ids = steps[finite.index(False)]
+        values = ', '.join(f'{name} {value.item():.4g}' for name, value in losses.items())
+        raise InputError(
+            f'loss is not finite at epoch {epoch + 1}, step {step} ({values}); images: {", ".join(ids)}. '
+            'Lower --learning-rate, or look at these images and masks.'
+        )
+
+
+def fit(step, validate, net, train_loader, logger, args, config, improves, seed=None, patience=None):
     """Train from --start-epoch to --num-epoch; validate, keep `best` and `last`.
 
     Args:
         step (callable): see `train_epoch`.
+        validate (callable): () -> confusion matrix on the validation images.
         net (POP): the network, unwrapped; what requires gradients is trained.
-        loaders (tuple): training and validation loader.
+        train_loader (DataLoader): from `training_loader`.
         logger (RunLogger): of this run.
         args (Namespace): the training flags.
         config (dict): stored in the checkpoints (`checkpoint.network_config`).
@@ -154,7 +182,6 @@ def fit(step, net, loaders, logger, args, config, improves, seed=None, patience=
     Returns:
         dict: validation results of 'best' and of 'last'.
     """
-    train_loader, val_loader = loaders
     steps = len(train_loader)
     optimization = Optimization(
         net, args.learning_rate, args.momentum, args.weight_decay, args.num_epoch * steps,
@@ -173,13 +200,15 @@ def fit(step, net, loaders, logger, args, config, improves, seed=None, patience=
         train_epoch(step, train_loader, optimization, logger, epoch, args.num_epoch, args.print_frequency, **position)
         if done % args.val_every == 0 or done == args.num_epoch:
             share_buffers(net)
-            metrics = summarize(evaluate(net, val_loader, optimization.device, args.fp16), net.num_base)
-            logger.record('val', done * steps, metrics, epoch=done, **position)
+            began = time.perf_counter()
+            metrics = summarize(validate(), net.num_base)
+            seconds = time.perf_counter() - began
+            logger.record('val', done * steps, metrics | {'seconds': seconds}, epoch=done, **position)
             if improves(metrics, best):
                 best, best_epoch = metrics, done
                 save('best')
             shown = [f'{name} {metrics[name]:.2f} %' for name in ('base', 'novel', 'total') if metrics[name] >= 0]
-            logger.info(f'{who}epoch {done}: mIoU {", ".join(shown)}; best at epoch {best_epoch}')
+            logger.info(f'{who}epoch {done}: mIoU {", ".join(shown)}; best at epoch {best_epoch} ({seconds:.1f} s)')
         save('last')
         if args.save_pred_every and done % args.save_pred_every == 0:
             save(f'epoch_{done}')
@@ -197,12 +226,12 @@ def _image_ids(batch):
 
 
 @torch.no_grad()
-def evaluate(net, loader, device, fp16=False, on_prediction=None):
+def evaluate(net, batches, device, fp16=False, on_prediction=None):
     """Segment images and compare with their masks.
 
     Args:
         net (POP): put into eval mode.
-        loader (DataLoader): from `evaluation_loader`.
+        batches (iterable of dict): from `evaluation_loader`, or with 'features' in place of 'image' (`cache`).
         device (torch.device), fp16 (bool): where and in which precision the network runs.
         on_prediction (callable, optional): called with (id, prediction uint8 [h, w], mask uint8 [h, w]) of each image.
 
@@ -211,14 +240,37 @@ def evaluate(net, loader, device, fp16=False, on_prediction=None):
     """
     net.eval()
     confusion = torch.zeros(net.num_logits, net.num_logits, dtype=torch.int64, device=device)
-    for batch in tqdm(loader, 'evaluating', leave=False, disable=None if is_main() else True):
-        with autocast(device, fp16):
-            logits = net(to_device(batch['image'], device))
+    for batch in tqdm(batches, 'evaluating', leave=False, disable=None if is_main() else True):
+        if 'features' in batch:
+            features = batch['features']
+        else:
+            with autocast(device, fp16):
+                features = net.features(to_device(batch['image'], device))
         for i, mask in enumerate(batch['mask']):
             mask = mask.to(device, non_blocking=True)
-            prediction = upsample(logits[i : i + 1], batch['canvas'][i]).argmax(dim=1)[0]
-            prediction = prediction[: mask.shape[0], : mask.shape[1]]
+            prediction = segment(net, features[i : i + 1], batch['canvas'][i], mask.shape, fp16)
             confusion += confusion_matrix(mask, prediction, net.num_logits)
             if on_prediction:
                 on_prediction(batch['id'][i], prediction.byte().cpu().numpy(), mask.cpu().numpy())
     return all_sum(confusion).cpu().numpy()
+
+
+def segment(net, features, canvas, shape, fp16=False):
+    """Labels of one image from its features; what only shows padding is not computed.
+
+    Args:
+        net (POP): classifies the features.
+        features (Tensor): [1, C, h, w].
+        canvas ((int, int)): size that the whole feature map is upsampled to.
+        shape ((int, int)): (H, W) of the top left part that shows the image.
+        fp16 (bool): mixed precision.
+
+    Returns:
+        Tensor: int64 [H, W].
+    """
+    sizes = features.shape[-2:]
+    rows, columns = (needed(*sides) for sides in zip(shape, canvas, sizes, strict=True))
+    with autocast(features.device, fp16):
+        logits = net.classify(features[:, :, :rows, :columns])
+    logits = F.pad(logits, (0, sizes[1] - columns, 0, sizes[0] - rows))
+    return predict(logits, canvas, shape)[0]

@@ -44,7 +44,7 @@ class Optimization:
     def __init__(self, net, learning_rate, momentum, weight_decay, total_steps, first_step=0, power=0.9, fp16=False):
         groups = parameter_groups(net, learning_rate, weight_decay)
         self.parameters = [parameter for group in groups for parameter in group['params']]
-        self.optimizer = torch.optim.SGD(groups, momentum=momentum)
+        self.optimizer = torch.optim.SGD(groups, momentum=momentum, fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: max(1 - (first_step + step) / total_steps, 0) ** power
         )

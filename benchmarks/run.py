@@ -1,0 +1,368 @@
+"""Time every path against the plain formulation (`plain.py`), in one run on one machine.
+
+    python benchmarks/run.py [--quick] [--json FILE] [--only PATH ...]
+
+resnet50v2, output stride 8, 473x473. The plain side is always float32; ours runs in float32 and with --fp16
+(bfloat16 on the CPU). Each side of a row is a fresh process of its own; after a warm-up they take turns, one working
+while the others wait. Medians are printed, and the processes' peak resident memory. --quick takes fewer rounds.
+
+Ends with the cost against the number of classes, the speed of data loading, and the achieved floating-point rate.
+"""
+
+import argparse
+import functools
+import json
+import multiprocessing
+import os
+import platform
+import re
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import plain
+import torch
+import torch.nn.functional as F
+from class_index import make_samples
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dataset import Augmentation, SegmentationDataset
+from dataset.labels import label_table
+from dataset.segmentation import Samples
+from model import build_model
+from model.folding import folded
+from model.losses import pop_losses, pseudo_label
+from utils.distributed import keep_freed_memory
+from utils.engine import autocast, evaluate, precision, to_device
+from utils.metrics import confusion_matrix
+from utils.optim import Optimization
+
+SIZE = 473
+CPU = torch.device('cpu')
+SIDES = ('plain', 'fp32', 'fp16')
+
+
+def batch(size, num_labels):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(size, 3, SIZE, SIZE, generator=generator)
+    # masks of objects rather than noise: what a crop's labels look like
+    cells = torch.randint(0, num_labels, (size, 1, 12, 12), generator=generator).float()
+    return images, F.interpolate(cells, (SIZE, SIZE)).long()[:, 0]
+
+
+def network(num_base, num_novel=0, channels_last=True):
+    torch.manual_seed(0)
+    net = build_model('resnet50v2', num_base, num_novel)
+    return net.to(memory_format=torch.channels_last) if channels_last else net
+
+
+def stage1_step(side, num_base, size=2):
+    """One step of stage 1: forward, loss, backward, optimiser."""
+    net = network(num_base, channels_last=side != 'plain').train()
+    images, mask = batch(size, num_base + 1)
+    if side == 'plain':
+        return plain_step(plain.PlainPOP(net), lambda logits: plain.loss(logits, mask, net.base_emb), images)
+    optimization = Optimization(net, 1e-3, 0.9, 1e-4, 1000)
+
+    def step():
+        with autocast(CPU, side == 'fp16'):
+            logits = net(to_device(images, CPU))
+        optimization.step(sum(pop_losses(logits, mask, net.base_emb).values()))
+
+    return step
+
+
+def stage2_step(side, num_base, num_novel):
+    """One step of stage 2: a support image and a base image."""
+    net = network(num_base, num_novel, channels_last=side != 'plain')
+    images, mask = batch(2, num_base + 1)
+    net.freeze_base()
+    net.train()
+    if side == 'plain':
+
+        def loss(logits):
+            labels = torch.cat([mask[:1], plain.pseudo_label(mask[1:], logits[1:].detach(), num_base)])
+            return plain.loss(logits, labels, net.novel_emb, net.base_emb)
+
+        return plain_step(plain.PlainPOP(net), loss, images)
+    fast = net.on_features_of(folded(net, precision(CPU, side == 'fp16')))
+    optimization = Optimization(net, 1e-3, 0.9, 1e-4, 1000)
+
+    def step():
+        with autocast(CPU, side == 'fp16'):
+            logits = fast(to_device(images, CPU))
+        labels = torch.cat([mask[:1], pseudo_label(mask[1:], logits[1:], num_base)])
+        optimization.step(sum(pop_losses(logits, labels, net.novel_emb, net.base_emb).values()))
+
+    return step
+
+
+def plain_step(net, loss, images):
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, 1e-3, 0.9, weight_decay=1e-4)
+
+    def step():
+        optimizer.zero_grad()
+        loss(net(images)).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 5)
+        optimizer.step()
+
+    return step
+
+
+def inference(side, num_base, num_novel):
+    """Logits of one image."""
+    net = network(num_base, num_novel, channels_last=side != 'plain').eval()
+    images, _ = batch(1, 2)
+    net = plain.PlainPOP(net) if side == 'plain' else folded(net, precision(CPU, side == 'fp16'))
+
+    @torch.no_grad()
+    def run():
+        with autocast(CPU, side == 'fp16'):
+            return net(images if side == 'plain' else to_device(images, CPU))
+
+    return run
+
+
+def cached_validation(side, num_base, num_novel):
+    """Prediction and confusion matrix of one validation image; ours from cached features."""
+    net = network(num_base, num_novel, channels_last=side != 'plain').eval()
+    images, mask = batch(1, num_base + num_novel + 1)
+    mask = mask[0, :355]  # a photograph of 500x375
+    if side == 'plain':
+        whole = plain.PlainPOP(net)
+
+        @torch.no_grad()
+        def run():
+            prediction = plain.upsampled(whole(images), (SIZE, SIZE)).argmax(dim=1)[0, :355]
+            return plain.confusion_matrix(mask.numpy(), prediction.numpy(), net.num_logits)
+
+        return run
+    with torch.no_grad(), autocast(CPU, side == 'fp16'):
+        features = net.features(to_device(images, CPU)).half()
+    item = {'features': features, 'mask': [mask.byte()], 'canvas': [(SIZE, SIZE)], 'id': ['']}
+    return lambda: evaluate(net, [item], CPU, side == 'fp16')
+
+
+def confusion(side, num_classes):
+    """Confusion matrix of one 500x500 image."""
+    generator = torch.Generator().manual_seed(0)
+    truth, prediction = torch.randint(0, num_classes, (2, 500, 500), generator=generator)
+    truth[:20] = 255
+    if side == 'plain':
+        return lambda: plain.confusion_matrix(truth.numpy(), prediction.numpy(), num_classes)
+    return lambda: confusion_matrix(truth.byte(), prediction, num_classes)
+
+
+PATHS = {
+    'stage1_step': (stage1_step, ('Kb=15', 'Kb=60')),
+    'stage2_step': (stage2_step, ('15+5', '60+20')),
+    'inference': (inference, ('15+5', '60+20')),
+    'cached_validation': (cached_validation, ('15+5',)),
+    'confusion_matrix': (confusion, ('81',)),
+}
+SCALE = (15, 60, 200, 1000)
+
+
+def case(path, setting, side):
+    """The call to be timed; the setting's numbers are its class counts."""
+    return PATHS[path][0](side, *map(int, re.findall(r'\d+', setting)))
+
+
+def clock(run):
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+class Side:
+    """A process that makes one call again and again when told to.
+
+    Args:
+        path, setting, side (str): names of the call.
+    """
+
+    def __init__(self, path, setting, side):
+        context = multiprocessing.get_context('spawn')  # nothing inherited: neither memory nor settings
+        self.pipe, far_end = context.Pipe()
+        self.process = context.Process(target=_serve, args=(far_end, path, setting, side), daemon=True)
+        self.process.start()
+
+    def ask(self, what):
+        """'time': seconds of one call; 'memory': peak resident memory so far in MB; 'flop': operations of a call."""
+        self.pipe.send(what)
+        return self.pipe.recv()
+
+    def end(self):
+        self.pipe.send('end')
+        self.process.join()
+
+
+def _serve(pipe, path, setting, side):
+    if side != 'plain':
+        keep_freed_memory()  # as the scripts do
+    run = case(path, setting, side)
+    run()
+    answers = {'time': lambda: clock(run), 'memory': peak_memory, 'flop': lambda: operations(run)}
+    while (what := pipe.recv()) in answers:
+        pipe.send(answers[what]())
+
+
+def peak_memory():
+    """Peak resident memory of this process in MB."""
+    status = Path('/proc/self/status').read_text()
+    return int(status.split('VmHWM:')[1].split()[0]) / 1024
+
+
+def measure(path, setting, sides, rounds):
+    """Median seconds, peak memory in MB and, but for the plain side, operations of one call of each side.
+
+    The sides take turns; calls that are short are made more often.
+    """
+    processes = {side: Side(path, setting, side) for side in sides}
+    seconds = {side: [] for side in sides}
+    for _ in range(rounds):
+        for side, process in processes.items():
+            spent = 0
+            while spent < 0.2:
+                seconds[side].append(process.ask('time'))
+                spent += seconds[side][-1]
+    result = {}
+    for side, process in processes.items():
+        result[side] = {'s': statistics.median(seconds[side]), 'mb': process.ask('memory')}
+        result[side]['flop'] = process.ask('flop') if side != 'plain' else None
+        process.end()
+    return result
+
+
+def best_convolution_rate(dtype):
+    """Best floating-point rate of forward convolutions of the network's shapes, channels last."""
+    best = 0
+    for batch_size in (1, 4):
+        for channels, kernel in ((512, 3), (2048, 3), (2048, 1)):
+            x = torch.randn(batch_size, channels, 60, 60, dtype=dtype).to(memory_format=torch.channels_last)
+            weight = torch.randn(512, channels, kernel, kernel, dtype=dtype).to(memory_format=torch.channels_last)
+            run = functools.partial(F.conv2d, x, weight, padding=kernel // 2)
+            run()
+            seconds = statistics.median(clock(run) for _ in range(7))
+            best = max(best, 2 * batch_size * 3600 * 512 * channels * kernel**2 / seconds)
+    return best
+
+
+def operations(run):
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def loading_speed():
+    """Images a second of one core: training crops and evaluation images of 500x375 photographs."""
+    with tempfile.TemporaryDirectory() as folder:
+        samples = Samples(*make_samples(Path(folder), 40), label_table(tuple(range(1, 21)), (), True))
+        ids = sorted(path.stem for path in Path(folder).glob('*.png'))
+        training = SegmentationDataset(ids, samples, Augmentation((SIZE, SIZE), (0.9, 1.1)))
+        evaluation = SegmentationDataset(ids, samples, fit_size=(SIZE, SIZE))
+
+        def speed(view):
+            for i in range(len(ids)):
+                view(i)
+            return len(ids) / statistics.median(clock(lambda: [view(i) for i in range(len(ids))]) for _ in range(3))
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as in a loader process
+        speeds = {'training': speed(lambda i: training[0, i]), 'evaluation': speed(lambda i: evaluation[i])}
+        torch.set_num_threads(threads)
+        return speeds
+
+
+def compare(paths, quick):
+    """The rows of the main table."""
+    rows = []
+    for path in paths:
+        rounds = (1 if path == 'stage1_step' else 3) if quick else 5
+        sides = SIDES[:2] if path == 'confusion_matrix' else SIDES
+        for setting in PATHS[path][1]:
+            plain_side, *ours = measure(path, setting, sides, rounds).items()
+            for side, values in ours:
+                rows.append({
+                    'path': path, 'setting': setting, 'precision': side,
+                    'plain_s': plain_side[1]['s'], 'ours_s': values['s'], 'ratio': plain_side[1]['s'] / values['s'],
+                    'plain_mb': plain_side[1]['mb'], 'ours_mb': values['mb'],
+                    'memory_ratio': values['mb'] / plain_side[1]['mb'], 'ours_gflop': values['flop'] / 1e9,
+                })  # fmt: skip
+                print(line(rows[-1]), flush=True)
+    return rows
+
+
+def line(row):
+    return (
+        f'{row["path"]:18} {row["setting"]:7} {row["precision"]:5} {row["plain_s"]:9.4f} s {row["ours_s"]:9.4f} s '
+        f'{row["ratio"]:7.1f} {row["plain_mb"]:8.0f} MB {row["ours_mb"]:6.0f} MB {row["memory_ratio"]:6.2f}'
+    )
+
+
+def scale(rounds):
+    """Our step of stage 1 against the number of classes."""
+    rows = []
+    print('\nstage 1 step, batch 2, fp16, against the number of classes')
+    for num_base in SCALE:
+        ours = measure('stage1_step', f'Kb={num_base}', ('fp16',), rounds)['fp16']
+        rows.append({'classes': num_base, 'ours_s': ours['s'], 'ours_mb': ours['mb']})
+        print(f'{num_base:5} classes {ours["s"]:8.3f} s {ours["mb"]:7.0f} MB', flush=True)
+    return rows
+
+
+def toward_the_limit(rows):
+    """Floating-point operations of our calls, and their rate against the best convolution's."""
+    rates = {'fp32': best_convolution_rate(torch.float32), 'fp16': best_convolution_rate(torch.bfloat16)}
+    limits = []
+    print('\nfloating-point operations of a call, rate, share of the best convolution rate')
+    for row in rows:
+        if row['path'] in ('stage1_step', 'stage2_step', 'inference'):
+            best, rate = rates[row['precision']] / 1e9, row['ours_gflop'] / row['ours_s']
+            name = {key: row[key] for key in ('path', 'setting', 'precision')}
+            limits.append({**name, 'gflop_per_s': rate, 'best_gflop_per_s': best, 'share': rate / best})
+            print(
+                f'{row["path"]:18} {row["setting"]:7} {row["precision"]:5} {row["ours_gflop"]:8.0f} GFLOP '
+                f'{rate:7.0f} GFLOP/s of {best:.0f}: {rate / best:.0%}',
+                flush=True,
+            )
+    return limits
+
+
+def machine():
+    name = platform.processor()
+    if Path('/proc/cpuinfo').is_file():
+        models = [entry for entry in Path('/proc/cpuinfo').read_text().splitlines() if entry.startswith('model name')]
+        name = models[0].split(':')[1].strip() if models else name
+    return f'{name}, {os.cpu_count()} cores, PyTorch {torch.__version__}, {torch.get_num_threads()} threads'
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--quick', action='store_true', help='within 10 minutes on two cores')
+    parser.add_argument('--json', type=Path, help='write the rows to this file')
+    parser.add_argument('--only', nargs='+', choices=PATHS, help='these paths, and nothing else')
+    args = parser.parse_args()
+    print(machine())
+    print(
+        f'{"path":18} {"setting":7} {"prec.":5} {"plain":>11} {"ours":>11} {"ratio":>7} {"plain":>11} {"ours":>9} '
+        f'{"ratio":>6}'
+    )
+    result = {'machine': machine(), 'rows': compare(args.only or PATHS, args.quick)}
+    if not args.only:
+        result['scale'] = scale(1 if args.quick else 3)
+        result['images_per_second_per_core'] = loading_speed()
+        for kind, speed in result['images_per_second_per_core'].items():
+            print(f'data loading, {kind}: {speed:.0f} images/s on one core')
+    result['limit'] = toward_the_limit(result['rows'])
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,123 @@
+"""The validation cache: the same numbers as without it, the backbone run once, and budgets kept."""
+
+import argparse
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, TINY_TRAINING
+from torch import nn
+
+from dataset import DATASETS, FoldData
+from model import POP, PSP
+from utils import cache
+from utils.cache import FeatureCache, cache_features
+from utils.engine import evaluate, evaluation_loader
+from utils.errors import InputError
+
+CPU = torch.device('cpu')
+SIZE = (65, 129)  # wider than the images, so that there is padding
+
+
+class Log:
+    """Keeps what is logged."""
+
+    def __init__(self):
+        self.lines = []
+
+    def info(self, text):
+        self.lines.append(text)
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return POP(nn.Conv2d(3, 8, 3, stride=4, padding=1), PSP(8, 16), 20).eval()
+
+
+@pytest.fixture
+def loader(shapes):
+    spec = DATASETS['shapes']
+    lists = spec.list_root(shapes)
+    data = FoldData(spec, shapes, 0, lists / spec.train_list, lists / spec.val_list)
+    return evaluation_loader(data.validation(SIZE, with_novel=True), 3, 0, CPU)
+
+
+def flags(folder, **changes):
+    return argparse.Namespace(
+        **{'val_cache': 'auto', 'val_cache_gb': 1, 'snapshot_dir': folder, 'fp16': False} | changes
+    )
+
+
+@pytest.mark.parametrize('place', ('memory', 'disk'))
+def test_every_pass_counts_what_the_network_counts_and_runs_the_backbone_once(network, loader, tmp_path, place):
+    expected = evaluate(network, loader, CPU)
+    batches = cache_features(network, loader, SIZE, CPU, flags(tmp_path, val_cache=place), Log())
+    images = []
+    network.backbone.register_forward_hook(lambda module, inputs, output: images.append(len(inputs[0])))
+    first, second = evaluate(network, batches, CPU), evaluate(network, batches, CPU)
+    assert sum(images) == len(loader.dataset)
+    assert np.array_equal(first, second) and expected.sum() == first.sum()
+    assert np.abs(expected - first).sum() <= 0.002 * expected.sum()  # features are kept in half precision
+    assert not list(tmp_path.iterdir())  # a file of the cache has no name that could be left behind
+
+
+def test_a_pass_that_is_broken_off_is_made_again(network, loader, tmp_path):
+    batches = cache_features(network, loader, SIZE, CPU, flags(tmp_path), Log())
+    for _ in zip(batches, range(2), strict=False):
+        pass
+    assert not batches.complete
+    seen = [batch['id'][0] for batch in batches]
+    assert seen == loader.dataset.image_ids and batches.complete
+    assert [batch['id'][0] for batch in batches] == seen
+
+
+def test_only_the_image_is_classified_not_its_padding(network, loader, tmp_path):
+    batches = cache_features(network, loader, SIZE, CPU, flags(tmp_path), Log())
+    for batch in batches:
+        height, width = batch['mask'][0].shape
+        assert height == 65 and width < 129
+        assert evaluate(network, [batch], CPU).sum() == (batch['mask'][0] != 255).sum()
+
+
+def test_the_place_follows_the_budget_and_a_shortage_is_told(network, loader, tmp_path, monkeypatch):
+    log = Log()
+    made = cache_features(network, loader, SIZE, CPU, flags(tmp_path, val_cache_gb=0), log)
+    assert isinstance(made, FeatureCache) and 'kept in disk' in log.lines[-1]
+    monkeypatch.setattr(cache, 'SPARE_DISK', 10**18)
+    assert cache_features(network, loader, SIZE, CPU, flags(tmp_path, val_cache_gb=0), log) is loader
+    assert 'need 0.0 GB' in log.lines[-1] and '--val-limit' in log.lines[-1]
+    for place in ('memory', 'disk'):
+        with pytest.raises(InputError, match=f'--val-cache {place}.*need'):
+            cache_features(network, loader, SIZE, CPU, flags(tmp_path, val_cache=place, val_cache_gb=0), log)
+    assert cache_features(network, loader, SIZE, CPU, flags(tmp_path, val_cache='off'), log) is loader
+
+
+def test_features_that_half_precision_cannot_hold_are_refused(network, loader, tmp_path):
+    with torch.no_grad():
+        network.decoder.bottleneck[3].weight.mul_(1e7)
+    batches = cache_features(network, loader, SIZE, CPU, flags(tmp_path), Log())
+    with pytest.raises(InputError, match='--val-cache off'):
+        evaluate(network, batches, CPU)
+
+
+def test_a_run_without_the_cache_selects_the_same(run_script, shapes, base_run, few_shot_run, tmp_path):
+    code, output = run_script(
+        'ft_pop.py', *TINY, *TINY_TRAINING, '--data-dir', shapes, '--restore-from', base_run, '--snapshot-dir',
+        tmp_path, '--num-epoch', 2, '--update-base', '--val-cache', 'off', '--val-limit', 5,
+    )  # fmt: skip
+    assert code == 0 and '5 validation images' in output, output
+
+    def validations(folder):
+        records = map(json.loads, (folder / 'metrics.jsonl').read_text().splitlines())
+        return [record for record in records if record['kind'] == 'val' and record['seed'] == 123]
+
+    code, output = run_script(
+        'ft_pop.py', *TINY, *TINY_TRAINING, '--data-dir', shapes, '--restore-from', base_run, '--snapshot-dir',
+        tmp_path / 'cached', '--num-epoch', 2, '--update-base', '--val-limit', 5,
+    )  # fmt: skip
+    assert code == 0 and 'kept in memory' in output, output
+    for without, cached in zip(validations(tmp_path), validations(tmp_path / 'cached'), strict=True):
+        for name in ('base', 'novel', 'total'):
+            assert without[name] == pytest.approx(cached[name], abs=0.05)
