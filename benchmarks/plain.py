@@ -1,8 +1,8 @@
 """The plain formulation as a network to train and evaluate: what the benchmarks compare with.
 
 Float32, contiguous tensors, a 512-channel map of each class through the MLP, the pyramid upsampled and concatenated.
-The decoder is that of the tests' oracle; the head is the oracle's with all classes of a set in one batch, as the
-formulas are vectorised for a GPU. Everything else is what one would write first.
+The decoder is that of the tests' oracle; the head is the oracle's with all that one MLP scores in one batch, as the
+published code does. Everything else is what one would write first.
 """
 
 import sys
@@ -30,19 +30,24 @@ class PlainPOP(nn.Module):
 
 
 def batched_logits(net, features):
-    """The dense head: features [B, C, h, w] to logits [B, K, h, w]."""
+    """The dense head, one batch for each MLP: features [B, C, h, w] to logits [B, K, h, w]."""
     q = features.flatten(2)  # [B, C, hw]
-    residual, scores = q, []
-    sets = [(net.base_emb, net.classifier)]
-    if net.num_novel:
-        sets.append((net.novel_emb, net.classifier_n))
-    for prototypes, mlp in sets:
+
+    def components(prototypes):
         s = F.normalize(prototypes, dim=1)  # [K, C]
-        components = (s @ q)[:, :, None] * s[:, :, None]  # [B, K, C, hw]
-        residual = residual - components.sum(dim=1)
-        scores.append(mlp(components.view(-1, *features.shape[1:])).view(len(q), -1, *features.shape[2:]))
-    background = mlp(residual.view_as(features))  # that of the novel classes where there are any
-    return torch.cat([background, *scores], dim=1)
+        return (s @ q)[:, :, None] * s[:, :, None]  # [B, K, C, hw]
+
+    def score(mlp, maps):
+        return mlp(maps.view(-1, *features.shape[1:])).view(len(q), -1, *features.shape[2:])
+
+    base = components(net.base_emb)
+    residual = q - base.sum(dim=1)
+    if not net.num_novel:
+        return score(net.classifier, torch.cat([residual[:, None], base], dim=1))
+    novel = components(net.novel_emb)
+    residual = residual - novel.sum(dim=1)
+    rest = score(net.classifier_n, torch.cat([residual[:, None], novel], dim=1))
+    return torch.cat([rest[:, :1], score(net.classifier, base), rest[:, 1:]], dim=1)
 
 
 def upsampled(logits, size):

@@ -69,10 +69,14 @@ class POP(nn.Module):
         """Backbone and decoder: images [B, 3, H, W] to features [B, C, h, w]."""
         return self.decoder(self.backbone(images))
 
-    def classify(self, features):
+    def classify(self, features, scores=None):
         """Prototype head: features [B, C, h, w] to logits [B, 1 + Kb + Kn, h, w].
 
         The decomposition runs in float32 also under autocast: the residual is a difference of nearly equal numbers.
+
+        Args:
+            features (Tensor): float, [B, C, h, w].
+            scores (tuple, optional): of `score_prototypes`; saves their computation where the head does not change.
         """
         with torch.autocast(features.device.type, enabled=False):
             q = features.double() if features.dtype == torch.float64 else features.float()
@@ -81,11 +85,25 @@ class POP(nn.Module):
             flat = q.flatten(2)  # [B, C, hw]
             p = s @ flat  # [B, K, hw]
             r = (flat - s.T @ p).view_as(q)  # [B, C, h, w]
-            toward, away = self._score_prototypes(s[:, :, None, None])  # [K, 1] each
+            toward, away = scores or self.score_prototypes()
             logits = F.relu(p) * toward + F.relu(-p) * away  # [B, K, hw]
             logits = logits.unflatten(2, q.shape[-2:])
         background = self._background_mlp(r)  # [B, 1, h, w]
         return torch.cat([background.to(logits.dtype), logits], dim=1)
+
+    def score_prototypes(self):
+        """phi(s_k) and phi(-s_k), float32 [K, 1] each; phi_n scores the novel prototypes."""
+        mlps = (self.classifier, self.classifier_n) if self.num_novel else (self.classifier,)
+        with torch.autocast(self.base_emb.device.type, enabled=False):
+            return tuple(
+                torch.cat(
+                    [
+                        _score(mlp, direction * F.normalize(prototypes, dim=1))
+                        for mlp, prototypes in zip(mlps, self.prototypes(), strict=True)
+                    ]
+                )
+                for direction in (1, -1)
+            )
 
     def prototypes(self):
         """The base prototypes [Kb, C], followed by the novel ones [Kn, C] where there are any."""
@@ -130,15 +148,12 @@ class POP(nn.Module):
     def _background_mlp(self):
         return self.classifier_n if self.num_novel else self.classifier
 
-    def _score_prototypes(self, s):
-        """phi(s_k) and phi(-s_k) of prototypes [K, C, 1, 1], each [K, 1]; novel ones are scored by phi_n."""
-        scores = []
-        for direction in (s, -s):
-            parts = [self.classifier(direction[: self.num_base])]
-            if self.num_novel:
-                parts.append(self.classifier_n(direction[self.num_base :]))
-            scores.append(torch.cat(parts)[:, 0, 0])
-        return scores
+
+def _score(mlp, vectors):
+    """phi of vectors [K, C]: [K, 1]. Matrix products, as convolutions of single pixels are slow."""
+    for layer in mlp:
+        vectors = F.linear(vectors, layer.weight.flatten(1)) if isinstance(layer, nn.Conv2d) else layer(vectors)
+    return vectors
 
 
 def _prototype_mlp(channels):

@@ -11,7 +11,7 @@ from torch import nn
 
 from utils.errors import InputError
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def world_size():
@@ -79,13 +79,13 @@ def _choose_device(name):
 
 
 def keep_freed_memory():
-    """Have glibc reuse a tensor's memory for the next one.
+    """Have glibc reuse a tensor's memory for the next one, up to 32 MB.
 
     Its default maps large tensors anew each time, and a step on the CPU spends a tenth of its time on page faults.
     """
     libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
     if hasattr(libc, 'mallopt'):
-        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that glibc allows
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 

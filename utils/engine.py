@@ -240,6 +240,7 @@ def evaluate(net, batches, device, fp16=False, on_prediction=None):
     """
     net.eval()
     confusion = torch.zeros(net.num_logits, net.num_logits, dtype=torch.int64, device=device)
+    scores = net.score_prototypes()
     for batch in tqdm(batches, 'evaluating', leave=False, disable=None if is_main() else True):
         if 'features' in batch:
             features = batch['features']
@@ -248,19 +249,20 @@ def evaluate(net, batches, device, fp16=False, on_prediction=None):
                 features = net.features(to_device(batch['image'], device))
         for i, mask in enumerate(batch['mask']):
             mask = mask.to(device, non_blocking=True)
-            prediction = segment(net, features[i : i + 1], batch['canvas'][i], mask.shape, fp16)
+            prediction = segment(net, features[i : i + 1], scores, batch['canvas'][i], mask.shape, fp16)
             confusion += confusion_matrix(mask, prediction, net.num_logits)
             if on_prediction:
                 on_prediction(batch['id'][i], prediction.byte().cpu().numpy(), mask.cpu().numpy())
     return all_sum(confusion).cpu().numpy()
 
 
-def segment(net, features, canvas, shape, fp16=False):
+def segment(net, features, scores, canvas, shape, fp16=False):
     """Labels of one image from its features; what only shows padding is not computed.
 
     Args:
         net (POP): classifies the features.
         features (Tensor): [1, C, h, w].
+        scores (tuple): the network's `score_prototypes()`.
         canvas ((int, int)): size that the whole feature map is upsampled to.
         shape ((int, int)): (H, W) of the top left part that shows the image.
         fp16 (bool): mixed precision.
@@ -271,6 +273,6 @@ def segment(net, features, canvas, shape, fp16=False):
     sizes = features.shape[-2:]
     rows, columns = (needed(*sides) for sides in zip(shape, canvas, sizes, strict=True))
     with autocast(features.device, fp16):
-        logits = net.classify(features[:, :, :rows, :columns])
+        logits = net.classify(features[:, :, :rows, :columns], scores)
     logits = F.pad(logits, (0, sizes[1] - columns, 0, sizes[0] - rows))
     return predict(logits, canvas, shape)[0]

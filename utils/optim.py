@@ -53,13 +53,13 @@ class Optimization:
 
     def step(self, loss):
         """Take one step against a scalar loss; returns the gradient norm before clipping, a scalar tensor."""
-        self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         grad_norm = nn.utils.clip_grad_norm_(self.parameters, GRADIENT_CLIP)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)  # now, so that the next forward pass has their memory
         return grad_norm
 
     @property
