@@ -16,6 +16,7 @@ from model import BACKBONES, MODELS, build_model
 from model.folding import folded
 from model.losses import pop_losses, pseudo_label
 from utils import args as cli
+from utils import signals
 from utils.cache import cache_features
 from utils.checkpoint import count_classes, load_backbone, load_weights, network_config, resolve_checkpoint
 from utils.distributed import main_first, parallel, process_group
@@ -24,7 +25,6 @@ from utils.engine import (
     compile_features,
     evaluate,
     evaluation_loader,
-    fit,
     precision,
     to_device,
     training_loader,
@@ -32,6 +32,8 @@ from utils.engine import (
 from utils.errors import InputError, exits_cleanly
 from utils.logger import RunLogger
 from utils.metrics import summary_table
+from utils.snapshots import Snapshots, locked, run_arguments
+from utils.trainer import Trainer
 
 
 def parse_args(argv=None):
@@ -49,6 +51,7 @@ def parse_args(argv=None):
         seed=(123,),
         seed_help='seeds of the support draws, one run each, e.g. 123,234 (default: 123)',
     )
+    cli.add_process_flags(parser)
     cli.add_few_shot_flags(parser)
     parser.add_argument('--update-base', action='store_true', help='draw new base images as training goes on')
     parser.add_argument(
@@ -79,16 +82,21 @@ def parse_args(argv=None):
     return args
 
 
-def restore(args, data, device):
+def restore(args, data, device, snapshots):
     """The network that stage 2 starts from and freezes.
 
-    That is the stage-1 network of --restore-from, a random one where it names none, and with --start-epoch the stage-2
-    network of the first seed (its novel parts are then left to `start`).
+    That is the stage-1 network of --restore-from or a random one where it names none; of a run that is resumed, and
+    with --start-epoch, the base parts of a stage-2 network.
     """
     torch.manual_seed(args.random_seed[0])
-    base = build_model(args.backbone, len(data.base_ids), len(data.novel_ids) if args.start_epoch else 0, args.os)
-    if args.start_epoch:
-        load_stage_2(base, args, args.random_seed[0])
+    base = build_model(args.backbone, len(data.base_ids), output_stride=args.os)
+    earlier = snapshots.any_path()
+    if args.start_epoch and not earlier:
+        earlier = stage_2_checkpoint(args, args.random_seed[0])
+    if earlier:
+        net = build_model(args.backbone, len(data.base_ids), len(data.novel_ids), args.os)
+        load_weights(net, earlier, network_config(args))
+        base.load_state_dict({key: value for key, value in net.state_dict().items() if key in base.state_dict()})
     elif args.restore_from == 'imagenet':
         load_backbone(base, 'imagenet', args.backbone)
     elif args.restore_from != 'none':
@@ -99,12 +107,12 @@ def restore(args, data, device):
     return base.to(device, memory_format=torch.channels_last)
 
 
-def load_stage_2(net, args, seed):
-    """Load the checkpoint that --start-epoch goes on from."""
+def stage_2_checkpoint(args, seed):
+    """The file that --start-epoch goes on from."""
     path = resolve_checkpoint(args.restore_from, 'last', seed)
     if not count_classes(path)[1]:
         raise InputError(f'--start-epoch goes on from a stage-2 checkpoint; {path} has no novel classes')
-    load_weights(net, path, network_config(args, seed))
+    return path
 
 
 def improves(metrics, best):
@@ -115,7 +123,7 @@ def improves(metrics, best):
     return gain >= 0 and (gain > 0.1 or metrics['novel'] >= best['novel'])
 
 
-def update_novel(args, data, seed, base, frozen, val_batches, logger):
+def update_novel(args, data, seed, base, frozen, val_batches, snapshots, logger):
     """Run stage 2 for one seed.
 
     Args:
@@ -125,6 +133,7 @@ def update_novel(args, data, seed, base, frozen, val_batches, logger):
         base (POP): the network to start from.
         frozen (POP): its folded copy, whose features training and validation use.
         val_batches (iterable): validation images or their features.
+        snapshots (Snapshots): the run's folder.
         logger (RunLogger): of this run.
 
     Returns:
@@ -135,19 +144,20 @@ def update_novel(args, data, seed, base, frozen, val_batches, logger):
     augmentation = Augmentation(args.input_size, args.scale_range)
     redraw_every = args.update_epoch if args.update_base else 0
     train_set = data.few_shot_training(augmentation, args.shot, seed, redraw_every)
-    train_loader = training_loader(train_set, args.batch_size, seed, args.num_workers, device, fill_last=True)
+    train_loader = training_loader(
+        train_set, args.batch_size, seed, args.num_workers, device, fill_last=True, parts=args.accumulate
+    )
 
     net = build_model(args.backbone, len(data.base_ids), len(data.novel_ids), args.os)
+    net.start_from(base)
     if args.start_epoch:
-        load_stage_2(net, args, seed)
-    else:
-        net.start_from(base)
+        load_weights(net, stage_2_checkpoint(args, seed), network_config(args, seed))
     net.freeze_base()
     net.to(device, memory_format=torch.channels_last)
     fast = net.on_features_of(frozen)
     parallel_net = parallel(fast, device)
 
-    def step(batch):
+    def losses(batch, share):
         support, base = batch['support'], batch['base']
         images = to_device(torch.cat([support['image'], base['image']]), device)  # [2B, 3, H, W]
         masks = torch.cat([support['mask'], base['mask']]).to(device, non_blocking=True).long()  # [2B, H, W]
@@ -155,38 +165,48 @@ def update_novel(args, data, seed, base, frozen, val_batches, logger):
             logits = parallel_net(images)  # [2B, 1 + Kb + Kn, h, w]
         count = len(support['image'])
         base_masks = pseudo_label(masks[count:], logits[count:], net.num_base)
-        return pop_losses(logits, torch.cat([masks[:count], base_masks]), net.novel_emb, fixed=net.base_emb)
+        return pop_losses(logits, torch.cat([masks[:count], base_masks]), net.novel_emb, net.base_emb, **share)
 
     def validate():
         return evaluate(fast, val_batches, device, args.fp16)
 
     patience = max(args.num_epoch // 4, 1)
     config = network_config(args, seed)
-    return fit(step, validate, net, train_loader, logger, args, config, improves, seed, patience)
+    return Trainer(
+        losses, validate, net, parallel_net, train_loader, args, config, improves, snapshots, logger, seed, patience
+    ).fit()
 
 
 @exits_cleanly
 def main(args):
-    with process_group(args.device) as device:
+    with process_group(args.device, args.timeout_minutes, args.deterministic) as device, locked(args.snapshot_dir):
+        signals.listen()
         spec = DATASETS[args.dataset]
-        data = FoldData(spec, args.data_dir, args.fold, args.train_list, args.val_list, args.filter_novel)
+        data = FoldData(
+            spec, args.data_dir, args.fold, args.train_list, args.val_list, args.filter_novel, args.skip_bad_images
+        )
         main_first(data.ensure_lists)
         main_first(data.check_validation_masks)
         for seed in args.random_seed:  # a list that does not fit ends the run before the first seed is trained
             data.support_ids(args.shot, seed)
+        lists = {'validation list': data.val_list}
+        lists |= {f'support list of seed {seed}': data.lists.support(args.shot, seed) for seed in args.random_seed}
+        lists |= {f'list of base class {class_id}': data.lists.base_class(class_id) for class_id in data.base_ids}
+        arguments = run_arguments(args, lists)
+        snapshots = Snapshots(args.snapshot_dir, arguments, args.resume, args.overwrite, args.random_seed)
         val_set = data.validation(args.base_size, with_novel=True, limit=args.val_limit)
         val_loader = evaluation_loader(val_set, args.test_batch_size, args.num_workers, device)
-        base = restore(args, data, device)
+        base = restore(args, data, device, snapshots)
         frozen = folded(base, precision(device, args.fp16))
         if args.compile:
             compile_features(frozen)
-        logger = RunLogger(args.snapshot_dir, vars(args))
+        logger = RunLogger(args.snapshot_dir, vars(args), snapshots.metrics_size())
         logger.info(f'{args.shot}-shot, novel classes {data.novel_ids}, {len(val_set)} validation images')
         val_batches = cache_features(frozen, val_loader, args.base_size, device, args, logger)
 
         rows = {}
         for seed in args.random_seed:
-            results = update_novel(args, data, seed, base, frozen, val_batches, logger)
+            results = update_novel(args, data, seed, base, frozen, val_batches, snapshots, logger)
             for which, metrics in results.items():
                 mark = ' (selected)' if which == args.select else ''
                 rows[f'seed {seed}, {which}{mark}'] = metrics

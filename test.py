@@ -38,6 +38,7 @@ def parse_args(argv=None):
         parser, MODELS, BACKBONES,
         'checkpoint or snapshot folder; "imagenet" and "none" evaluate an untrained network',
     )  # fmt: skip
+    cli.add_process_flags(parser)
     cli.add_few_shot_flags(parser)
     parser.add_argument(
         '--random-seed', type=cli.parse_seeds, default=(123,), help='one row each, e.g. 123,234 (default: 123)'
@@ -159,9 +160,11 @@ def _nan_to_none(value):
 
 @exits_cleanly
 def main(args):
-    with process_group(args.device) as device:
+    with process_group(args.device, args.timeout_minutes, args.deterministic) as device:
         spec = DATASETS[args.dataset]
-        data = FoldData(spec, args.data_dir, args.fold, args.train_list, args.val_list, args.filter_novel)
+        data = FoldData(
+            spec, args.data_dir, args.fold, args.train_list, args.val_list, args.filter_novel, args.skip_bad_images
+        )
         refuse_one_file_for_several_seeds(args)
         main_first(data.ensure_images)
         source = Path(args.restore_from)

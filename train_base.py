@@ -14,11 +14,14 @@ from dataset import DATASETS, Augmentation, FoldData
 from model import BACKBONES, MODELS, build_model
 from model.losses import pop_losses
 from utils import args as cli
+from utils import signals
 from utils.checkpoint import holds_network, load_backbone, load_weights, network_config, resolve_checkpoint
 from utils.distributed import main_first, parallel, process_group, world_size
-from utils.engine import autocast, compile_features, evaluate, evaluation_loader, fit, to_device, training_loader
+from utils.engine import autocast, compile_features, evaluate, evaluation_loader, to_device, training_loader
 from utils.errors import InputError, exits_cleanly
 from utils.logger import RunLogger
+from utils.snapshots import Snapshots, locked, run_arguments
+from utils.trainer import Trainer
 
 
 def parse_args(argv=None):
@@ -36,11 +39,13 @@ def parse_args(argv=None):
         seed=123,
         seed_help='of every random choice (default: 123)',
     )
+    cli.add_process_flags(parser)
     args = cli.check(parser, parser.parse_args(argv), DATASETS)
-    if args.batch_size < 2 * world_size() and not args.fix_bn:
+    smallest = 2 * world_size() * args.accumulate
+    if args.batch_size < smallest and not args.fix_bn:
         parser.error(
-            f'--batch-size {args.batch_size}: batch normalisation needs two images per process, '
-            f'{2 * world_size()} in all; use that, or --fix-bn'
+            f'--batch-size {args.batch_size}: batch normalisation needs two images per process and part, {smallest} in '
+            'all; use that, or --fix-bn'
         )
     return args
 
@@ -62,19 +67,27 @@ def restore(net, args):
 
 @exits_cleanly
 def main(args):
-    with process_group(args.device) as device:
+    with process_group(args.device, args.timeout_minutes, args.deterministic) as device, locked(args.snapshot_dir):
+        signals.listen()
         torch.manual_seed(args.random_seed)
         spec = DATASETS[args.dataset]
-        data = FoldData(spec, args.data_dir, args.fold, args.train_list, args.val_list, args.filter_novel)
+        data = FoldData(
+            spec, args.data_dir, args.fold, args.train_list, args.val_list, args.filter_novel, args.skip_bad_images
+        )
         main_first(data.ensure_lists)
         main_first(data.check_validation_masks)
+        lists = {'training list': data.lists.train, 'validation list': data.val_list}
+        snapshots = Snapshots(args.snapshot_dir, run_arguments(args, lists), args.resume, args.overwrite)
         train_set = data.base_training(Augmentation(args.input_size, args.scale_range), args.random_seed)
         val_set = data.validation(args.base_size, with_novel=False, limit=args.val_limit)
-        train_loader = training_loader(train_set, args.batch_size, args.random_seed, args.num_workers, device)
+        train_loader = training_loader(
+            train_set, args.batch_size, args.random_seed, args.num_workers, device, parts=args.accumulate
+        )
         val_loader = evaluation_loader(val_set, args.test_batch_size, args.num_workers, device)
 
         net = build_model(args.backbone, len(data.base_ids), output_stride=args.os)
-        restore(net, args)
+        if not snapshots.state():
+            restore(net, args)
         if args.freeze_backbone:
             net.backbone.requires_grad_(False)
         if args.fix_bn:
@@ -82,16 +95,16 @@ def main(args):
         net.to(device, memory_format=torch.channels_last)
         if args.compile:
             compile_features(net)
-        parallel_net = parallel(net, device)
-        logger = RunLogger(args.snapshot_dir, vars(args))
+        parallel_net = parallel(net, device, args.sync_bn)
+        logger = RunLogger(args.snapshot_dir, vars(args), snapshots.metrics_size())
         logger.info(f'{len(train_set)} training and {len(val_set)} validation images, base classes {data.base_ids}')
 
-        def step(batch):
+        def losses(batch, share):
             images = to_device(batch['image'], device)  # [B, 3, H, W]
             masks = batch['mask'].to(device, non_blocking=True).long()  # [B, H, W]
             with autocast(device, args.fp16):
                 logits = parallel_net(images)  # [B, 1 + Kb, h, w]
-            return pop_losses(logits, masks, net.base_emb)
+            return pop_losses(logits, masks, net.base_emb, **share)
 
         def validate():
             return evaluate(net, val_loader, device, args.fp16)
@@ -99,7 +112,8 @@ def main(args):
         def improves(metrics, best):
             return best is None or metrics['base'] >= best['base']
 
-        fit(step, validate, net, train_loader, logger, args, network_config(args), improves)
+        config = network_config(args)
+        Trainer(losses, validate, net, parallel_net, train_loader, args, config, improves, snapshots, logger).fit()
         logger.close()
 
 

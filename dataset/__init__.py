@@ -25,6 +25,7 @@ class FoldData:
         fold: -1, 0, 1, ...
         train_list, val_list: lists of image ids; the class lists are beside the train list.
         filter_novel: training images with novel classes are left out.
+        skip_bad: images that cannot be read are no error; support images still are.
     """
 
     spec: DatasetSpec
@@ -33,6 +34,7 @@ class FoldData:
     train_list: Path
     val_list: Path
     filter_novel: bool = False
+    skip_bad: bool = False
 
     @property
     def base_ids(self):
@@ -65,7 +67,7 @@ class FoldData:
     def base_training(self, augmentation, seed):
         """Stage 1: images with at least one base class, novel pixels relabelled background."""
         ids = read_ids(self.lists.train, self._mend_lists)
-        return SegmentationDataset(ids, self.samples('train', True, ids), augmentation, seed)
+        return SegmentationDataset(ids, self.samples('train', True, ids), augmentation, seed, skip_bad=self.skip_bad)
 
     def few_shot_training(self, augmentation, shot, seed, redraw_every=0):
         """Stage 2: pairs of a support view, all annotations kept, and a base view without novel annotations."""
@@ -73,7 +75,9 @@ class FoldData:
         base_ids = list(dict.fromkeys(image_id for ids in class_lists.values() for image_id in ids))
         support_ids = self.support_ids(shot, seed)
         support = SegmentationDataset(support_ids, self.samples('train', False, support_ids), augmentation)
-        base = SegmentationDataset(base_ids, self.samples('train', True, base_ids), augmentation)
+        base = SegmentationDataset(
+            base_ids, self.samples('train', True, base_ids), augmentation, skip_bad=self.skip_bad
+        )
         return FewShotDataset(support, base, class_lists, shot, seed, redraw_every)
 
     def support_ids(self, shot, seed):
@@ -113,7 +117,7 @@ class FoldData:
             chosen = set(random.Random(0).sample(ids, limit))
             ids = [image_id for image_id in ids if image_id in chosen]
         samples = self.samples('val', not with_novel, ids)
-        return SegmentationDataset(ids, samples, fit_size=size, resize_mask=not original_size)
+        return SegmentationDataset(ids, samples, fit_size=size, resize_mask=not original_size, skip_bad=self.skip_bad)
 
     @property
     def _mend_lists(self):

@@ -125,10 +125,9 @@ def _dilate(stage, dilation):
 
 
 class DilatedDepthwiseConv2d(nn.Conv2d):
-    """A depthwise 3x3 convolution whose backward pass is written out on the CPU.
+    """A depthwise 3x3 convolution whose backward pass is written out for bfloat16 on the CPU.
 
-    PyTorch 2.14's own is an order of magnitude slower there, and its bfloat16 weight gradient is wrong on feature maps
-    of 33x33 (`tests/test_model.py` has the comparison).
+    PyTorch 2.14's own is several times slower there, and its weight gradient is wrong on feature maps of 33x33.
 
     Args:
         conv (nn.Conv2d): without bias; settings and weight are taken over.
@@ -140,8 +139,10 @@ class DilatedDepthwiseConv2d(nn.Conv2d):
         self.weight = conv.weight
 
     def forward(self, x):
-        if x.device.type == 'cpu' and torch.is_grad_enabled() and self.weight.requires_grad:
-            return _DepthwiseFunction.apply(x, self.weight.to(x.dtype), self.dilation[0])
+        dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
+        trained = torch.is_grad_enabled() and self.weight.requires_grad and self.bias is None
+        if x.device.type == 'cpu' and dtype == torch.bfloat16 and trained:
+            return _DepthwiseFunction.apply(x.to(dtype), self.weight.to(dtype), self.dilation[0])
         return super().forward(x)
 
 

@@ -7,23 +7,30 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from utils.distributed import world_size
 from utils.metrics import IGNORE_INDEX
 from utils.upsampling import interpolation, predict, row_bands, widened
 
 ORTHOGONALITY_WEIGHT = 10.0
 
 
-def cross_entropy(logits, mask):
+def cross_entropy(logits, mask, pixels=None):
     """Mean cross-entropy over the pixels of a batch that are not ignored.
 
     Args:
         logits (Tensor): [B, K, h, w]; upsampled to the mask.
         mask (Tensor): labels 0..K-1 or 255 (ignored), int64 [B, H, W].
+        pixels (int, optional): where the batch is shared out to processes or taken in parts, the pixels of all of it.
+            Parts' losses then add up to that of the whole, and processes' losses have it as their mean.
 
     Returns:
         Tensor: scalar; 0 where every pixel is ignored.
     """
-    return _UpsampledCrossEntropy.apply(logits, mask) / (mask != IGNORE_INDEX).sum().clamp(min=1)
+    with torch.autocast(logits.device.type, enabled=False):
+        total = _UpsampledCrossEntropy.apply(logits, mask)
+    if pixels is None:
+        return total / (mask != IGNORE_INDEX).sum().clamp(min=1)
+    return total * (world_size() / max(pixels, 1))
 
 
 class _UpsampledCrossEntropy(torch.autograd.Function):
@@ -82,18 +89,21 @@ def orthogonality(trained, fixed=None):
         return overlaps.abs().sum() / max(overlaps.numel(), 1)
 
 
-def pop_losses(logits, mask, trained, fixed=None):
+def pop_losses(logits, mask, trained, fixed=None, pixels=None, parts=1):
     """The terms of POP's objective, weighted; their sum is what is minimised.
 
     Args:
         logits (Tensor): [B, K, h, w].
         mask (Tensor): int64 [B, H, W].
         trained, fixed: the prototypes, as in `orthogonality`.
+        pixels (int, optional): as in `cross_entropy`.
+        parts (int): how many of such losses add up to that of a step.
 
     Returns:
         dict: 'ce' and 'orth', scalar tensors.
     """
-    return {'ce': cross_entropy(logits, mask), 'orth': ORTHOGONALITY_WEIGHT * orthogonality(trained, fixed)}
+    orth = ORTHOGONALITY_WEIGHT * orthogonality(trained, fixed)
+    return {'ce': cross_entropy(logits, mask, pixels), 'orth': orth / parts}
 
 
 @torch.no_grad()

@@ -198,7 +198,7 @@ def test_checkpoints_of_something_else(run_script, shapes, base_run, few_shot_ru
     half = tmp_path / 'half.pth'
     content = (base_run / 'best.pth').read_bytes()
     half.write_bytes(content[: len(content) // 2])
-    expect(run('--restore-from', half), 1, 'half.pth', 'truncated')
+    expect(run('--restore-from', half), 1, 'half.pth', 'damaged')
     expect(run('--restore-from', tmp_path / 'none.pth'), 1, 'there is no', 'half.pth')
 
 

@@ -73,12 +73,16 @@ def test_a_pass_that_is_broken_off_is_made_again(network, loader, tmp_path):
     assert [batch['id'][0] for batch in batches] == seen
 
 
-def test_only_the_image_is_classified_not_its_padding(network, loader, tmp_path):
+def test_only_the_image_is_classified_not_its_padding(network, loader, tmp_path, monkeypatch):
     batches = cache_features(network, loader, SIZE, CPU, flags(tmp_path), Log())
+    widths = []
+    classify = network.classify
+    monkeypatch.setattr(network, 'classify', lambda q, scores: widths.append(q.shape[-1]) or classify(q, scores))
     for batch in batches:
         height, width = batch['mask'][0].shape
         assert height == 65 and width < 129
         assert evaluate(network, [batch], CPU).sum() == (batch['mask'][0] != 255).sum()
+        assert widths[-1] <= (width - 1) / 4 + 3 < batch['features'].shape[-1]
 
 
 def test_the_place_follows_the_budget_and_a_shortage_is_told(network, loader, tmp_path, monkeypatch):

@@ -212,22 +212,38 @@ def test_orthogonality_is_0_for_orthogonal_1_for_equal_and_defined_for_one_proto
     assert orthogonality(torch.eye(1, 8), fixed=-torch.eye(1, 8)).item() == pytest.approx(1)
 
 
-@pytest.mark.parametrize(('dtype', 'tolerance'), ((torch.float64, 1e-12), (torch.bfloat16, 2e-2)))
+def depthwise_gradients(conv, dtype, size, autocast):
+    """Gradients by input and weight of a fixed loss, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    x, weighting = torch.randn(2, 4, 64, *size, generator=generator).to(torch.bfloat16).to(dtype)
+    leaf = x.clone(memory_format=torch.channels_last).requires_grad_()
+    with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+        y = conv(leaf)
+    (y.to(dtype) * weighting).sum().backward()
+    return [gradient.double() for gradient in (leaf.grad, conv.weight.grad)]
+
+
+@pytest.mark.parametrize('autocast', (False, True))
 @pytest.mark.parametrize('size', ((17, 17), (33, 33), (5, 1)))
-def test_dilated_depthwise_convolutions_have_the_gradients_of_float64(dtype, tolerance, size):
-    """PyTorch's own bfloat16 weight gradient fails this on 33x33 maps (relative error 1.4 with PyTorch 2.14)."""
+def test_dilated_depthwise_convolutions_have_right_gradients_in_bfloat16(size, autocast):
     torch.manual_seed(0)
-    plain = nn.Conv2d(64, 64, 3, padding=4, dilation=4, groups=64, bias=False).to(dtype).double()
-    ours = DilatedDepthwiseConv2d(copy.deepcopy(plain)).to(dtype)
-    x = torch.randn(4, 64, *size, dtype=dtype)
-    weighting = torch.randn(4, 64, *size, dtype=dtype)
-    gradients = []
-    for conv in (plain, ours):
-        leaf = x.to(conv.weight.dtype, memory_format=torch.channels_last).requires_grad_()
-        (conv(leaf) * weighting.to(leaf.dtype)).sum().backward()
-        gradients.append((leaf.grad.double(), conv.weight.grad.double()))
-    for expected, found in zip(*gradients, strict=True):
-        assert (expected - found).norm() <= tolerance * expected.norm()
+    plain = nn.Conv2d(64, 64, 3, padding=4, dilation=4, groups=64, bias=False).bfloat16()
+    ours = DilatedDepthwiseConv2d(copy.deepcopy(plain))
+    expected = depthwise_gradients(copy.deepcopy(plain).double(), torch.float64, size, False)
+    found = depthwise_gradients(
+        ours.float() if autocast else ours, torch.float32 if autocast else torch.bfloat16, size, autocast
+    )
+    for right, mine in zip(expected, found, strict=True):
+        assert relative_difference(mine, right) < 2e-2
+
+
+@pytest.mark.xfail(reason='PyTorch 2.14: where this passes, DilatedDepthwiseConv2d has lost its reason', strict=False)
+def test_pytorchs_own_bfloat16_gradient_of_dilated_depthwise_convolutions():
+    torch.manual_seed(0)
+    plain = nn.Conv2d(64, 64, 3, padding=2, dilation=2, groups=64, bias=False).bfloat16()
+    expected = depthwise_gradients(copy.deepcopy(plain).double(), torch.float64, (33, 33), False)
+    found = depthwise_gradients(plain, torch.bfloat16, (33, 33), False)
+    assert relative_difference(found[1], expected[1]) < 2e-2
 
 
 def test_cross_entropy_of_a_fully_ignored_mask_is_zero():

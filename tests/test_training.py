@@ -14,11 +14,13 @@ from torch import nn
 import ft_pop
 from model import POP, PSP, build_model
 from model.losses import pop_losses
-from utils import engine
+from utils.engine import training_loader
 from utils.errors import InputError, exits_cleanly
 from utils.files import atomic_write, check_writable
 from utils.logger import RunLogger
 from utils.optim import Optimization, parameter_groups
+from utils.snapshots import Snapshots
+from utils.trainer import Trainer
 
 
 @pytest.mark.parametrize('num_novel', (0, 3))
@@ -43,7 +45,8 @@ def test_training_follows_the_plain_formulation_step_by_step(num_novel):
             else:
                 losses = dense_losses(dense_logits(net, dense_psp(net.decoder, net.backbone(images))), mask, net)
             curve.append(sum(losses.values()).item())
-            optimization.step(sum(losses.values()))
+            optimization.backward(sum(losses.values()))
+            optimization.step()
         curves.append(curve)
     assert curves[0] == pytest.approx(curves[1], rel=1e-9)
     assert curves[0][-1] != curves[0][0]
@@ -79,7 +82,8 @@ def test_gradients_are_clipped_at_5_and_their_norm_reported():
     net = nn.Linear(4, 1, bias=False)
     before = net.weight.detach().clone()
     optimization = Optimization(net, 0.1, 0, 0, total_steps=10)
-    norm = optimization.step((net.weight * 100).sum())  # gradient (100, 100, 100, 100)
+    optimization.backward((net.weight * 100).sum())  # gradient (100, 100, 100, 100)
+    norm = optimization.step()
     assert norm.item() == pytest.approx(200)
     assert (before - net.weight).norm().item() == pytest.approx(0.1 * 10 * 5, rel=1e-4)
 
@@ -106,22 +110,22 @@ def test_the_released_rule_for_best(total, novel, better):
 def test_a_run_keeps_best_and_last_and_stops_early(tmp_path, monkeypatch, val_every, stops_after, validated):
     """A scripted run: the third epoch is the best (the second and fourth where every second one is validated)."""
     correct = iter([50, 60, 70, 65, 60, 55, 50, 45] if val_every == 1 else [60, 70, 60, 50])
-    monkeypatch.setattr(engine, 'train_epoch', lambda *args, **position: None)
+    monkeypatch.setattr(Trainer, 'train_epoch', lambda self: None)
     net = POP(nn.Conv2d(3, 8, 1), PSP(8, 16), 1)
     args = argparse.Namespace(
         snapshot_dir=tmp_path, start_epoch=0, num_epoch=8, val_every=val_every, save_pred_every=3, print_frequency=1,
         fp16=False, learning_rate=1e-3, momentum=0.9, weight_decay=0.0, power=0.9, fix_lr=True,
     )  # fmt: skip
-    patience = 2
-    result = engine.fit(
-        None, lambda: np.array([[(hits := next(correct)), 100 - hits], [0, 100]]), net, [0], RunLogger(tmp_path, {}),
-        args, {'fold': 0},
-        improves=lambda metrics, best: best is None or metrics['base'] > best['base'], seed=7, patience=patience,
-    )  # fmt: skip
+    loader = training_loader(range(4), 2, 0, 0, torch.device('cpu'))
+    result = Trainer(
+        None, lambda: np.array([[(hits := next(correct)), 100 - hits], [0, 100]]), net, net, loader, args, {'fold': 0},
+        lambda metrics, best: best is None or metrics['base'] > best['base'],
+        Snapshots(tmp_path, {}, 'auto', seeds=(7,)), RunLogger(tmp_path, {}), seed=7, patience=2,
+    ).fit()  # fmt: skip
     epochs = {path.stem: torch.load(path, weights_only=True)['epoch'] for path in tmp_path.glob('*.pth')}
     best = 3 if val_every == 1 else 4
     saved = {f'epoch_{n}_7': n for n in range(3, stops_after + 1, 3)}
-    assert epochs == {'best_7': best, 'last_7': stops_after, **saved}
+    assert epochs == {'best_7': best, 'last_7': stops_after, 'previous_7': stops_after - 1, **saved}
     lines = map(json.loads, (tmp_path / 'metrics.jsonl').read_text().splitlines())
     assert [line['epoch'] for line in lines] == validated
     assert result['best']['base'] > result['last']['base']

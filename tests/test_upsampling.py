@@ -1,5 +1,7 @@
 """Upsampling by bands against PyTorch's upsampling of the whole: labels, loss and gradients."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -50,11 +52,20 @@ def test_loss_survives_logits_that_overflow_exp():
     assert cross_entropy(logits, torch.ones(1, 9, 9, dtype=torch.long)).item() == pytest.approx(600)
 
 
+def test_autocast_rounds_neither_loss_nor_labels():
+    generator = torch.Generator().manual_seed(0)
+    logits, mask = torch.randn(1, 4, 9, 9, generator=generator), torch.randint(0, 4, (1, 65, 65), generator=generator)
+    loss, labels = cross_entropy(logits, mask), predict(logits, (65, 65))
+    with torch.autocast('cpu', torch.bfloat16):
+        assert torch.equal(cross_entropy(logits, mask), loss) and torch.equal(predict(logits, (65, 65)), labels)
+
+
 @pytest.mark.parametrize(('source', 'size'), ((60, 473), (33, 257), (5, 33), (9, 5), (60, 500), (1, 7), (7, 1)))
 def test_needed_cells_are_enough(source, size):
     x = torch.randn(1, 1, source, 2)
     full = whole(x, (size, 2))
     for count in range(1, size + 1):
         cells = needed(count, size, source)
+        assert cells <= math.ceil((count - 1) * (source - 1) / max(size - 1, 1)) + 3
         cut = torch.cat([x[:, :, :cells], torch.full_like(x[:, :, cells:], 1e9)], dim=2)
         assert torch.equal(whole(cut, (size, 2))[:, :, :count], full[:, :, :count])

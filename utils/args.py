@@ -149,7 +149,29 @@ def add_training_flags(parser, batch_size, num_epoch, seed_type, seed, seed_help
     )
     group.add_argument('--freeze-backbone', action='store_true', help='do not train the backbone (stage 2 never does)')
     group.add_argument('--fix-lr', action='store_true', help='constant learning rate')
+    group.add_argument(
+        '--accumulate',
+        type=positive,
+        default=1,
+        metavar='N',
+        help='take the batch in N parts, one after the other: N times less memory; batch normalisation sees one part '
+        '(default: 1)',
+    )
     group.add_argument('--snapshot-dir', type=Path, required=True, help='folder for checkpoints, logs and curves')
+    group.add_argument(
+        '--resume',
+        default='auto',
+        metavar='auto|off|FILE',
+        help='auto: go on where an interrupted run with the same arguments stopped (default); off: start in an empty '
+        'folder; FILE: go on from a checkpoint, also with other arguments',
+    )
+    group.add_argument('--overwrite', action='store_true', help='with --resume off: remove an earlier run first')
+    group.add_argument(
+        '--save-every-steps', type=not_negative, default=0, metavar='N', help='also save within epochs (default: 0, no)'
+    )
+    group.add_argument(
+        '--save-every-minutes', type=rate, default=0, metavar='M', help='the same, by the clock (default: 0, no)'
+    )
     group.add_argument(
         '--save-pred-every',
         type=not_negative,
@@ -172,6 +194,32 @@ def add_training_flags(parser, batch_size, num_epoch, seed_type, seed, seed_help
     )
     group.add_argument(
         '--print-frequency', type=positive, default=50, metavar='N', help='log every N steps (default: 50)'
+    )
+
+
+def add_process_flags(parser):
+    """How processes work together, and what they do about errors."""
+    group = parser.add_argument_group('processes')
+    group.add_argument(
+        '--sync-bn',
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help='batch statistics over all GPUs (default: on; CPUs have none)',
+    )
+    group.add_argument(
+        '--timeout-minutes',
+        type=rate,
+        default=30,
+        metavar='M',
+        help='a process that keeps the others waiting for longer ends the run (default: 30)',
+    )
+    group.add_argument(
+        '--deterministic', action='store_true', help='only deterministic algorithms on CUDA; CPU runs always are'
+    )
+    group.add_argument(
+        '--skip-bad-images',
+        action='store_true',
+        help='go on without images that cannot be read, and list them at the end',
     )
 
 
@@ -212,9 +260,14 @@ def check(parser, args, datasets):
             parser.error(f'--start-epoch {args.start_epoch} leaves nothing of --num-epoch {args.num_epoch}')
         if args.learning_rate == 0:
             parser.error(f'--learning-rate: got {args.learning_rate}; expected a number > 0')
-        world = world_size()
-        if args.batch_size % world:
-            below, above = args.batch_size // world * world, (args.batch_size // world + 1) * world
+        if args.overwrite and args.resume != 'off':
+            parser.error('--overwrite goes with --resume off')
+        unit = world_size() * args.accumulate
+        if args.batch_size % unit:
+            below, above = args.batch_size // unit * unit, (args.batch_size // unit + 1) * unit
             nearest = f'{below} or {above}' if below else f'{above}'
-            parser.error(f'--batch-size {args.batch_size} is not divisible by {world} processes; use {nearest}')
+            parts = f' times {args.accumulate} parts' if args.accumulate > 1 else ''
+            parser.error(
+                f'--batch-size {args.batch_size} is not divisible by {world_size()} processes{parts}; use {nearest}'
+            )
     return args

@@ -7,7 +7,7 @@ import tempfile
 import numpy as np
 import torch
 
-from utils.distributed import local_world_size, world_size
+from utils.distributed import agreed, local_world_size, world_size
 from utils.engine import autocast, to_device
 from utils.errors import InputError
 
@@ -36,7 +36,7 @@ def cache_features(net, loader, size, device, args, logger):
     if args.val_cache == 'off':
         return loader
     with torch.no_grad(), autocast(device, args.fp16):
-        shape = net.features(torch.zeros(1, 3, *size, device=device)).shape[1:]
+        shape = net.features(to_device(torch.zeros(1, 3, *size), device)).shape[1:]
     count = -(-len(loader.dataset) // world_size())
     need = count * (2 * int(np.prod(shape)) + int(np.prod(size))) * local_world_size()
     args.snapshot_dir.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,8 @@ def cache_features(net, loader, size, device, args, logger):
         f'{room["disk"] / GB:.1f} GB'
     )
     places = ('memory', 'disk') if args.val_cache == 'auto' else (args.val_cache,)
-    place = next((place for place in places if need <= room[place]), None)
+    # decided once: a process that reserves its file changes what the next one finds free
+    place = agreed(next((place for place in places if need <= room[place]), None))
     if place is None and args.val_cache != 'auto':
         raise InputError(f'--val-cache {args.val_cache}: {shortage}. Raise the budget, use --val-limit, or auto.')
     if place is None:
@@ -66,15 +67,15 @@ class FeatureCache:
 
     Args:
         net, loader, device: as in `cache_features`.
-        features, masks (tuple of int): shapes to keep, [N, C, h, w] in float16 and [N, H, W] in uint8.
+        features_shape, masks_shape (tuple of int): [N, C, h, w], kept in float16, and [N, H, W], kept in uint8.
         fp16 (bool): mixed precision.
         folder (Path, optional): keep them in files there; without it, in memory.
     """
 
-    def __init__(self, net, loader, features, masks, device, fp16, folder=None):
+    def __init__(self, net, loader, features_shape, masks_shape, device, fp16, folder=None):
         self.net, self.loader, self.device, self.fp16 = net, loader, device, fp16
-        self.features = _allocate(features, torch.float16, folder)
-        self.masks = _allocate(masks, torch.uint8, folder)
+        self.features = _allocate(features_shape, torch.float16, folder)
+        self.masks = _allocate(masks_shape, torch.uint8, folder)
         self.notes = []  # per image: mask shape, canvas, id
         self.complete = False
 
@@ -86,12 +87,16 @@ class FeatureCache:
         dict: 'features' float16 [1, C, h, w] on the device; lists of one: 'mask', 'canvas', 'id'.
         """
         if self.complete:
-            for i in range(len(self)):
+            for i in range(len(self.notes)):
                 yield self._item(i)
             return
         self.notes = []
         for batch in self.loader:
-            with autocast(self.device, self.fp16):
+            if batch['skipped']:
+                yield {'mask': [], 'skipped': batch['skipped']}
+            if not batch['mask']:
+                continue
+            with torch.no_grad(), autocast(self.device, self.fp16):
                 features = self.net.features(to_device(batch['image'], self.device))
             for i, mask in enumerate(batch['mask']):
                 k = len(self.notes)

@@ -1,12 +1,14 @@
 """Checkpoints: written whole or not at all, loaded only where every key fits.
 
-A checkpoint of ours is {'format': 'pop', 'config': {...}, 'model': state dict, 'epoch': int, 'metrics': {...}}; the
-published code's are flat state dicts. Both hold the same keys (README.md, "Checkpoints"). Nothing but tensors and
-plain values is ever unpickled.
+A checkpoint of ours is {'format': 'pop', 'config': {...}, 'model': state dict, 'epoch': int, 'metrics': {...}}, and in
+all but `best` also 'training', from which a run goes on (`engine.Trainer`); the published code's are flat state dicts.
+Both hold the same keys (README.md, "Checkpoints"). Nothing but tensors and plain values is ever unpickled.
 """
 
 import pickle
+import shutil
 import urllib.error
+import zipfile
 from pathlib import Path
 
 import torch
@@ -21,7 +23,7 @@ STAGE_2_PREFIXES = ('novel_emb', 'classifier_n.')
 CLASSIFIER_PREFIXES = ('fc.', 'classifier.', 'features.18.')
 
 
-def save_checkpoint(path, net, config, epoch, metrics):
+def save_checkpoint(path, net, config, epoch, metrics, training=None, previous=None):
     """Write a checkpoint; only the main process does.
 
     Args:
@@ -30,11 +32,44 @@ def save_checkpoint(path, net, config, epoch, metrics):
         config (dict): what the network is for (`network_config`), checked when it is loaded.
         epoch (int): epochs done.
         metrics (dict): validation results of these weights.
+        training (dict, optional): what a run goes on from.
+        previous (Path, optional): where the file that is replaced is kept.
+
+    Raises:
+        InputError: the file cannot be written; what was there before is still there.
     """
-    if is_main():
-        state = {'format': 'pop', 'config': config, 'model': net.state_dict(), 'epoch': epoch, 'metrics': metrics}
-        with atomic_write(path, 'wb') as file:
+    if not is_main():
+        return
+    state = {'format': 'pop', 'config': config, 'model': net.state_dict(), 'epoch': epoch, 'metrics': metrics}
+    if training is not None:
+        state['training'] = training
+    try:
+        with atomic_write(path, 'wb', keep=previous) as file:
             torch.save(state, file)
+    except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as RuntimeError
+        free = shutil.disk_usage(path.parent).free
+        raise InputError(
+            f'cannot write {path} ({free / 1e6:.0f} MB are free there): {str(error).splitlines()[0]}. '
+            'The checkpoints that were there are intact: make room and start the same command again.'
+        ) from error
+
+
+def read_state(path):
+    """Read all of a checkpoint that a run can go on from.
+
+    Returns:
+        dict: as `save_checkpoint` wrote it.
+
+    Raises:
+        InputError: missing, damaged or foreign file, or one without the state of training.
+    """
+    content = _read(path)
+    if not isinstance(content, dict) or content.get('format') != 'pop' or 'training' not in content:
+        raise InputError(
+            f'{path} is no checkpoint that training can go on from; expected last.pth or epoch_N.pth of a run. '
+            'To start from its weights, use --restore-from.'
+        )
+    return content
 
 
 def network_config(args, seed=None):
@@ -50,20 +85,9 @@ def read_checkpoint(path):
         tuple: state dict without any `module.` prefix, and config (empty for files of other code).
 
     Raises:
-        InputError: missing, truncated or foreign file.
+        InputError: missing, damaged or foreign file.
     """
-    try:
-        content = torch.load(path, map_location='cpu', weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f'checkpoint {path} does not exist') from None
-    except IsADirectoryError:
-        raise InputError(f'{path} is a folder; expected a checkpoint file, e.g. {path}/best.pth') from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f'{path} cannot be read as a checkpoint ({reason}): it is truncated, or no file of PyTorch tensors. '
-            'Copy or download it again.'
-        ) from error
+    content = _read(path)
     config = content.get('config', {}) if isinstance(content, dict) and content.get('format') == 'pop' else {}
     for wrapper in ('model', 'state_dict'):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
@@ -167,6 +191,26 @@ def resolve_checkpoint(source, select='best', seed=None):
         f'--restore-from {source}: there is no {" and no ".join(map(str, candidates))}; '
         f'{path.parent} holds {some(present) if present else "no checkpoint"}'
     )
+
+
+def _read(path):
+    """Unpickle a file of tensors and plain values."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():  # PyTorch reads past wrong checksums
+                    raise ValueError(f'the checksum of {damaged} is wrong')
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f'checkpoint {path} does not exist') from None
+    except IsADirectoryError:
+        raise InputError(f'{path} is a folder; expected a checkpoint file, e.g. {path}/best.pth') from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f'{path} cannot be read as a checkpoint ({reason}): it is damaged, or no file of PyTorch tensors. '
+            'Copy or download it again.'
+        ) from error
 
 
 def _load_exactly(module, state, path, may_miss=()):

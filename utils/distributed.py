@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from torch import nn
 
 from utils.errors import InputError
 
+_hosts = None  # the Gloo group beside NCCL's
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -35,11 +37,13 @@ def is_main():
 
 
 @contextlib.contextmanager
-def process_group(device):
+def process_group(device, timeout_minutes=30, deterministic=False):
     """Join the run's processes (NCCL on GPUs, Gloo on CPUs) and leave them at the end.
 
     Args:
         device (str): 'auto', 'cpu' or 'cuda'.
+        timeout_minutes (float): a process that keeps the others waiting for longer ends the run.
+        deterministic (bool): only algorithms whose results do not vary from run to run.
 
     Yields:
         torch.device: this process's device.
@@ -48,13 +52,35 @@ def process_group(device):
         InputError: CUDA is asked for and not there.
     """
     device = _choose_device(device)
+    if deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # what cuBLAS asks for
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
     if world_size() > 1:
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+        timeout = timedelta(minutes=timeout_minutes)
+        backend = 'nccl' if device.type == 'cuda' else 'gloo'
+        dist.init_process_group(backend, timeout=timeout, **_meeting_place(timeout))
+        # what hosts tell each other in every step goes over Gloo, so that no GPU is waited for
+        global _hosts
+        _hosts = dist.new_group(backend='gloo', timeout=timeout)
     try:
         yield device
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _meeting_place(timeout):
+    """Where the processes find each other, as arguments of init_process_group; none: where PyTorch looks by itself.
+
+    torchrun keeps one store over all restarts, in which processes would find the addresses of those that died.
+    """
+    if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True':
+        return {}
+    port = int(os.environ['MASTER_PORT'])
+    store = dist.TCPStore(os.environ['MASTER_ADDR'], port, is_master=False, timeout=timeout)
+    store = dist.PrefixStore(f'restart {os.environ["TORCHELASTIC_RESTART_COUNT"]}', store)
+    return {'store': store, 'rank': rank(), 'world_size': world_size()}
 
 
 def _choose_device(name):
@@ -89,14 +115,22 @@ def keep_freed_memory():
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def parallel(net, device):
-    """Wrap a network for gradient averaging over the processes; the network itself where there is one process."""
+def parallel(net, device, sync_bn=True):
+    """Wrap a network for gradient averaging over the processes; the network itself where there is one process.
+
+    Args:
+        net (nn.Module): on `device`.
+        device (torch.device): of this process.
+        sync_bn (bool): batch statistics over all processes; PyTorch has that on GPUs only.
+    """
     if world_size() == 1:
         return net
     if device.type == 'cuda':
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-        return nn.parallel.DistributedDataParallel(net, device_ids=[device.index])
-    return nn.parallel.DistributedDataParallel(net)
+        if sync_bn:
+            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        return nn.parallel.DistributedDataParallel(net, device_ids=[device.index], broadcast_buffers=False)
+    # running statistics do not enter a training step; `share_buffers` makes them one before they are used
+    return nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
 
 
 def share_buffers(net):
@@ -108,16 +142,58 @@ def share_buffers(net):
 
 def all_sum(tensor):
     """Sum a tensor over the processes, in place."""
-    if world_size() > 1:
+    if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
+def sum_over_processes(*values):
+    """Sums of whole numbers over the processes, exchanged on the CPU: a list of int."""
+    if not dist.is_initialized():
+        return list(values)
+    sums = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(sums, group=_hosts)
+    return sums.tolist()
+
+
+def mean_over_processes(values):
+    """Means of scalar tensors over the processes.
+
+    Args:
+        values (dict): name -> scalar tensor.
+
+    Returns:
+        dict: name -> float.
+    """
+    means = all_sum(torch.stack([value.detach().float() for value in values.values()])) / world_size()
+    return dict(zip(values, means.tolist(), strict=True))
+
+
+def shared(function):
+    """Call a function in the main process only and give its result to all; its InputError, which it tells, ends all."""
+    if not dist.is_initialized():
+        return function()
+    answer = [None, None]
+    if is_main():
+        try:
+            answer = [function(), None]
+        except InputError as error:
+            answer = [None, str(error)]
+    dist.broadcast_object_list(answer, src=0, group=_hosts)
+    if answer[1] is not None:
+        if is_main():
+            raise InputError(answer[1])
+        sys.exit(1)
+    return answer[0]
+
+
+def agreed(value):
+    """The main process's value, in all processes."""
+    return shared(lambda: value)
+
+
 def main_first(function, *args):
     """Call a function that makes files in the main process, then in the others, which find them made."""
-    if is_main():
-        function(*args)
-    if world_size() > 1:
-        dist.barrier()
+    shared(lambda: function(*args))
     if not is_main():
         function(*args)

@@ -1,7 +1,12 @@
 """Errors that are the input's fault, and how a command ends on one."""
 
+import errno
 import functools
+import os
+import re
 import sys
+
+from utils.signals import Stopped
 
 
 class InputError(Exception):
@@ -18,10 +23,25 @@ def exits_cleanly(main):
         except InputError as error:
             # a DataLoader worker wraps the message in its traceback; the message alone is what mends things
             message = str(error).rsplit(f'{InputError.__name__}: ', 1)[-1].strip()
-            print(f'error: {message}', file=sys.stderr, flush=True)
-            sys.exit(1)
+            _end(f'error: {message}', 1)
+        except Stopped as stop:
+            _end(f'{stop}; the same command goes on from here', stop.exit_code)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            _end(f'error: no space left to write {error.filename or "the log"}; what was saved is intact', 1)
+        except RuntimeError as error:
+            # what PyTorch's process groups raise where another process has ended
+            if 'WORLD_SIZE' not in os.environ or not re.search('gloo|nccl|socket|store', str(error), re.IGNORECASE):
+                raise
+            _end(f'process {os.environ["RANK"]} ends: {str(error).splitlines()[0]}', 1)
 
     return wrapper
+
+
+def _end(message, code):
+    print(message, file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 def some(names, shown=4):

@@ -15,13 +15,14 @@ def check_writable(folder):
 
 
 @contextlib.contextmanager
-def atomic_write(path, mode='w', sync=True):
+def atomic_write(path, mode='w', sync=True, keep=None):
     """Open a file beside `path` for writing and rename it to `path` once it is complete and on disk.
 
     Args:
         path (str or Path): the file to make or replace; its folder is made.
         mode (str): 'w' or 'wb'.
         sync (bool): outlast a power cut too; thousands of small files that can be made again go without.
+        keep (str or Path, optional): the name that a file which is replaced gets, in the same folder.
 
     Yields:
         file object. When the body raises, `path` stays as it was.
@@ -42,6 +43,12 @@ def atomic_write(path, mode='w', sync=True):
             if sync:
                 file.flush()
                 os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
         os.replace(beside, path)
+        if sync:
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)  # the names too
+            os.close(folder)
     finally:
         beside.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -16,16 +17,20 @@ class RunLogger:
     """Logs to the terminal and to a run's folder.
 
     Args:
-        folder (Path): the snapshot folder; made where it is missing. A later run of the same folder appends.
+        folder (Path): the snapshot folder; made where it is missing.
         arguments (dict): written to args.json.
+        metrics_size (int): bytes of metrics.jsonl that the checkpoint which a run goes on from has seen; what was
+            written after it is written again.
     """
 
-    def __init__(self, folder, arguments):
+    def __init__(self, folder, arguments, metrics_size=0):
         self._tensorboard = None
         if is_main():
             self._folder = Path(folder)
             with atomic_write(self._folder / 'args.json') as file:
                 json.dump(arguments, file, indent=2, default=str)
+            with open(self._folder / 'metrics.jsonl', 'a') as file:
+                file.truncate(metrics_size)
             self._tensorboard = SummaryWriter(str(self._folder / 'tb'))
             self.info(f'{time.strftime("%Y-%m-%d %H:%M:%S")}  {" ".join(sys.argv)}')
 
@@ -36,13 +41,24 @@ class RunLogger:
             with open(self._folder / 'log.txt', 'a') as file:
                 file.write(f'{text}\n')
 
-    def record(self, kind, step, values, **position):
+    def metrics_size(self):
+        """Bytes of metrics.jsonl so far, which are on disk from then on; 0 in other processes than the main one."""
+        if not is_main():
+            return 0
+        with open(self._folder / 'metrics.jsonl', 'a') as file:
+            os.fsync(file.fileno())
+            return file.tell()
+
+    def record(self, kind, step, values, timing=None, **position):
         """Append one JSON object to metrics.jsonl and its numbers to TensorBoard.
+
+        The file holds nothing that depends on the clock: runs that compute the same have the same.
 
         Args:
             kind (str): 'train' or 'val'.
             step (int): optimisation steps so far.
             values (dict): name -> number; NaN and infinity become null.
+            timing (dict, optional): name -> number; for TensorBoard only.
             position: epoch, seed, ... stored alike but not drawn.
         """
         if not is_main():
@@ -51,7 +67,7 @@ class RunLogger:
         with open(self._folder / 'metrics.jsonl', 'a') as file:
             file.write(json.dumps({'kind': kind, 'step': step, **position, **clean}) + '\n')
         run = f'{kind}_{position["seed"]}' if 'seed' in position else kind
-        for name, value in clean.items():
+        for name, value in (clean | (timing or {})).items():
             if value is not None:
                 self._tensorboard.add_scalar(f'{run}/{name}', value, step)
 

@@ -51,9 +51,12 @@ class Optimization:
         self.device = self.parameters[0].device
         self.scaler = torch.amp.GradScaler('cuda', enabled=fp16 and self.device.type == 'cuda')
 
-    def step(self, loss):
-        """Take one step against a scalar loss; returns the gradient norm before clipping, a scalar tensor."""
+    def backward(self, loss):
+        """Add a scalar loss's gradients to those that the next step takes."""
         self.scaler.scale(loss).backward()
+
+    def step(self):
+        """Take one step; returns the gradient norm before clipping, a scalar tensor."""
         self.scaler.unscale_(self.optimizer)
         grad_norm = nn.utils.clip_grad_norm_(self.parameters, GRADIENT_CLIP)
         self.scaler.step(self.optimizer)
@@ -61,6 +64,24 @@ class Optimization:
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)  # now, so that the next forward pass has their memory
         return grad_norm
+
+    @property
+    def scales(self):
+        """Whether losses are scaled."""
+        return self.scaler.is_enabled()
+
+    def state_dict(self):
+        """Momentum, schedule position and loss scale."""
+        return {name: part.state_dict() for name, part in self._parts.items()}
+
+    def load_state_dict(self, state):
+        """Go on from a `state_dict`."""
+        for name, part in self._parts.items():
+            part.load_state_dict(state[name])
+
+    @property
+    def _parts(self):
+        return {'optimizer': self.optimizer, 'schedule': self.schedule, 'scaler': self.scaler}
 
     @property
     def learning_rates(self):

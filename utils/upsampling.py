@@ -27,14 +27,18 @@ def predict(logits, size, shape=None):
         Tensor: int64 [B, *shape], the argmax over K.
     """
     height, width = shape or size
-    wide = widened(logits, size[1])[..., :width]
-    bands = row_bands(logits, size, height)
-    # max rather than argmax: several times faster over a dimension that is not the last
-    return torch.cat([(taps @ wide[:, :, cells]).max(dim=1).indices for _, cells, taps in bands], dim=1)
+    with torch.autocast(logits.device.type, enabled=False):
+        wide = widened(logits, size[1])[..., :width]
+        bands = row_bands(logits, size, height)
+        # max rather than argmax: several times faster over a dimension that is not the last
+        return torch.cat([(taps @ wide[:, :, cells]).max(dim=1).indices for _, cells, taps in bands], dim=1)
 
 
 def widened(logits, width):
-    """Upsample the columns only: [B, K, h, w] to [B, K, h, width], in float32 (float64 stays)."""
+    """Upsample the columns only: [B, K, h, w] to [B, K, h, width], in float32 (float64 stays).
+
+    Call this and what multiplies its result outside of autocast, which would round the products.
+    """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return logits @ interpolation(width, logits.shape[-1], logits.dtype, logits.device).T
 

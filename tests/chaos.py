@@ -1,0 +1,238 @@
+"""Break training runs in every way that is expected of machines, and report what happened and what was lost.
+
+    python tests/chaos.py [--kills 20]
+
+Embedded data, a small network, CPU; about ten minutes on two cores. The disk-full fault needs the right to mount a
+tmpfs and is left out without it. Ends with a table, and with exit code 1 where a fault lost more than it may.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dataset.shapes import make_shapes
+
+ROOT = Path(__file__).resolve().parent.parent
+SAVE_EVERY = 2  # steps
+COMMAND = (
+    sys.executable, 'train_base.py', '--dataset', 'shapes', '--backbone', 'resnet18', '--os', 32, '--num-workers', 1,
+    '--base-size', '65,65', '--input-size', '65,65', '--print-frequency', 1, '--restore-from', 'none',
+    '--batch-size', 12, '--num-epoch', 4, '--save-every-steps', SAVE_EVERY,
+)  # fmt: skip
+
+
+class Lost(Exception):
+    """A fault did more harm than it may."""
+
+
+def check(condition, text):
+    if not condition:
+        raise Lost(text)
+
+
+class Place:
+    """A data set, a reference run that nothing happened to, and folders for the others."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.data = self.folder / 'data'
+        make_shapes(self.data, seed=1, train_images=120, val_images=8)
+        began = time.monotonic()
+        self.reference = self.folder / 'reference'
+        code, output = self.run(self.reference)
+        check(code == 0, output)
+        self.seconds = time.monotonic() - began
+
+    def command(self, run, *flags, data=None):
+        return [str(part) for part in (*COMMAND, '--data-dir', data or self.data, '--snapshot-dir', run, *flags)]
+
+    def start(self, run, *flags, data=None):
+        return subprocess.Popen(
+            self.command(run, *flags, data=data), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, 'OMP_NUM_THREADS': '1'}, start_new_session=True,
+        )  # fmt: skip
+
+    def run(self, run, *flags, data=None):
+        process = self.start(run, *flags, data=data)
+        output = process.communicate()[0]
+        return process.returncode, output
+
+    def finish(self, run):
+        """Start the same command again, and expect the reference's weights and metrics."""
+        code, output = self.run(run)
+        check(code == 0, output)
+        for name in ('best.pth', 'last.pth'):
+            ours, theirs = (torch.load(folder / name, weights_only=True)['model'] for folder in (run, self.reference))
+            check(all(torch.equal(ours[key], theirs[key]) for key in theirs), f'{name} differs')
+        same = (run / 'metrics.jsonl').read_bytes() == (self.reference / 'metrics.jsonl').read_bytes()
+        check(same, 'metrics.jsonl differs')
+        return output
+
+    def copy_of_data(self, name):
+        shutil.copytree(self.data, self.folder / name)
+        return self.folder / name
+
+    def begun(self, name):
+        """A copy of the reference run."""
+        shutil.copytree(self.reference, self.folder / name)
+        return self.folder / name
+
+
+def killed(place, kills):
+    rng, runs, done = random.Random(0), 1, 0
+    run = place.folder / 'killed'
+    while done < kills:
+        process = place.start(run)
+        try:
+            process.communicate(timeout=rng.uniform(0.1, place.seconds))
+            check(process.returncode == 0, 'a run ended by itself')
+            place.finish(run)
+            runs, run = runs + 1, place.folder / f'killed{runs}'
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            done += 1
+    place.finish(run)
+    return f'{done} kills in {runs} runs; same weights and metrics', f'up to {SAVE_EVERY} steps a kill, done again'
+
+
+def asked_to_stop(place, number):
+    run = place.folder / f'signal{number}'
+    process = place.start(run, '--save-every-steps', 0)
+    for line in process.stdout:
+        if 'epoch 2/4 step 2/' in line:
+            process.send_signal(number)
+            break
+    process.communicate()
+    check(process.returncode == 128 + number, f'exit code {process.returncode}')
+    place.finish(run)
+    return f'saved, exit code {128 + number}; went on to the same weights', 'nothing'
+
+
+def damaged(place, kind):
+    run = place.begun(kind)
+    path = run / 'last.pth'
+    size = path.stat().st_size
+    path.write_bytes(bytes(size) if kind == 'zeros' else path.read_bytes()[: size // 2])
+    output = place.finish(run)
+    check(f'{path} cannot be read' in output and 'previous.pth' in output, output)
+    return 'named; went on from previous.pth to the same weights', f'up to {SAVE_EVERY} steps, done again'
+
+
+def disk_full(place):
+    run = place.folder / 'full'
+    run.mkdir()
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=450m', 'tmpfs', str(run)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        return 'not tried: no right to mount a tmpfs', '-'
+    try:
+        code, output = place.run(run)
+        check(code == 1 and 'cannot write' in output and 'Traceback' not in output, output)
+        torch.load(run / 'last.pth', weights_only=True)
+        subprocess.run(['mount', '-o', 'remount,size=4g', str(run)], check=True)
+        place.finish(run)
+    finally:
+        subprocess.run(['umount', str(run)], check=True)
+    return 'stopped with a message; with room, went on to the same weights', f'up to {SAVE_EVERY} steps, done again'
+
+
+def bad_image(place, skip):
+    data = place.copy_of_data('skip_data' if skip else 'bad_data')
+    path = data / 'JPEGImages' / 'train_0003.jpg'
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    run = place.folder / ('skip' if skip else 'bad')
+    code, output = place.run(run, *(['--skip-bad-images'] if skip else []), data=data)
+    check(str(path) in output and 'Traceback' not in output, output)
+    if skip:
+        check(code == 0 and '1 training images were skipped' in output, output)
+        return 'listed and counted; the run went on', 'this image'
+    check(code == 1, output)
+    path.write_bytes((place.data / 'JPEGImages' / path.name).read_bytes())
+    code, output = place.run(run, data=data)
+    check(code == 0, output)
+    return 'stopped, naming it; mended, the run went on', f'up to {SAVE_EVERY} steps, done again'
+
+
+def not_a_number(place):
+    state = torch.load(place.reference / 'best.pth', weights_only=True)
+    state['model']['base_emb'][:] = float('nan')
+    torch.save(state, place.folder / 'nan.pth')
+    run = place.folder / 'nan'
+    code, output = place.run(run, '--restore-from', place.folder / 'nan.pth')
+    check(code == 1 and 'loss is not finite at epoch 1, step 1' in output and 'train_' in output, output)
+    check(not list(run.glob('*.pth')), 'weights that are not numbers were saved')
+    return "stopped, naming the batch's images", 'nothing'
+
+
+def changed_list(place):
+    data = place.copy_of_data('list_data')
+    run = place.folder / 'list'
+    check(place.run(run, data=data)[0] == 0, 'the first run failed')
+    path = data / 'list' / 'val.txt'
+    path.write_text('\n'.join(path.read_text().split()[1:]) + '\n')
+    code, output = place.run(run, data=data)
+    check(code == 1 and 'content of validation list' in output, output)
+    return 'refused, naming the list', 'nothing'
+
+
+def two_in_one_folder(place):
+    run = place.folder / 'two'
+    first = place.start(run)
+    for line in first.stdout:
+        if 'epoch 1/4 step 1/' in line:
+            break
+    code, output = place.run(run)
+    check(code == 1 and 'in use by another run' in output, output)
+    first.communicate()
+    check(first.returncode == 0, 'the first run failed')
+    place.finish(run)
+    return 'the second refused, the first went on', 'nothing'
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--kills', type=int, default=20)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        place = Place(folder)
+        faults = {
+            'SIGTERM': lambda: asked_to_stop(place, signal.SIGTERM),
+            'SIGINT': lambda: asked_to_stop(place, signal.SIGINT),
+            'last.pth truncated': lambda: damaged(place, 'truncated'),
+            'last.pth full of zeros': lambda: damaged(place, 'zeros'),
+            'disk full': lambda: disk_full(place),
+            'unreadable image': lambda: bad_image(place, skip=False),
+            'unreadable image, --skip-bad-images': lambda: bad_image(place, skip=True),
+            'loss is not a number': lambda: not_a_number(place),
+            'list changed between runs': lambda: changed_list(place),
+            'two runs in one folder': lambda: two_in_one_folder(place),
+            'SIGKILL at random moments': lambda: killed(place, args.kills),
+        }
+        rows, failed = [('fault', 'what happened', 'what was lost')], False
+        for name, fault in faults.items():
+            try:
+                rows.append((name, *fault()))
+            except Lost as error:
+                rows.append((name, f'FAILED: {str(error)[-2000:]}', '?'))
+                failed = True
+            print(*rows[-1], sep=': ', flush=True)
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    rows.insert(1, tuple('-' * width for width in widths))
+    for row in rows:
+        print('| ' + ' | '.join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + ' |')
+    sys.exit(failed)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,169 @@
+"""The snapshot folder of a run: used by one run at a time, and where an interrupted run goes on from."""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import socket
+from pathlib import Path
+
+from utils.checkpoint import read_state
+from utils.distributed import is_main, shared
+from utils.errors import InputError, some
+from utils.files import check_writable
+
+# flags that say how a run is carried out; what comes of it depends on the others
+EXECUTION_FLAGS = {
+    'accumulate', 'compile', 'data_dir', 'device', 'num_workers', 'overwrite', 'print_frequency', 'resume',
+    'save_every_minutes', 'save_every_steps', 'save_pred_every', 'select', 'skip_bad_images', 'snapshot_dir',
+    'test_batch_size', 'timeout_minutes', 'train_list', 'val_cache', 'val_cache_gb', 'val_list',
+}  # fmt: skip
+RUN_FILES = ('last*.pth', 'previous*.pth', 'best*.pth', 'epoch_*.pth', 'metrics.jsonl', 'log.txt', 'args.json', 'tb')
+
+
+class Snapshots:
+    """What a snapshot folder holds of a run.
+
+    Args:
+        folder (Path): --snapshot-dir.
+        arguments (dict): of this run (`run_arguments`), stored in its checkpoints.
+        resume (str): 'auto', 'off' or a checkpoint file.
+        overwrite (bool): with 'off': remove an earlier run.
+        seeds (sequence): of stage 2; (None,) for stage 1.
+
+    Raises:
+        InputError: the folder holds another run, or one that is not to be continued.
+    """
+
+    def __init__(self, folder, arguments, resume, overwrite=False, seeds=(None,)):
+        self.folder, self.arguments = Path(folder), arguments
+        self._states = shared(lambda: self._find(resume, overwrite, seeds))
+
+    def state(self, seed=None):
+        """What `checkpoint.save_checkpoint` stored of a seed, or None."""
+        return self._states[seed]
+
+    def any_path(self):
+        """A file that holds the base network that this run's states share, or None."""
+        return next((state['path'] for state in self._states.values() if state), None)
+
+    def path(self, name, seed=None):
+        """The checkpoint `name` of a seed."""
+        return checkpoint_path(self.folder, name, seed)
+
+    def metrics_size(self):
+        """Bytes of metrics.jsonl that belong to what is there."""
+        return max((state['training']['metrics_size'] for state in self._states.values() if state), default=0)
+
+    def _find(self, resume, overwrite, seeds):
+        if resume == 'off':
+            self._start_over(overwrite)
+            return dict.fromkeys(seeds)
+        states = {seed: self._latest(seed) for seed in seeds}
+        if resume != 'auto':
+            state = read_state(resume)
+            seed = state['config'].get('seed')
+            if seed not in states:
+                raise InputError(f'--resume {resume} is of seed {seed}; this run has {some(map(str, seeds))}')
+            if Path(resume).resolve().parent != self.folder.resolve():
+                state['training']['metrics_size'] = 0  # of a file that is not here
+            states[seed] = state | {'path': str(resume)}
+            state['training']['arguments'] = self.arguments  # other ones are what it is there for,
+            state['training']['progress']['finished'] = False  # more epochs among them
+        for state in states.values():
+            if state:
+                self._check_same(state)
+        return states
+
+    def _latest(self, seed):
+        """The state in `last`, or in `previous` where `last` cannot be read."""
+        broken = []
+        for name in ('last', 'previous'):
+            path = checkpoint_path(self.folder, name, seed)
+            if path.is_file():
+                try:
+                    state = read_state(path)
+                except InputError as error:
+                    broken.append(str(error))
+                else:
+                    if broken:
+                        print(f'warning: {broken[0]}\nwarning: going on from {path}', flush=True)
+                    return state | {'path': str(path)}
+        if broken:
+            raise InputError(f'{broken[0]} There is no earlier good checkpoint; --resume off --overwrite starts over.')
+        return None
+
+    def _check_same(self, state):
+        earlier = state['training']['arguments']
+        differing = [
+            f'{name} was {earlier.get(name)}, is {self.arguments.get(name)}'
+            for name in sorted({*earlier, *self.arguments})
+            if earlier.get(name) != self.arguments.get(name)
+        ]
+        if differing:
+            raise InputError(
+                f'{self.folder} holds a run with other arguments: {"; ".join(differing)}. Use another --snapshot-dir, '
+                f'--resume {state["path"]} to go on from its weights and optimiser with these arguments, or '
+                '--resume off --overwrite to start over.'
+            )
+
+    def _start_over(self, overwrite):
+        present = [path for pattern in RUN_FILES for path in self.folder.glob(pattern)]
+        if present and not overwrite:
+            raise InputError(
+                f'{self.folder} holds an earlier run ({some(sorted(path.name for path in present))}); --overwrite '
+                'removes it, --resume auto continues it'
+            )
+        for path in present:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def checkpoint_path(folder, name, seed=None):
+    """FOLDER/name.pth, or FOLDER/name_{seed}.pth."""
+    return Path(folder) / (f'{name}.pth' if seed is None else f'{name}_{seed}.pth')
+
+
+def run_arguments(args, lists):
+    """What a run depends on: its flags, and the contents of its list files, as plain values.
+
+    Args:
+        args (Namespace): the flags.
+        lists (dict): name -> path of a list file.
+    """
+    flags = {name: _plain(value) for name, value in vars(args).items() if name not in EXECUTION_FLAGS}
+    digests = {name: hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12] for name, path in lists.items()}
+    return flags | {f'content of {name}': digest for name, digest in digests.items()}
+
+
+def _plain(value):
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Keep other runs out of a snapshot folder until the block ends, or the process, however it does.
+
+    Raises:
+        InputError: another process has it.
+    """
+    if not is_main():
+        yield
+        return
+    check_writable(folder)
+    with open(Path(folder) / '.lock', 'a+') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise InputError(
+                f'{folder} is in use by another run ({file.read().strip()}); wait for it, or use another --snapshot-dir'
+            ) from None
+        except OSError as error:  # a file system without locks
+            print(f'warning: {folder} cannot be locked ({error.strerror})', flush=True)
+        file.truncate(0)
+        file.write(f'process {os.getpid()} on {socket.gethostname()}')
+        file.flush()
+        yield
