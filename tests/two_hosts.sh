@@ -6,6 +6,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 work=${1:-$(mktemp -d)}
 export OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=pop
+# a new store for each round of meeting: hosts that start again do not find the old one
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 clean_up() {
     for host in 1 2; do
@@ -27,6 +29,7 @@ done
 train() { # HOST FOLDER: this host's part of the run
     ip netns exec "pop$1" python -m torch.distributed.run --nnodes 2 --nproc_per_node 1 --max-restarts 3 \
         --rdzv_backend c10d --rdzv_id pop --rdzv_endpoint 10.77.0.1:29400 --local_addr "10.77.0.$1" \
+        --rdzv_conf "is_host=$((2 - $1))" \
         train_base.py --dataset shapes --data-dir "$work/shapes" --backbone resnet18 --os 32 --input-size 65,65 \
         --base-size 65,65 --num-workers 0 --restore-from none --num-epoch 6 --batch-size 16 --fix-bn \
         --print-frequency 1 --save-every-steps 5 --snapshot-dir "$2" >"$work/host$1.log" 2>&1
