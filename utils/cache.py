@@ -39,7 +39,6 @@ def cache_features(net, loader, size, device, args, logger):
         shape = net.features(to_device(torch.zeros(1, 3, *size), device)).shape[1:]
     count = -(-len(loader.dataset) // world_size())
     need = count * (2 * int(np.prod(shape)) + int(np.prod(size))) * local_world_size()
-    args.snapshot_dir.mkdir(parents=True, exist_ok=True)
     room = {
         'memory': args.val_cache_gb * GB,
         'disk': max(shutil.disk_usage(args.snapshot_dir).free - SPARE_DISK, 0),

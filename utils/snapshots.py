@@ -49,8 +49,8 @@ class Snapshots:
         return next((state['path'] for state in self._states.values() if state), None)
 
     def path(self, name, seed=None):
-        """The checkpoint `name` of a seed."""
-        return checkpoint_path(self.folder, name, seed)
+        """FOLDER/name.pth, or FOLDER/name_{seed}.pth."""
+        return self.folder / (f'{name}.pth' if seed is None else f'{name}_{seed}.pth')
 
     def metrics_size(self):
         """Bytes of metrics.jsonl that belong to what is there."""
@@ -80,7 +80,7 @@ class Snapshots:
         """The state in `last`, or in `previous` where `last` cannot be read."""
         broken = []
         for name in ('last', 'previous'):
-            path = checkpoint_path(self.folder, name, seed)
+            path = self.path(name, seed)
             if path.is_file():
                 try:
                     state = read_state(path)
@@ -117,11 +117,6 @@ class Snapshots:
             )
         for path in present:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def checkpoint_path(folder, name, seed=None):
-    """FOLDER/name.pth, or FOLDER/name_{seed}.pth."""
-    return Path(folder) / (f'{name}.pth' if seed is None else f'{name}_{seed}.pth')
 
 
 def run_arguments(args, lists):

@@ -86,16 +86,20 @@ class Trainer:
     def save(self, name='last'):
         """Write a checkpoint; all but `best` can be gone on from."""
         progress = self.progress
-        training = {
-            'arguments': self.snapshots.arguments,
-            'optimization': self.optimization.state_dict(),
-            'progress': asdict(progress),
-            'rng': torch.get_rng_state(),
-            'metrics_size': self.logger.metrics_size(),
-        }
+        training = (
+            None
+            if name == 'best'
+            else {
+                'arguments': self.snapshots.arguments,
+                'optimization': self.optimization.state_dict(),
+                'progress': asdict(progress),
+                'rng': torch.get_rng_state(),
+                'metrics_size': self.logger.metrics_size(),
+            }
+        )
         save_checkpoint(
             self.snapshots.path(name, self.seed), self.net, self.config, progress.epoch, progress.last,
-            None if name == 'best' else training,
+            training,
             self.snapshots.path('previous', self.seed) if name == 'last' else None,
         )  # fmt: skip
         if name == 'last':
