@@ -34,6 +34,7 @@ from utils.logger import RunLogger
 from utils.metrics import summary_table
 from utils.snapshots import Snapshots, locked, run_arguments
 from utils.trainer import Trainer
+from utils.visualize import ValidationPanel
 
 
 def parse_args(argv=None):
@@ -151,7 +152,10 @@ def update_novel(args, data, seed, base, frozen, val_batches, snapshots, logger)
     net = build_model(args.backbone, len(data.base_ids), len(data.novel_ids), args.os)
     net.start_from(base)
     if args.start_epoch:
-        load_weights(net, stage_2_checkpoint(args, seed), network_config(args, seed))
+        path = stage_2_checkpoint(args, seed)
+        load_weights(net, path, network_config(args, seed))
+        if any(not torch.equal(net.state_dict()[key], value.cpu()) for key, value in base.state_dict().items()):
+            raise InputError(f'{path} rests on another base network than the checkpoint of seed {args.random_seed[0]}')
     net.freeze_base()
     net.to(device, memory_format=torch.channels_last)
     fast = net.on_features_of(frozen)
@@ -167,14 +171,16 @@ def update_novel(args, data, seed, base, frozen, val_batches, snapshots, logger)
         base_masks = pseudo_label(masks[count:], logits[count:], net.num_base)
         return pop_losses(logits, torch.cat([masks[:count], base_masks]), net.novel_emb, net.base_emb, **share)
 
-    def validate():
-        return evaluate(fast, val_batches, device, args.fp16)
+    panel = ValidationPanel(data.legend, data.samples('val', False).read_image)
 
-    patience = max(args.num_epoch // 4, 1)
+    def validate():
+        return evaluate(fast, val_batches, device, args.fp16, panel)
+
     config = network_config(args, seed)
     return Trainer(
-        losses, validate, net, parallel_net, train_loader, args, config, improves, snapshots, logger, seed, patience
-    ).fit()
+        losses, validate, panel, net, parallel_net, train_loader, args, config, improves, snapshots, logger, seed,
+        patience=args.num_epoch // 4,
+    ).fit()  # fmt: skip
 
 
 @exits_cleanly
@@ -195,7 +201,10 @@ def main(args):
         arguments = run_arguments(args, lists)
         snapshots = Snapshots(args.snapshot_dir, arguments, args.resume, args.overwrite, args.random_seed)
         val_set = data.validation(args.base_size, with_novel=True, limit=args.val_limit)
-        val_loader = evaluation_loader(val_set, args.test_batch_size, args.num_workers, device)
+        # with a cache the loader is gone through once
+        val_loader = evaluation_loader(
+            val_set, args.test_batch_size, args.num_workers, device, keep_workers=args.val_cache == 'off'
+        )
         base = restore(args, data, device, snapshots)
         frozen = folded(base, precision(device, args.fp16))
         if args.compile:

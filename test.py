@@ -7,7 +7,7 @@ DIR/best.pth. A stage-1 checkpoint is evaluated on the base classes, novel pixel
 
 Writes to --save-path (default: the checkpoint's folder): results.json, results.md, confusion_{seed}.npy (int64,
 row = ground truth, in the order of the logits); with --save, predictions_{seed}/ID.png (palette PNG of class ids, at
-the original size); with --overlay N, overlay_{seed}/ID.png.
+the original size); with --overlay N, overlay_{seed}/*.png; with --plots, plots/*.png.
 """
 
 import json
@@ -15,18 +15,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.data import Subset
 
 from dataset import DATASETS, FoldData
 from model import BACKBONES, MODELS, build_model
 from model.folding import folded
 from utils import args as cli
 from utils.checkpoint import count_classes, load_backbone, load_weights, network_config, resolve_checkpoint
-from utils.distributed import is_main, main_first, process_group
+from utils.distributed import gathered, is_main, main_first, process_group
 from utils.engine import compile_features, evaluate, evaluation_loader, precision
 from utils.errors import InputError, exits_cleanly, some
+from utils.figures import confusion_figure, iou_figure, similarity_figure, support_figure
 from utils.files import atomic_write, check_writable
-from utils.metrics import SUMMARY, iou_per_class, summarize, summary_table
-from utils.visualize import PredictionWriter
+from utils.metrics import SUMMARY, class_table, iou_per_class, mean_and_std, summarize, summary_table
+from utils.visualize import ImageScores, PanelWriter, choose_telling, save_figure
 
 UNTRAINED = ('none', 'imagenet')  # --restore-from without a checkpoint
 
@@ -56,7 +58,13 @@ def parse_args(argv=None):
         type=cli.not_negative,
         default=0,
         metavar='N',
-        help='write N pictures of image, ground truth and prediction side by side',
+        help='write N panels of image, ground truth, prediction and errors: of the worst, median and best images and '
+        'of images with novel classes, in turn',
+    )
+    parser.add_argument(
+        '--plots',
+        action='store_true',
+        help='draw confusion matrix, IoU of each class, similarity of prototypes, and the support images',
     )
     parser.add_argument('--save-path', type=Path, help='folder of the results')
     args = cli.check(parser, parser.parse_args(argv), DATASETS)
@@ -93,10 +101,10 @@ def refuse_one_file_for_several_seeds(args):
 
 
 def evaluate_seed(args, data, seed, device, folder):
-    """Evaluate one seed's network; writes its pictures and confusion matrix.
+    """Evaluate one seed's network; writes its confusion matrix and pictures.
 
     Returns:
-        tuple: dict of 'checkpoint', the keys of `SUMMARY`, and 'iou' by class name, in percent; paths of the panels.
+        dict: 'checkpoint', the keys of `SUMMARY`, and 'iou' by class name, in percent.
     """
     net, path = load_network(args, data, seed)
     net = folded(net.to(device), precision(device, args.fp16))
@@ -104,51 +112,87 @@ def evaluate_seed(args, data, seed, device, folder):
         compile_features(net)
     val_set = data.validation(args.base_size, with_novel=net.num_novel > 0, original_size=True)
     loader = evaluation_loader(val_set, args.test_batch_size, args.num_workers, device)
-    names = data.spec.logit_names(data.fold)[: net.num_logits]
-    writer = PredictionWriter(
-        class_ids=(0, *data.base_ids, *data.novel_ids)[: net.num_logits],
-        names=names,
-        read_image=val_set.samples.read_image,
-        prediction_folder=folder / f'predictions_{seed}' if args.save else None,
-        overlay_folder=folder / f'overlay_{seed}',
-        overlays=args.overlay if is_main() else 0,
-        wanted=range(net.num_base + 1, net.num_logits) if net.num_novel else range(1, net.num_logits),
-    )
-    confusion = evaluate(net, loader, device, args.fp16, writer if args.save or args.overlay else None)
+    legend = data.legend.cut(net.num_logits)
+    scores = ImageScores(legend, folder / f'predictions_{seed}' if args.save else None)
+    confusion = evaluate(net, loader, device, args.fp16, scores if args.save or args.overlay else None)
     if is_main():
         with atomic_write(folder / f'confusion_{seed}.npy', 'wb') as file:
             np.save(file, confusion)
-    iou = dict(zip(names, iou_per_class(confusion).tolist(), strict=True))
+    if args.overlay:
+        draw_overlays(args, net, val_set, scores, folder / f'overlay_{seed}', device)
+    if args.plots and is_main():
+        draw_plots(args, data, net, legend, confusion, folder / 'plots', seed)
     return {
         'checkpoint': str(path or args.restore_from),
         **summarize(confusion, net.num_base),
-        'iou': iou,
-    }, writer.pictures
+        'iou': dict(zip(legend.names, iou_per_class(confusion).tolist(), strict=True)),
+    }
+
+
+def draw_overlays(args, net, val_set, scores, folder, device):
+    """Segment telling images once more, and draw them."""
+    all_scores = {image_id: score for part in gathered(scores.scores) for image_id, score in part.items()}
+    chosen = choose_telling(all_scores, args.overlay)
+    panels = PanelWriter(scores.legend, val_set.samples.read_image, folder, chosen, all_scores)
+    indices = {image_id: i for i, image_id in enumerate(val_set.image_ids)}
+    subset = Subset(val_set, [indices[image_id] for image_id in chosen])
+    evaluate(net, evaluation_loader(subset, 1, 0, device), device, args.fp16, panels)
+    if is_main():
+        print(''.join(f'picture: {panels.path(image_id)}\n' for image_id in chosen), end='')
+
+
+def draw_plots(args, data, net, legend, confusion, folder, seed):
+    """Draw what there is to see of one seed."""
+    figures = {
+        'confusion': confusion_figure(confusion, legend),
+        'prototypes': similarity_figure(net.prototypes(), legend),
+    }
+    if net.num_novel:
+        try:
+            ids = data.support_ids(args.shot, seed)
+            samples = data.samples('train', False, ids)
+            figures['support'] = support_figure([(i, *samples.read(i)) for i in ids], legend, args.shot)
+        except InputError as error:  # the rest does not need the training images
+            print(f'no picture of the support images: {error}')
+    for name, figure in figures.items():
+        save_figure(folder / f'{name}_{seed}.png', figure)
+        print(f'picture: {folder / name}_{seed}.png')
 
 
 def report(args, data, results, folder):
-    """Print the table of all seeds and write results.md and results.json."""
+    """Print the tables of all seeds and write results.md and results.json."""
     rows = {f'seed {seed}': result for seed, result in results.items()}
     columns = {key: [result[key] for result in results.values()] for key in SUMMARY}
     mean = {key: float(np.mean(values)) for key, values in columns.items()}
     std = {key: float(np.std(values)) for key, values in columns.items()}
     if len(results) > 1:
-        rows['mean ± std'] = {key: f'{mean[key]:.2f} ± {std[key]:.2f}' for key in SUMMARY}
-    names = list(next(iter(results.values()))['iou'])
-    stage_2 = len(names) > 1 + len(data.base_ids)
+        rows['mean ± std'] = {key: mean_and_std(values) for key, values in columns.items()}
+    legend = data.legend.cut(len(next(iter(results.values()))['iou']))
     # which weights: 'best' for best_123.pth; from the files' names, as --select does not apply to a file
     weights = ', '.join({Path(r['checkpoint']).stem.removesuffix(f'_{seed}'): None for seed, r in results.items()})
-    shots = f'{args.shot}-shot' if stage_2 else 'base classes only'
-    title = f'{args.dataset} fold {args.fold}, {shots}, weights "{weights}", mIoU in %'
-    classes = {name: [result['iou'][name] for result in results.values()] for name in names}
-    header = f'| class | {" | ".join(f"seed {seed}" for seed in results)} |\n|{" --- |" * (len(results) + 1)}'
-    body = ''.join(f'| {name} | {" | ".join(f"{v:.2f}" for v in values)} |\n' for name, values in classes.items())
-    print(f'{title}\n{summary_table(rows)}')
+    shots = f'{args.shot}-shot' if legend.novel_labels else 'base classes only'
+    title = f'{args.dataset} fold {args.fold}, {shots}, weights "{weights}"'
+    text = f'{title}, mIoU in %\n\n{summary_table(rows)}\n'
+    for kind, names in (
+        ('background and base', legend.names[: legend.num_base + 1]),
+        ('novel', legend.names[legend.num_base + 1 :]),
+    ):
+        if names:
+            ious = {f'seed {seed}': {name: r['iou'][name] for name in names} for seed, r in results.items()}
+            text += f'\nIoU of {kind} classes in %\n\n{class_table(ious)}\n'
+    print(f'\n{text}')
     with atomic_write(folder / 'results.md') as file:
-        file.write(f'{title}\n\n{summary_table(rows)}\n\nIoU per class in %:\n\n{header}\n{body}')
-    summary = {'dataset': args.dataset, 'fold': args.fold, 'shot': args.shot if stage_2 else None, 'weights': weights}
+        file.write(text)
+    summary = {
+        'dataset': args.dataset, 'fold': args.fold, 'shot': args.shot if legend.novel_labels else None,
+        'weights': weights,
+    }  # fmt: skip
     with atomic_write(folder / 'results.json') as file:
         json.dump(_nan_to_none(summary | {'seeds': results, 'mean': mean, 'std': std}), file, indent=2)
+    if args.plots:
+        ious = np.array([list(result['iou'].values()) for result in results.values()])
+        save_figure(folder / 'plots' / 'iou.png', iou_figure(ious, legend, title))
+        print(f'picture: {folder / "plots" / "iou.png"}')
 
 
 def _nan_to_none(value):
@@ -170,13 +214,9 @@ def main(args):
         source = Path(args.restore_from)
         folder = args.save_path or (source if source.is_dir() else source.parent)
         check_writable(folder)
-        results, pictures = {}, []
-        for seed in args.random_seed:
-            results[seed], drawn = evaluate_seed(args, data, seed, device, folder)
-            pictures += drawn
+        results = {seed: evaluate_seed(args, data, seed, device, folder) for seed in args.random_seed}
         if is_main():
             report(args, data, results, folder)
-            print(''.join(f'picture: {path}\n' for path in pictures), end='')
 
 
 if __name__ == '__main__':

@@ -22,6 +22,7 @@ from utils.errors import InputError, exits_cleanly
 from utils.logger import RunLogger
 from utils.snapshots import Snapshots, locked, run_arguments
 from utils.trainer import Trainer
+from utils.visualize import ValidationPanel
 
 
 def parse_args(argv=None):
@@ -86,7 +87,7 @@ def main(args):
         val_loader = evaluation_loader(val_set, args.test_batch_size, args.num_workers, device)
 
         net = build_model(args.backbone, len(data.base_ids), output_stride=args.os)
-        if not snapshots.state():
+        if not snapshots.any_path():
             restore(net, args)
         if args.freeze_backbone:
             net.backbone.requires_grad_(False)
@@ -106,14 +107,18 @@ def main(args):
                 logits = parallel_net(images)  # [B, 1 + Kb, h, w]
             return pop_losses(logits, masks, net.base_emb, **share)
 
+        panel = ValidationPanel(data.legend.cut(net.num_logits), val_set.samples.read_image)
+
         def validate():
-            return evaluate(net, val_loader, device, args.fp16)
+            return evaluate(net, val_loader, device, args.fp16, panel)
 
         def improves(metrics, best):
             return best is None or metrics['base'] >= best['base']
 
         config = network_config(args)
-        Trainer(losses, validate, net, parallel_net, train_loader, args, config, improves, snapshots, logger).fit()
+        Trainer(
+            losses, validate, panel, net, parallel_net, train_loader, args, config, improves, snapshots, logger
+        ).fit()
         logger.close()
 
 

@@ -13,6 +13,7 @@ from dataset.segmentation import Samples, SegmentationDataset
 from dataset.shapes import ensure_shapes
 from dataset.transforms import Augmentation
 from utils.errors import InputError, some
+from utils.visualize import Legend
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,12 @@ class FoldData:
     @property
     def novel_ids(self):
         return self.spec.novel_ids(self.fold)
+
+    @property
+    def legend(self):
+        """Names and colours of the labels."""
+        class_ids = (0, *self.base_ids, *self.novel_ids)
+        return Legend(self.spec.logit_names(self.fold), class_ids, len(self.base_ids), self.spec.palette)
 
     @property
     def lists(self):

@@ -6,6 +6,7 @@ A class id is the dataset's own (1..N; 0 is background, 255 is ignored).
 from dataclasses import dataclass
 from pathlib import Path
 
+MAX_CLASSES = 253  # 0 is background, 254 and 255 mean something else (`labels`)
 LIST_ROOT = Path(__file__).parent / 'list'
 
 
@@ -22,6 +23,7 @@ class DatasetSpec:
         scale_range: range of training's random resize factor.
         batch_size: stage 1's global batch size.
         min_pixels: a class's image must show this many of its pixels to serve as support or replayed base image.
+        palette: colours of the classes in pictures (`utils.visualize.PALETTES`).
         lists_in_data: lists live in DATA/list rather than in dataset/list/NAME.
         mend: how to get the data.
     """
@@ -38,8 +40,13 @@ class DatasetSpec:
     scale_range: tuple = (0.9, 1.1)
     batch_size: int = 8
     min_pixels: int = 16 * 32 * 32
+    palette: str = 'spread'
     lists_in_data: bool = False
     mend: str = ''
+
+    def __post_init__(self):
+        if self.num_classes > MAX_CLASSES:
+            raise ValueError(f'{self.name} has {self.num_classes} classes; masks of 8 bits hold {MAX_CLASSES}')
 
     @property
     def num_classes(self):
@@ -107,6 +114,7 @@ DATASETS = {
         class_names=_VOC_NAMES,
         folds=_blocks(20),
         train_list='trainaug.txt',
+        palette='voc',
         mend='make it with: python -m utils.voc_parse_script --voc-root VOC2012 --sbd-root SBD (README.md, "Data")',
     ),
     'coco': DatasetSpec(

@@ -106,7 +106,7 @@ def test_features_that_half_precision_cannot_hold_are_refused(network, loader, t
         evaluate(network, batches, CPU)
 
 
-def test_a_run_without_the_cache_selects_the_same(run_script, shapes, base_run, few_shot_run, tmp_path):
+def test_a_run_without_the_cache_has_the_same_metrics(run_script, shapes, base_run, few_shot_run, tmp_path):
     code, output = run_script(
         'ft_pop.py', *TINY, *TINY_TRAINING, '--data-dir', shapes, '--restore-from', base_run, '--snapshot-dir',
         tmp_path, '--num-epoch', 2, '--update-base', '--val-cache', 'off', '--val-limit', 5,

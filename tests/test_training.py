@@ -21,6 +21,7 @@ from utils.logger import RunLogger
 from utils.optim import Optimization, parameter_groups
 from utils.snapshots import Snapshots
 from utils.trainer import Trainer
+from utils.visualize import Legend, ValidationPanel
 
 
 @pytest.mark.parametrize('num_novel', (0, 3))
@@ -117,10 +118,11 @@ def test_a_run_keeps_best_and_last_and_stops_early(tmp_path, monkeypatch, val_ev
         fp16=False, learning_rate=1e-3, momentum=0.9, weight_decay=0.0, power=0.9, fix_lr=True,
     )  # fmt: skip
     loader = training_loader(range(4), 2, 0, 0, torch.device('cpu'))
+    panel = ValidationPanel(Legend(('background', 'thing'), (0, 1), 1, 'voc'), read_image=None)
     result = Trainer(
-        None, lambda: np.array([[(hits := next(correct)), 100 - hits], [0, 100]]), net, net, loader, args, {'fold': 0},
-        lambda metrics, best: best is None or metrics['base'] > best['base'],
-        Snapshots(tmp_path, {}, 'auto', seeds=(7,)), RunLogger(tmp_path, {}), seed=7, patience=2,
+        None, lambda: np.array([[(hits := next(correct)), 100 - hits], [0, 100]]), panel, net, net, loader, args,
+        {'fold': 0}, lambda metrics, best: best is None or metrics['base'] > best['base'],
+        Snapshots(tmp_path, {}, 'auto', seeds=(7,)), RunLogger(tmp_path, {}), seed=7, patience=1,
     ).fit()  # fmt: skip
     epochs = {path.stem: torch.load(path, weights_only=True)['epoch'] for path in tmp_path.glob('*.pth')}
     best = 3 if val_every == 1 else 4

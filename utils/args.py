@@ -96,8 +96,8 @@ def add_data_flags(parser, datasets):
 def add_model_flags(parser, models, backbones, restore_help):
     """Which network, from which weights, where and in which precision."""
     group = parser.add_argument_group('model')
-    group.add_argument('--model', choices=models, default=models[0])
-    group.add_argument('--backbone', choices=list(backbones), default='resnet50v2')
+    group.add_argument('--model', choices=models, default=models[0], help=f'default: {models[0]}')
+    group.add_argument('--backbone', choices=list(backbones), default='resnet50v2', help='default: resnet50v2')
     group.add_argument('--os', type=int, choices=(8, 16, 32), default=8, help='output stride (default: 8)')
     group.add_argument('--restore-from', required=True, help=restore_help)
     group.add_argument(

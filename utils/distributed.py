@@ -147,6 +147,15 @@ def all_sum(tensor):
     return tensor
 
 
+def gathered(value):
+    """The values of all processes, a list by rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value, group=_hosts)
+    return values
+
+
 def sum_over_processes(*values):
     """Sums of whole numbers over the processes, exchanged on the CPU: a list of int."""
     if not dist.is_initialized():

@@ -67,14 +67,14 @@ def training_loader(dataset, batch_size, seed, num_workers, device, fill_last=Fa
     )
 
 
-def evaluation_loader(dataset, batch_size, num_workers, device):
+def evaluation_loader(dataset, batch_size, num_workers, device, keep_workers=True):
     """Loader of this process's share of the evaluation images: no padding, no repeats."""
     return DataLoader(
         dataset,
         batch_size=batch_size,
         sampler=range(rank(), len(dataset), world_size()),
         num_workers=num_workers,
-        persistent_workers=num_workers > 0,
+        persistent_workers=keep_workers and num_workers > 0,
         worker_init_fn=signals.ignore,
         pin_memory=device.type == 'cuda',
         collate_fn=_collate_evaluation,

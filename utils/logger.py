@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from tensorboardX import SummaryWriter
+from tqdm import tqdm
 
 from utils.distributed import is_main
 from utils.files import atomic_write
@@ -34,10 +35,12 @@ class RunLogger:
             self._tensorboard = SummaryWriter(str(self._folder / 'tb'))
             self.info(f'{time.strftime("%Y-%m-%d %H:%M:%S")}  {" ".join(sys.argv)}')
 
-    def info(self, text):
-        """Print text and append it to log.txt."""
+    def info(self, text, terminal=True):
+        """Append text to log.txt and, unless the terminal shows it otherwise, print it."""
         if is_main():
-            print(text, flush=True)
+            if terminal:
+                tqdm.write(text)  # above a progress bar, where there is one
+                sys.stdout.flush()
             with open(self._folder / 'log.txt', 'a') as file:
                 file.write(f'{text}\n')
 
@@ -49,7 +52,7 @@ class RunLogger:
             os.fsync(file.fileno())
             return file.tell()
 
-    def record(self, kind, step, values, timing=None, **position):
+    def record(self, kind, step, values, timing=None, iou=None, **position):
         """Append one JSON object to metrics.jsonl and its numbers to TensorBoard.
 
         The file holds nothing that depends on the clock: runs that compute the same have the same.
@@ -59,19 +62,44 @@ class RunLogger:
             step (int): optimisation steps so far.
             values (dict): name -> number; NaN and infinity become null.
             timing (dict, optional): name -> number; for TensorBoard only.
+            iou (dict, optional): class name -> IoU in percent.
             position: epoch, seed, ... stored alike but not drawn.
         """
         if not is_main():
             return
-        clean = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        clean, clean_iou = _without_nan(values), _without_nan(iou or {})
         with open(self._folder / 'metrics.jsonl', 'a') as file:
-            file.write(json.dumps({'kind': kind, 'step': step, **position, **clean}) + '\n')
-        run = f'{kind}_{position["seed"]}' if 'seed' in position else kind
-        for name, value in (clean | (timing or {})).items():
+            nested = {'iou': clean_iou} if iou else {}
+            file.write(json.dumps({'kind': kind, 'step': step, **position, **clean, **nested}) + '\n')
+        scalars = clean | (timing or {}) | {f'iou/{name}': value for name, value in clean_iou.items()}
+        for name, value in scalars.items():
             if value is not None:
-                self._tensorboard.add_scalar(f'{run}/{name}', value, step)
+                self._tensorboard.add_scalar(f'{_tag(kind, position)}/{name}', value, step)
+
+    def picture(self, name, picture, step, **position):
+        """Show a picture, uint8 [H, W, 3], in TensorBoard."""
+        if is_main():
+            self._tensorboard.add_image(_tag(name, position), picture, step, dataformats='HWC')
+
+    def hyperparameters(self, arguments, metrics, **position):
+        """Show the arguments of a finished run beside its metrics (name -> number) in TensorBoard."""
+        if is_main():
+            plain = {name: value if isinstance(value, (bool, int, float, str)) else str(value)
+                     for name, value in (arguments | position).items()}  # fmt: skip
+            numbers = {name: value for name, value in metrics.items() if math.isfinite(value)}
+            self._tensorboard.add_hparams(plain, numbers, _tag('hparams', position))
 
     def close(self):
         """Flush TensorBoard."""
         if self._tensorboard:
             self._tensorboard.close()
+
+
+def _without_nan(values):
+    """JSON has neither NaN nor infinity."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def _tag(name, position):
+    """Name of a curve or picture; each seed of stage 2 has its own."""
+    return f'{name}_{position["seed"]}' if 'seed' in position else name

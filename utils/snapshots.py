@@ -38,15 +38,21 @@ class Snapshots:
 
     def __init__(self, folder, arguments, resume, overwrite=False, seeds=(None,)):
         self.folder, self.arguments = Path(folder), arguments
-        self._states = shared(lambda: self._find(resume, overwrite, seeds))
+        self._found = shared(lambda: self._find(resume, overwrite, seeds))  # seed -> where a run goes on from
 
     def state(self, seed=None):
         """What `checkpoint.save_checkpoint` stored of a seed, or None."""
-        return self._states[seed]
+        found = self._found.get(seed)
+        if not found:
+            return None
+        state = read_state(found['path'])
+        if found['reopened']:
+            state['training']['progress']['finished'] = False
+        return state
 
     def any_path(self):
         """A file that holds the base network that this run's states share, or None."""
-        return next((state['path'] for state in self._states.values() if state), None)
+        return next((found['path'] for found in self._found.values()), None)
 
     def path(self, name, seed=None):
         """FOLDER/name.pth, or FOLDER/name_{seed}.pth."""
@@ -54,30 +60,31 @@ class Snapshots:
 
     def metrics_size(self):
         """Bytes of metrics.jsonl that belong to what is there."""
-        return max((state['training']['metrics_size'] for state in self._states.values() if state), default=0)
+        return max((found['metrics_size'] for found in self._found.values()), default=0)
 
     def _find(self, resume, overwrite, seeds):
         if resume == 'off':
             self._start_over(overwrite)
-            return dict.fromkeys(seeds)
-        states = {seed: self._latest(seed) for seed in seeds}
+            return {}
+        found = {seed: latest for seed in seeds if (latest := self._latest(seed))}
         if resume != 'auto':
             state = read_state(resume)
             seed = state['config'].get('seed')
-            if seed not in states:
+            if seed not in seeds:
                 raise InputError(f'--resume {resume} is of seed {seed}; this run has {some(map(str, seeds))}')
-            if Path(resume).resolve().parent != self.folder.resolve():
-                state['training']['metrics_size'] = 0  # of a file that is not here
-            states[seed] = state | {'path': str(resume)}
-            state['training']['arguments'] = self.arguments  # other ones are what it is there for,
-            state['training']['progress']['finished'] = False  # more epochs among them
-        for state in states.values():
-            if state:
-                self._check_same(state)
-        return states
+            elsewhere = Path(resume).resolve().parent != self.folder.resolve()
+            found[seed] = {
+                'path': str(resume),
+                'arguments': self.arguments,  # other ones are what it is there for,
+                'reopened': True,  # more epochs among them
+                'metrics_size': 0 if elsewhere else state['training']['metrics_size'],
+            }
+        for latest in found.values():
+            self._check_same(latest)
+        return found
 
     def _latest(self, seed):
-        """The state in `last`, or in `previous` where `last` cannot be read."""
+        """Where to go on from: `last`, or `previous` where `last` cannot be read; None where there is neither."""
         broken = []
         for name in ('last', 'previous'):
             path = self.path(name, seed)
@@ -89,13 +96,17 @@ class Snapshots:
                 else:
                     if broken:
                         print(f'warning: {broken[0]}\nwarning: going on from {path}', flush=True)
-                    return state | {'path': str(path)}
+                    training = state['training']
+                    return {
+                        'path': str(path), 'arguments': training['arguments'], 'reopened': False,
+                        'metrics_size': training['metrics_size'],
+                    }  # fmt: skip
         if broken:
             raise InputError(f'{broken[0]} There is no earlier good checkpoint; --resume off --overwrite starts over.')
         return None
 
-    def _check_same(self, state):
-        earlier = state['training']['arguments']
+    def _check_same(self, found):
+        earlier = found['arguments']
         differing = [
             f'{name} was {earlier.get(name)}, is {self.arguments.get(name)}'
             for name in sorted({*earlier, *self.arguments})
@@ -104,7 +115,7 @@ class Snapshots:
         if differing:
             raise InputError(
                 f'{self.folder} holds a run with other arguments: {"; ".join(differing)}. Use another --snapshot-dir, '
-                f'--resume {state["path"]} to go on from its weights and optimiser with these arguments, or '
+                f'--resume {found["path"]} to go on from its weights and optimiser with these arguments, or '
                 '--resume off --overwrite to start over.'
             )
 

@@ -1,17 +1,21 @@
 """Training, as both stages do it: steps, validation, checkpoints, and going on after an interruption."""
 
 import contextlib
+import resource
+import sys
 import time
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 
 import torch
+from tqdm import tqdm
 
 from utils import signals
 from utils.checkpoint import save_checkpoint
-from utils.distributed import agreed, is_main, mean_over_processes, share_buffers, sum_over_processes
+from utils.distributed import agreed, is_main, mean_over_processes, share_buffers, sum_over_processes, world_size
 from utils.errors import InputError
-from utils.metrics import IGNORE_INDEX, summarize
+from utils.figures import similarity_picture
+from utils.metrics import IGNORE_INDEX, iou_per_class, summarize
 from utils.optim import Optimization
 
 
@@ -41,6 +45,7 @@ class Trainer:
         losses (callable): (batch, share) -> dict of named loss terms, whose sum is minimised; `share` is handed on to
             `losses.pop_losses`.
         validate (callable): () -> confusion matrix on the validation images.
+        panel (ValidationPanel): has seen the same predictions; goes to TensorBoard.
         net (POP): the network, unwrapped; what requires gradients is trained.
         parallel_net (nn.Module): the same under DistributedDataParallel where there are several processes.
         loader (DataLoader): from `training_loader`.
@@ -50,14 +55,15 @@ class Trainer:
         snapshots (Snapshots): the run's folder.
         logger (RunLogger): of this run.
         seed (int, optional): of stage 2; part of the file names.
-        patience (int, optional): stop after this many epochs without a new best.
+        patience (int, optional): stop after more than this many epochs without a new best, as the released code does.
     """
 
     def __init__(
-        self, losses, validate, net, parallel_net, loader, args, config, improves, snapshots, logger, seed=None,
+        self, losses, validate, panel, net, parallel_net, loader, args, config, improves, snapshots, logger, seed=None,
         patience=None,
     ):  # fmt: skip
-        self.losses, self.validate, self.net, self.parallel_net = losses, validate, net, parallel_net
+        self.losses, self.validate, self.panel = losses, validate, panel
+        self.net, self.parallel_net = net, parallel_net
         self.loader, self.args, self.config, self.improves = loader, args, config, improves
         self.snapshots, self.logger, self.seed, self.patience = snapshots, logger, seed, patience
         self.steps = loader.batch_sampler.steps
@@ -124,11 +130,15 @@ class Trainer:
             if metrics:
                 self.compare(metrics)
             idle = progress.epoch - progress.best_epoch
-            stops_early = bool(metrics and self.patience and idle >= self.patience)
+            stops_early = bool(metrics and self.patience is not None and idle > self.patience)
             progress.finished = agreed(stops_early or progress.epoch == args.num_epoch)
             if stops_early:
                 self.logger.info(f'{self.who}no better result for {idle} epochs, stopping early')
             self.save()
+            if progress.finished:
+                final = {f'best_{name}': value for name, value in progress.best.items()}
+                final |= {f'last_{name}': value for name, value in progress.last.items()}
+                self.logger.hyperparameters(vars(args), final, **self.position)
             if args.save_pred_every and progress.epoch % args.save_pred_every == 0:
                 self.save(f'epoch_{progress.epoch}')
             asked = sum_over_processes(*signals.flags())
@@ -148,6 +158,8 @@ class Trainer:
         # reading a loss makes a GPU's queue run dry, so there it is looked at when it is printed
         look_every = 1 if self.optimization.device.type == 'cpu' else args.print_frequency
         unseen, first, began, waited = [], progress.step, time.perf_counter(), 0.0
+        title = f'{self.who}epoch {progress.epoch + 1}/{args.num_epoch}'
+        bar = tqdm(None, title, self.steps, initial=first, leave=False, disable=None if is_main() else True)
         batches = iter(self.loader)
         while progress.step < self.steps:
             asked_at = time.perf_counter()
@@ -159,19 +171,22 @@ class Trainer:
             grad_norm = self.optimization.step()
             progress.step += 1
             values['grad_norm'] = grad_norm
+            bar.update()
             self.note_skipped(parts)
-            unseen.append((progress.step, values, [name for part in parts for name in _all_of(part, 'id')]))
+            ids = [name for part in parts for name in _all_of(part, 'id')]
+            unseen.append((progress.step, values, ids))
             due = any(asked) or self.save_is_due()
             if due or progress.step % look_every == 0 or progress.step == self.steps:
                 self.check_finite(unseen)
                 unseen = []
             if progress.step % args.print_frequency == 0 or progress.step == self.steps:
                 elapsed = time.perf_counter() - began
-                self.report(values, rates, (progress.step - first) / elapsed, waited / elapsed)
+                self.report(bar, values, rates, (progress.step - first) / elapsed, len(ids), waited / elapsed)
             if due:
                 self.save()
             if any(asked):
                 raise signals.stop(asked)
+        bar.close()
 
     def backward(self, parts, share):
         """Add up the gradients of a step's parts; returns the loss terms of the step, as tensors."""
@@ -185,36 +200,45 @@ class Trainer:
             values = {name: values.get(name, 0) + value.detach() for name, value in losses.items()}
         return values
 
-    def report(self, values, rates, steps_per_second, waiting):
-        """A line in the log and a record of the step just done."""
+    def report(self, bar, values, rates, steps_per_second, images, waiting):
+        """A line in the log and a record of the step just done, which took so many images in this process."""
         progress, args = self.progress, self.args
         means = mean_over_processes(values)
-        speed = steps_per_second * self.loader.batch_sampler.batch_size
+        speed = steps_per_second * images * world_size()
         left = (self.steps * (args.num_epoch - progress.epoch) - progress.step) / steps_per_second
-        shown_rates = '  '.join(f'lr_{name} {rate:.2e}' for name, rate in rates.items() if name != 'head_bias')
-        self.logger.info(
-            f'{self.who}epoch {progress.epoch + 1}/{args.num_epoch} step {progress.step}/{self.steps}  '
-            + '  '.join(f'{name} {value:.4f}' for name, value in means.items())
-            + f'  {shown_rates}  {speed:.1f} samples/s  waiting for data {waiting:.0%}'
-            + f'  left {timedelta(seconds=round(left))}'
+        memory = _peak_memory(self.optimization.device)
+        losses = ' '.join(f'{name} {value:.4f}' for name, value in means.items() if name != 'grad_norm')
+        shown_rates = ' '.join(f'{name} {rate:.2e}' for name, rate in rates.items() if name != 'head_bias')
+        line = (
+            f'{losses} | lr {shown_rates} | grad norm {means["grad_norm"]:.2f} | {speed:.1f} images/s, '
+            f'{waiting:.0%} waiting for data | {memory / 1e9:.1f} GB | {timedelta(seconds=round(left))} left'
         )
+        bar.set_postfix_str(f'{losses}, {timedelta(seconds=round(left))} left')
+        where = f'{self.who}epoch {progress.epoch + 1}/{args.num_epoch} step {progress.step}/{self.steps}'
+        self.logger.info(f'{where} | {line}', terminal=bar.disable)
         self.logger.record(
             'train', progress.epoch * self.steps + progress.step,
-            means | {f'lr_{name}': rate for name, rate in rates.items()}, {'samples_per_second': speed},
+            means | {f'lr_{name}': rate for name, rate in rates.items()},
+            {'images_per_second': speed, 'waiting_for_data': waiting, 'memory_gb': memory / 1e9},
             epoch=progress.epoch + 1, **self.position,
         )  # fmt: skip
 
     def validation(self):
-        """Validate the network; returns its metrics."""
+        """Validate the network, and show how it does; returns its metrics."""
         epoch, began = self.progress.epoch + 1, time.perf_counter()
+        step = epoch * self.steps
         share_buffers(self.net)
         try:
-            metrics = summarize(self.validate(), self.net.num_base)
+            confusion = self.validate()
         except signals.Stopped:  # between two images; the weights are those of the end of the epoch
             self.save()
             raise
-        seconds = {'seconds': time.perf_counter() - began}
-        self.logger.record('val', epoch * self.steps, metrics, seconds, epoch=epoch, **self.position)
+        metrics, seconds = summarize(confusion, self.net.num_base), {'seconds': time.perf_counter() - began}
+        iou = dict(zip(self.panel.legend.names, iou_per_class(confusion).tolist(), strict=True))
+        self.logger.record('val', step, metrics, seconds, iou, epoch=epoch, **self.position)
+        self.logger.picture('prototypes', similarity_picture(self.net.prototypes()), step, **self.position)
+        if (picture := self.panel.draw()) is not None:
+            self.logger.picture('predictions', picture, step, **self.position)
         return metrics
 
     def compare(self, metrics):
@@ -256,6 +280,14 @@ class Trainer:
                 f'loss is not finite at epoch {self.progress.epoch + 1}, step {step} ({shown}); images: '
                 f'{", ".join(ids)}. Lower --learning-rate, or look at these images and masks.'
             )
+
+
+def _peak_memory(device):
+    """Most bytes so far: of the GPU's memory, or of this process."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _counted_pixels(batch):

@@ -1,12 +1,26 @@
-"""Pictures of predictions: palette PNGs, and panels of image, ground truth and prediction."""
+"""Pictures of predictions: colours of classes, palette PNGs, panels of image, ground truth, prediction and errors."""
 
+from dataclasses import dataclass
+
+import cv2
 import numpy as np
+import torch
+from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 
 from utils.files import atomic_write
-from utils.metrics import IGNORE_INDEX
+from utils.metrics import IGNORE_INDEX, confusion_matrix, iou_per_class
+
+DPI = 100
+ERRORS = {  # what can be wrong with a pixel, and its colour in error maps (told apart by colour-blind readers too)
+    'correct': (224, 224, 224),
+    'class missed': (0, 114, 178),
+    'background taken for a class': (230, 159, 0),
+    'other class': (204, 51, 17),
+    'not counted': (255, 255, 255),
+}
 
 
 def voc_palette():
@@ -19,71 +33,224 @@ def voc_palette():
     return palette
 
 
-def save_palette_png(path, mask):
-    """Write a mask (uint8 [H, W], class ids) as a palette PNG in VOC's colours."""
-    picture = Image.fromarray(mask)
-    picture.putpalette(voc_palette().tobytes())
+def spread_palette():
+    """Colours that stay apart with many classes, uint8 [256, 3]: hues a golden section apart, in three brightnesses."""
+    values = np.arange(256)
+    hue = values * 0.618034 % 1
+    saturation = np.array([0.9, 0.55, 0.75])[values % 3]
+    brightness = np.array([0.9, 1.0, 0.6])[values % 3]
+    palette = (255 * hsv_to_rgb(np.stack([hue, saturation, brightness], axis=1))).round().astype(np.uint8)
+    palette[0] = 0  # background
+    return palette
+
+
+PALETTES = {'voc': voc_palette, 'spread': spread_palette}
+
+
+@dataclass(frozen=True)
+class Legend:
+    """What labels are called and how they are coloured.
+
+    Attributes:
+        names: of labels 0..K-1: background, base classes, novel classes.
+        class_ids: of the same labels.
+        num_base: how many of them are base classes.
+        palette: 'voc' or 'spread'; colours go by class id, so that a class has one colour in all folds.
+    """
+
+    names: tuple
+    class_ids: tuple
+    num_base: int
+    palette: str
+
+    @property
+    def novel_labels(self):
+        """The labels of novel classes."""
+        return range(self.num_base + 1, len(self.names))
+
+    @property
+    def colors(self):
+        """Label -> colour, uint8 [256, 3]; white where a pixel is not counted."""
+        colors = np.full((256, 3), 255, np.uint8)
+        colors[: len(self.class_ids)] = PALETTES[self.palette]()[list(self.class_ids)]
+        return colors
+
+    def cut(self, count):
+        """The legend of the first labels only: a network of stage 1 knows no novel classes."""
+        return Legend(self.names[:count], self.class_ids[:count], self.num_base, self.palette)
+
+    def patches(self, labels):
+        """Entries of a matplotlib legend."""
+        return [patch(self.names[k], self.colors[k]) for k in labels]
+
+
+def patch(name, color):
+    """An entry of a matplotlib legend; the colour is uint8 RGB."""
+    return Patch(facecolor=np.asarray(color) / 255, edgecolor='grey', label=name)
+
+
+def save_figure(path, figure):
+    """Write a matplotlib figure; the file's suffix says in which format."""
     with atomic_write(path, 'wb', sync=False) as file:
-        picture.save(file, format='png')
+        figure.savefig(file, format=path.suffix[1:], dpi=DPI)
 
 
-def draw_panel(path, image, truth, prediction, class_ids, names):
-    """Draw image, ground truth and prediction side by side, with a legend of the classes that occur.
+def error_map(truth, prediction):
+    """Colours of `ERRORS`, uint8 [H, W, 3], for labels [H, W]."""
+    kind = np.zeros(truth.shape, np.uint8)
+    wrong = truth != prediction
+    kind[wrong & (prediction == 0)] = 1
+    kind[wrong & (truth == 0)] = 2
+    kind[wrong & (truth > 0) & (prediction > 0)] = 3
+    kind[truth == IGNORE_INDEX] = 4
+    return np.array(list(ERRORS.values()), np.uint8)[kind]
+
+
+def panel_figure(image, truth, prediction, legend, title=''):
+    """Image, ground truth, prediction and error map side by side, with a legend of the classes that occur.
 
     Args:
-        path (Path): PNG to write.
         image (ndarray): RGB uint8 [H, W, 3].
-        truth, prediction (ndarray): labels uint8 [H, W]; 255 in the truth is ignored.
-        class_ids, names (sequence): class id and name of each label.
+        truth, prediction (ndarray): labels uint8 [H, W]; 255 in the truth is not counted.
+        legend (Legend): of the labels.
+        title (str): goes above.
+
+    Returns:
+        Figure.
     """
-    palette = voc_palette()
-    colors = np.full((256, 3), 255, np.uint8)
-    colors[: len(class_ids)] = palette[list(class_ids)]
+    colors = legend.colors
     height, width = truth.shape
-    figure = Figure(figsize=(10.5, 3.5 * height / width + 0.9), layout='constrained')
-    axes = figure.subplots(1, 3)
-    for axis, picture, title in zip(
-        axes, (image, colors[truth], colors[prediction]), ('image', 'ground truth', 'prediction'), strict=True
-    ):
-        axis.imshow(picture)
-        axis.set_title(title)
-        axis.set_axis_off()
     present = sorted({*np.unique(truth), *np.unique(prediction)} - {IGNORE_INDEX})
-    handles = [Patch(facecolor=colors[k] / 255, edgecolor='grey', label=names[k]) for k in present]
-    if IGNORE_INDEX in truth:
-        handles.append(Patch(facecolor='white', edgecolor='grey', label='not counted'))
-    figure.legend(handles=handles, loc='outside lower center', ncols=6, frameon=False)
-    with atomic_write(path, 'wb', sync=False) as file:
-        figure.savefig(file, format='png', dpi=100)
+    figure = Figure(figsize=(12, 2.9 * height / width + 1.15 + 0.25 * (-(-len(present) // 6))), layout='constrained')
+    pictures = {
+        'image': image, 'ground truth': colors[truth], 'prediction': colors[prediction],
+        'errors': error_map(truth, prediction),
+    }  # fmt: skip
+    for axis, (name, picture) in zip(figure.subplots(1, 4), pictures.items(), strict=True):
+        axis.imshow(picture)
+        axis.set_title(name, fontsize=13)
+        axis.set_axis_off()
+    figure.suptitle(title, fontsize=13)
+    kinds = [patch(name, color) for name, color in list(ERRORS.items())[1:]]
+    figure.legend(handles=[*legend.patches(present), *kinds], loc='outside lower center', ncols=6, frameon=False,
+                  fontsize=12)  # fmt: skip
+    return figure
 
 
-class PredictionWriter:
-    """Writes pictures while an evaluation goes on.
+class ImageScores:
+    """Takes the predictions of an evaluation: scores each image, and writes it where that is asked for.
 
     Args:
-        class_ids, names (sequence): class id and name of each label.
-        read_image (callable): image id -> RGB uint8 [H, W, 3].
-        prediction_folder (Path, optional): gets ID.png of every image.
-        overlay_folder (Path): gets panels of the first `overlays` images that show a wanted label.
-        overlays (int): how many.
-        wanted (collection of int): labels.
+        legend (Legend): of the labels.
+        folder (Path, optional): gets ID.png of every image, a palette PNG of class ids.
+
+    Attributes:
+        scores (dict): image id -> (mean IoU in percent over the classes in truth or prediction, shows a novel class).
     """
 
-    def __init__(self, class_ids, names, read_image, prediction_folder, overlay_folder, overlays, wanted):
-        self.class_ids = np.array(class_ids, np.uint8)
-        self.names = names
-        self.read_image = read_image
-        self.prediction_folder = prediction_folder
-        self.overlay_folder = overlay_folder
-        self.overlays = overlays
-        self.wanted = list(wanted)
-        self.pictures = []
+    def __init__(self, legend, folder=None):
+        self.legend, self.folder = legend, folder
+        self.scores = {}
 
     def __call__(self, image_id, prediction, truth):
         """Take one image's labels, uint8 [H, W] each."""
-        if self.prediction_folder:
-            save_palette_png(self.prediction_folder / f'{image_id}.png', self.class_ids[prediction])
-        if len(self.pictures) < self.overlays and np.isin(truth, self.wanted).any():
-            path = self.overlay_folder / f'{image_id}.png'
-            draw_panel(path, self.read_image(image_id), truth, prediction, self.class_ids, self.names)
-            self.pictures.append(path)
+        counts = confusion_matrix(torch.as_tensor(truth), torch.as_tensor(prediction), len(self.legend.names))
+        shows_novel = bool(np.isin(truth, list(self.legend.novel_labels)).any())
+        self.scores[image_id] = (float(np.nanmean(iou_per_class(counts))) if counts.any() else 0.0, shows_novel)
+        if self.folder:
+            picture = Image.fromarray(np.array(self.legend.class_ids, np.uint8)[prediction])
+            picture.putpalette(PALETTES[self.legend.palette]().tobytes())
+            with atomic_write(self.folder / f'{image_id}.png', 'wb', sync=False) as file:
+                picture.save(file, format='png')
+
+
+def choose_telling(scores, count):
+    """Choose images to look at: worst, median and best ones and ones with novel classes, in turn.
+
+    Args:
+        scores (dict): of `ImageScores`.
+        count (int): how many.
+
+    Returns:
+        dict: image id -> what it is an example of, e.g. 'worst1'.
+    """
+    ordered = sorted(scores, key=lambda image_id: (scores[image_id][0], image_id))
+    novel = [image_id for image_id in ordered if scores[image_id][1]]
+    queues = {'worst': ordered, 'median': _from_the_middle(ordered), 'best': ordered[::-1],
+              'novel': _from_the_middle(novel)}  # fmt: skip
+    chosen, rank = {}, 0
+    while len(chosen) < min(count, len(ordered)):
+        rank += 1
+        for kind, queue in queues.items():
+            image_id = next((image_id for image_id in queue if image_id not in chosen), None)
+            if image_id is not None and len(chosen) < count:
+                chosen[image_id] = f'{kind}{rank}'
+    return chosen
+
+
+def _from_the_middle(items):
+    return sorted(items, key=lambda item: abs(items.index(item) - (len(items) - 1) / 2))
+
+
+class PanelWriter:
+    """Writes a panel of each prediction that it is given.
+
+    Args:
+        legend (Legend): of the labels.
+        read_image (callable): image id -> RGB uint8 [H, W, 3].
+        folder (Path): of the pictures.
+        chosen (dict): image id -> what it is an example of.
+        scores (dict): of `ImageScores`.
+    """
+
+    def __init__(self, legend, read_image, folder, chosen, scores):
+        self.legend, self.read_image, self.folder = legend, read_image, folder
+        self.chosen, self.scores = chosen, scores
+
+    def path(self, image_id):
+        return self.folder / f'{self.chosen[image_id]}_{image_id}.png'
+
+    def __call__(self, image_id, prediction, truth):
+        title = f'{image_id} ({self.chosen[image_id][:-1]}): mIoU {self.scores[image_id][0]:.1f} %'
+        figure = panel_figure(self.read_image(image_id), truth, prediction, self.legend, title)
+        save_figure(self.path(image_id), figure)
+
+
+class ValidationPanel:
+    """The same few validation images after each validation, as one picture for TensorBoard.
+
+    These are the first ones that show a novel class, or in stage 1 any class.
+
+    Args:
+        legend (Legend): of the labels.
+        read_image (callable): image id -> RGB uint8 [H, W, 3].
+        count (int): how many images.
+        side (int): pixels that a picture of an image fits.
+    """
+
+    def __init__(self, legend, read_image, count=6, side=192):
+        self.legend, self.read_image, self.count, self.side = legend, read_image, count, side
+        self._wanted = list(legend.novel_labels) or list(range(1, len(legend.names)))
+        self._fixed, self._predictions = {}, {}
+
+    def __call__(self, image_id, prediction, truth):
+        """Take one image's labels, uint8 [H, W] each."""
+        if image_id not in self._fixed:
+            if len(self._fixed) == self.count or not np.isin(truth, self._wanted).any():
+                return
+            image = cv2.resize(self.read_image(image_id), truth.shape[::-1], interpolation=cv2.INTER_AREA)
+            self._fixed[image_id] = (self._tile(image), self._tile(self.legend.colors[truth]))
+        self._predictions[image_id] = self._tile(self.legend.colors[prediction])
+
+    def draw(self):
+        """uint8 [rows * side, 3 * side, 3]: image, ground truth and prediction in each row; None without images."""
+        rows = [np.hstack([*tiles, self._predictions[image_id]]) for image_id, tiles in self._fixed.items()]
+        return np.vstack(rows) if rows else None
+
+    def _tile(self, picture):
+        """A picture, shrunk to the side and put into a grey square."""
+        factor = min(self.side / max(picture.shape[:2]), 1)
+        small = cv2.resize(picture, None, fx=factor, fy=factor, interpolation=cv2.INTER_NEAREST)
+        tile = np.full((self.side, self.side, 3), 128, np.uint8)
+        tile[: small.shape[0], : small.shape[1]] = small[: self.side, : self.side]
+        return tile

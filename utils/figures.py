@@ -1,0 +1,154 @@
+"""Figures of results: confusion matrix, IoU of each class, similarity of prototypes, support images."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+BASE_COLOR, NOVEL_COLOR = '#4477AA', '#EE6677'
+
+
+def similarity(prototypes):
+    """Cosine similarities of all prototypes, float32 [K, K] ndarray.
+
+    Args:
+        prototypes (sequence of Tensor): [Kb, C], and [Kn, C] where there are novel classes.
+    """
+    s = F.normalize(torch.cat([p.detach().float() for p in prototypes]), dim=1)
+    return (s @ s.T).cpu().numpy()
+
+
+def similarity_picture(prototypes, side=320):
+    """The similarities as a picture, uint8 [side', side', 3] with side' >= side: blue -1, white 0, red 1."""
+    matrix = similarity(prototypes)
+    colors = colormaps['RdBu_r'](matrix / 2 + 0.5, bytes=True)[:, :, :3]
+    cell = -(-side // len(matrix))
+    return colors.repeat(cell, axis=0).repeat(cell, axis=1)
+
+
+def similarity_figure(prototypes, legend):
+    """Similarities of different prototypes, base before novel.
+
+    Args:
+        prototypes (sequence of Tensor): as in `similarity`.
+        legend (Legend): of the labels.
+    """
+    matrix = similarity(prototypes)
+    np.fill_diagonal(matrix, np.nan)
+    limit = max(float(np.nanmax(np.abs(matrix))), 0.01) if len(matrix) > 1 else 1.0
+    figure, axis = _square(len(matrix))
+    shown = axis.imshow(matrix, cmap='RdBu_r', vmin=-limit, vmax=limit)
+    axis.set_facecolor('lightgrey')
+    figure.colorbar(shown, ax=axis, shrink=0.8, label='cosine similarity')
+    _name_cells(axis, legend.names[1:], legend.num_base)
+    axis.set_title('similarity of prototypes')
+    return figure
+
+
+def confusion_figure(confusion, legend):
+    """Confusion matrix, each row in percent of the true class's pixels.
+
+    Args:
+        confusion (ndarray): int [K, K], row = truth.
+        legend (Legend): of the K labels.
+    """
+    percent = 100 * confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    figure, axis = _square(len(percent))
+    shown = axis.imshow(percent, cmap='Blues', vmin=0, vmax=100)
+    figure.colorbar(shown, ax=axis, shrink=0.8, label="% of the true class's pixels")
+    if len(percent) <= 30:
+        for i, j in np.argwhere(percent >= 0.5):
+            color = 'white' if percent[i, j] > 60 else 'black'
+            axis.text(j, i, f'{percent[i, j]:.0f}', ha='center', va='center', fontsize=8, color=color)
+    _name_cells(axis, legend.names, legend.num_base + 1)
+    axis.set_xlabel('prediction')
+    axis.set_ylabel('ground truth')
+    return figure
+
+
+def iou_figure(ious, legend, title):
+    """Bars of each class's IoU: base and novel classes apart, with their means.
+
+    Args:
+        ious (ndarray): percent [S, K] of S seeds; NaN for classes that do not occur.
+        legend (Legend): of the K labels.
+        title (str): goes above.
+    """
+    count = len(legend.names)
+    means = np.array([np.mean(column[~np.isnan(column)]) if (~np.isnan(column)).any() else np.nan for column in ious.T])
+    figure = Figure(figsize=(9, 0.9 + 0.24 * count), layout='constrained')
+    axis = figure.subplots()
+    colors = [BASE_COLOR] * (legend.num_base + 1) + [NOVEL_COLOR] * (count - legend.num_base - 1)
+    axis.barh(range(count), np.nan_to_num(means), color=colors)
+    if len(ious) > 1:
+        for one in ious:
+            axis.plot(one, range(count), 'k.', markersize=4)
+    for k, mean in enumerate(means):
+        # beside the bar and the seeds' points
+        end = 0 if np.isnan(mean) else np.nanmax([*ious[:, k], mean])
+        axis.text(end + 1, k, 'does not occur' if np.isnan(mean) else f'{mean:.1f}', va='center', fontsize=9)
+    axis.set_yticks(range(count), legend.names, fontsize=9)
+    axis.set_ylim(count - 0.4, -0.6)
+    axis.set_xlim(0, 108)
+    axis.set_xlabel('IoU in %' + (', points: single seeds' if len(ious) > 1 else ''))
+    axis.spines[['top', 'right']].set_visible(False)
+    kinds = {'background and base': (BASE_COLOR, means[: legend.num_base + 1])}
+    if legend.novel_labels:
+        kinds['novel'] = (NOVEL_COLOR, means[legend.num_base + 1 :])
+    handles = [
+        Patch(color=color, label=f'{kind}: mean {np.nanmean(values):.1f} %')
+        for kind, (color, values) in kinds.items() if not np.isnan(values).all()
+    ]  # fmt: skip
+    axis.legend(handles=handles, loc='lower right', fontsize=10)
+    axis.set_title(title)
+    return figure
+
+
+def support_figure(support, legend, shot):
+    """Support images with their masks, one row for each novel class (more where a row would be too long).
+
+    Args:
+        support (sequence): (image id, RGB uint8 [H, W, 3], labels uint8 [H, W]), `shot` per novel class.
+        legend (Legend): of the labels.
+        shot (int): K.
+    """
+    columns = min(shot, 5)
+    lines = -(-shot // columns) * len(legend.novel_labels)
+    # one shot: the classes side by side
+    rows, columns = (lines, columns) if shot > 1 else (-(-lines // 5), min(lines, 5))
+    figure = Figure(figsize=(2.4 * columns, 2.15 * rows + 0.5), layout='constrained')
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    per_class = -(-shot // columns) * columns if shot > 1 else 1
+    colors = legend.colors
+    for i, (image_id, image, labels) in enumerate(support):
+        axis = axes.flat[i // shot * per_class + i % shot]
+        label = legend.novel_labels[i // shot]
+        counted = ((labels > 0) & (labels < len(legend.names)))[:, :, None]
+        blended = np.where(counted, 0.4 * image + 0.6 * colors[labels], image).astype(np.uint8)
+        axis.imshow(blended)
+        axis.set_title(f'{legend.names[label]}\n{image_id}', fontsize=9)
+    present = sorted({k for _, _, labels in support for k in np.unique(labels) if 0 < k < len(legend.names)})
+    figure.legend(handles=legend.patches(present), loc='outside lower center', ncols=max(2, columns + 1),
+                  frameon=False, fontsize=10)  # fmt: skip
+    return figure
+
+
+def _square(count):
+    """A figure whose axes hold count x count cells with names."""
+    side = 2.6 + max(0.3 if count <= 30 else 0.19, 4 / count) * count
+    figure = Figure(figsize=(side + 0.8, side), layout='constrained')
+    return figure, figure.subplots()
+
+
+def _name_cells(axis, names, border):
+    """Names at both axes of a matrix, and lines between base and novel classes."""
+    size = 9 if len(names) <= 30 else 8
+    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
+    axis.set_yticks(range(len(names)), names, fontsize=size)
+    if border < len(names):
+        axis.axhline(border - 0.5, color='black', linewidth=1)
+        axis.axvline(border - 0.5, color='black', linewidth=1)
