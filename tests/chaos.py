@@ -1,6 +1,6 @@
 """Break training runs in every way that is expected of machines, and report what happened and what was lost.
 
-    python tests/chaos.py [--kills 20]
+    python tests/chaos.py [--kills 20] [--only TEXT]
 
 Embedded data, a small network, CPU; about ten minutes on two cores. The disk-full fault needs the right to mount a
 tmpfs and is left out without it. Ends with a table, and with exit code 1 where a fault lost more than it may.
@@ -25,8 +25,9 @@ from dataset.shapes import make_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 SAVE_EVERY = 2  # steps
+STEPS_LOST = f'up to {SAVE_EVERY} steps, done again'
 COMMAND = (
-    sys.executable, 'train_base.py', '--dataset', 'shapes', '--backbone', 'resnet18', '--os', 32, '--num-workers', 1,
+    'train_base.py', '--dataset', 'shapes', '--backbone', 'resnet18', '--os', 32, '--num-workers', 1,
     '--base-size', '65,65', '--input-size', '65,65', '--print-frequency', 1, '--restore-from', 'none',
     '--batch-size', 12, '--num-epoch', 4, '--save-every-steps', SAVE_EVERY,
 )  # fmt: skip
@@ -54,17 +55,19 @@ class Place:
         check(code == 0, output)
         self.seconds = time.monotonic() - began
 
-    def command(self, run, *flags, data=None):
-        return [str(part) for part in (*COMMAND, '--data-dir', data or self.data, '--snapshot-dir', run, *flags)]
+    def command(self, run, *flags, data=None, launch=(sys.executable,)):
+        return [
+            str(part) for part in (*launch, *COMMAND, '--data-dir', data or self.data, '--snapshot-dir', run, *flags)
+        ]
 
-    def start(self, run, *flags, data=None):
+    def start(self, run, *flags, **how):
         return subprocess.Popen(
-            self.command(run, *flags, data=data), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            self.command(run, *flags, **how), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             env={**os.environ, 'OMP_NUM_THREADS': '1'}, start_new_session=True,
         )  # fmt: skip
 
-    def run(self, run, *flags, data=None):
-        process = self.start(run, *flags, data=data)
+    def run(self, run, *flags, **how):
+        process = self.start(run, *flags, **how)
         output = process.communicate()[0]
         return process.returncode, output
 
@@ -127,7 +130,7 @@ def damaged(place, kind):
     path.write_bytes(bytes(size) if kind == 'zeros' else path.read_bytes()[: size // 2])
     output = place.finish(run)
     check(f'{path} cannot be read' in output and 'previous.pth' in output, output)
-    return 'named; went on from previous.pth to the same weights', f'up to {SAVE_EVERY} steps, done again'
+    return 'named; went on from previous.pth to the same weights', STEPS_LOST
 
 
 def disk_full(place):
@@ -144,12 +147,12 @@ def disk_full(place):
         place.finish(run)
     finally:
         subprocess.run(['umount', str(run)], check=True)
-    return 'stopped with a message; with room, went on to the same weights', f'up to {SAVE_EVERY} steps, done again'
+    return 'stopped with a message; with room, went on to the same weights', STEPS_LOST
 
 
 def bad_image(place, skip):
     data = place.copy_of_data('skip_data' if skip else 'bad_data')
-    path = data / 'JPEGImages' / 'train_0003.jpg'
+    path = data / 'JPEGImages' / 'train_0007.jpg'  # of the fold's training list; its header is whole
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     run = place.folder / ('skip' if skip else 'bad')
     code, output = place.run(run, *(['--skip-bad-images'] if skip else []), data=data)
@@ -161,7 +164,31 @@ def bad_image(place, skip):
     path.write_bytes((place.data / 'JPEGImages' / path.name).read_bytes())
     code, output = place.run(run, data=data)
     check(code == 0, output)
-    return 'stopped, naming it; mended, the run went on', f'up to {SAVE_EVERY} steps, done again'
+    return 'stopped, naming it; mended, the run went on', STEPS_LOST
+
+
+def hanging_process(place):
+    run = place.folder / 'hang'
+    launch = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2')
+    process = place.start(run, '--timeout-minutes', 0.25, launch=launch)
+    children = []
+    for line in process.stdout:
+        if 'epoch 2/4 step 3/' in line:
+            listed = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True, check=True)
+            children = [int(pid) for pid in listed.stdout.split()]
+            os.kill(children[-1], signal.SIGSTOP)
+            break
+    began = time.monotonic()
+    for line in process.stdout:
+        if ' ends: ' in line:
+            break
+    seconds = time.monotonic() - began
+    check(children and seconds < 60, f'the others waited for {seconds:.0f} s')
+    rest = process.stdout.read()
+    check(process.wait() != 0, rest)
+    code, output = place.run(run, '--timeout-minutes', 0.25, launch=launch)
+    check(code == 0 and 'resumed at epoch 2' in output, output)
+    return f'ended after {seconds:.0f} s (--timeout-minutes 0.25), naming the process; went on', STEPS_LOST
 
 
 def not_a_number(place):
@@ -203,6 +230,7 @@ def two_in_one_folder(place):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--kills', type=int, default=20)
+    parser.add_argument('--only', help='faults whose names hold this text')
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         place = Place(folder)
@@ -214,6 +242,7 @@ def main():
             'disk full': lambda: disk_full(place),
             'unreadable image': lambda: bad_image(place, skip=False),
             'unreadable image, --skip-bad-images': lambda: bad_image(place, skip=True),
+            'a process hangs': lambda: hanging_process(place),
             'loss is not a number': lambda: not_a_number(place),
             'list changed between runs': lambda: changed_list(place),
             'two runs in one folder': lambda: two_in_one_folder(place),
@@ -221,6 +250,8 @@ def main():
         }
         rows, failed = [('fault', 'what happened', 'what was lost')], False
         for name, fault in faults.items():
+            if args.only and args.only not in name:
+                continue
             try:
                 rows.append((name, *fault()))
             except Lost as error:

@@ -58,7 +58,7 @@ def test_label_table_of_both_stages():
 def test_palette_and_greyscale_masks_read_alike(tmp_path):
     mask = np.arange(256, dtype=np.uint8).repeat(4).reshape(32, 32)
     cv2.imwrite(str(tmp_path / 'grey.png'), mask)
-    save_palette_png(tmp_path / 'palette.png', mask)
+    save_palette_png(tmp_path / 'palette.png', mask, voc_palette())
     assert np.array_equal(read_mask(tmp_path / 'grey.png'), mask)
     assert np.array_equal(read_mask(tmp_path / 'palette.png'), mask)
 

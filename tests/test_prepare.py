@@ -45,8 +45,8 @@ def miniature(tmp_path):
         folder.mkdir(parents=True)
     for image_id in ('a', 'b', 'v', 's', 't', 'w'):
         cv2.imwrite(str(voc / f'JPEGImages/{image_id}.jpg'), np.zeros((SIDE, SIDE, 3), np.uint8))
-    save_palette_png(voc / 'SegmentationClass/a.png', voc_mask(1, 20000))
-    save_palette_png(voc / 'SegmentationClass/v.png', voc_mask(2, 20000))
+    save_palette_png(voc / 'SegmentationClass/a.png', voc_mask(1, 20000), voc_palette())
+    save_palette_png(voc / 'SegmentationClass/v.png', voc_mask(2, 20000), voc_palette())
     colours = voc_palette()[voc_mask(7, 17000)]  # a palette that some tool has expanded
     cv2.imwrite(str(voc / 'SegmentationClass/b.png'), colours[:, :, ::-1])
     (voc / 'ImageSets/Segmentation/val.txt').write_text('v\n')

@@ -89,6 +89,14 @@ def patch(name, color):
     return Patch(facecolor=np.asarray(color) / 255, edgecolor='grey', label=name)
 
 
+def save_palette_png(path, mask, palette):
+    """Write a mask (uint8 [H, W], class ids) as a palette PNG; the palette is uint8 [256, 3]."""
+    picture = Image.fromarray(mask)
+    picture.putpalette(palette.tobytes())
+    with atomic_write(path, 'wb', sync=False) as file:
+        picture.save(file, format='png')
+
+
 def save_figure(path, figure):
     """Write a matplotlib figure; the file's suffix says in which format."""
     with atomic_write(path, 'wb', sync=False) as file:
@@ -158,10 +166,8 @@ class ImageScores:
         shows_novel = bool(np.isin(truth, list(self.legend.novel_labels)).any())
         self.scores[image_id] = (float(np.nanmean(iou_per_class(counts))) if counts.any() else 0.0, shows_novel)
         if self.folder:
-            picture = Image.fromarray(np.array(self.legend.class_ids, np.uint8)[prediction])
-            picture.putpalette(PALETTES[self.legend.palette]().tobytes())
-            with atomic_write(self.folder / f'{image_id}.png', 'wb', sync=False) as file:
-                picture.save(file, format='png')
+            class_ids = np.array(self.legend.class_ids, np.uint8)[prediction]
+            save_palette_png(self.folder / f'{image_id}.png', class_ids, PALETTES[self.legend.palette]())
 
 
 def choose_telling(scores, count):

@@ -1,0 +1,146 @@
+"""The sweep: its tables against hand-made results, and that it goes on after a kill."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, TINY, TINY_TRAINING
+
+from utils import sweep
+from utils.metrics import SUMMARY, summarize
+
+FLAGS = ' '.join(map(str, TINY[2:]))
+TRAINING = f'{" ".join(TINY_TRAINING)} --batch-size 20 --num-epoch 1'
+
+
+def command(shapes, out, *more):
+    return [
+        '--data', f'shapes={shapes}', '--fold', '0', '1', '--shot', '1', '--seed', '123', '234', '--out', str(out),
+        '--flags', FLAGS, '--training-flags', TRAINING, '--base-flags', '--restore-from none', *more,
+    ]  # fmt: skip
+
+
+def row(fold, seed, confusion, shot=1):
+    place = {'dataset': 'voc', 'fold': fold, 'shot': shot, 'seed': seed, 'run': f'voc_fold{fold}/{shot}shot'}
+    return place | summarize(np.array(confusion), num_base=1)
+
+
+def test_the_table_is_mean_and_deviation_over_seeds():
+    perfect = [[10, 0, 0], [0, 10, 0], [0, 0, 10]]
+    half = [[10, 0, 0], [0, 10, 0], [0, 10, 0]]  # base 1/2 and novel 0
+    rows = [row(0, 1, perfect), row(0, 2, half), row(1, 1, perfect), row(1, 2, perfect)]
+    lines = sweep.table_lines(rows, (0, 1))
+    # background 100 and base class 50 make a base mIoU of 75
+    assert lines[0][:4] == ['POP', '1', '0', '87.50 ± 12.50'] and lines[0][4] == '50.00 ± 50.00'
+    assert lines[1][3:7] == ['100.00 ± 0.00'] * 4 and lines[1][7] == 'voc_fold1/1shot'
+    # each seed's mean over folds: 100 and (75 + 100) / 2
+    assert lines[2][:4] == ['POP', '1', 'mean', '93.75 ± 6.25']
+    incomplete = sweep.table_lines(rows[:3], (0, 1))
+    assert incomplete[2][3] == '-' and incomplete[1][3] == '100.00 ± 0.00'
+
+
+def test_latex_escapes_and_separates_shots():
+    text = sweep.latex_table('mIoU in %', ['shot', 'x', 'y', 'z'], [['POP', '1', '0', '1 ± 2'], ['POP', '5', '0', '-']])
+    assert r'\caption{mIoU in \%}' in text and r'POP & 1 & 0 & 1 $\pm$ 2 \\' in text
+    assert text.count(r'\midrule') == 2 and '{lrrc}' in text
+
+
+def test_what_builds_on_something_new_is_done_again(tmp_path):
+    first = sweep.Step('a', ('python', 'train_base.py', '1'), tmp_path / 'a')
+    second = sweep.Step('b', ('python', 'ft_pop.py'), tmp_path / 'b', first)
+    for step in (first, second):
+        step.folder.mkdir()
+        assert not step.done()
+        step.note(1.0)
+        assert step.done()
+    changed = sweep.Step('a', ('python', 'train_base.py', '2'), tmp_path / 'a')
+    assert not changed.done() and not sweep.Step('b', second.command, second.folder, changed).done()
+
+
+def test_jobs_share_gpus_or_cores(monkeypatch):
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '4,5,6')
+    shares = [sweep.environment(slot, 2)['CUDA_VISIBLE_DEVICES'] for slot in range(2)]
+    assert shares == ['4,6', '5']
+    assert sweep.environment(4, 5)['CUDA_VISIBLE_DEVICES'] == '5'
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES')
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    monkeypatch.setattr(os, 'cpu_count', lambda: 8)
+    monkeypatch.setattr('torch.cuda.device_count', lambda: 0)
+    assert sweep.environment(0, 3)['OMP_NUM_THREADS'] == '2' and 'OMP_NUM_THREADS' not in sweep.environment(0, 1)
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    (
+        (('--data', 'shape=x'), 'expected DATASET=DIR with one of'),
+        (('--data', 'voc'), 'expected DATASET=DIR'),
+        (('--fold', '7'), 'fold 7 not supported'),
+        (('--data', 'voc=a', 'coco=b', '--train-list', 'x'), '--train-list goes with one'),
+    ),
+)
+def test_wrong_grids_are_refused(tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as end:
+        sweep.parse_args([*command(tmp_path, tmp_path), *flags])
+    assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_killed_sweep_goes_on_and_skips_what_is_done(shapes, tmp_path):
+    out = tmp_path / 'out'
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+
+    def start():
+        return subprocess.Popen(
+            [sys.executable, '-m', 'utils.sweep', *command(shapes, out, '--jobs', '2')], cwd=ROOT, env=env,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        )  # fmt: skip
+
+    process = start()
+    for line in process.stdout:
+        if 'base: done' in line:
+            break
+    time.sleep(2)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    done = sorted(out.glob('*/*/sweep.json'))
+    assert done
+    before = {
+        path: path.stat().st_mtime_ns for path in out.glob('*/base/best.pth') if path.parent / 'sweep.json' in done
+    }
+    process = start()
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    assert '8 commands, 0 of them done' not in output
+    assert before and all(path.stat().st_mtime_ns == time for path, time in before.items())
+
+    rows = list(csv.DictReader((out / 'table.csv').read_text().splitlines()))
+    assert [(row['fold'], row['seed']) for row in rows] == [('0', '123'), ('0', '234'), ('1', '123'), ('1', '234')]
+    for row in rows:  # every number can be traced to its run
+        result = json.loads((out / row['run'] / 'results.json').read_text())['seeds'][row['seed']]
+        assert all(float(row[key]) == result[key] for key in SUMMARY)
+        assert (out / row['run'] / row['checkpoint']).is_file()
+    assert 'shapes: mIoU in %' in output and '| mean |' in output
+    assert r'\toprule' in (out / 'table.tex').read_text()
+
+    process = start()
+    output = process.communicate()[0]
+    assert process.returncode == 0 and '8 commands, 8 of them done before' in output, output
+
+
+def test_a_failing_command_is_named_and_the_others_go_on(tmp_path, capsys):
+    def step(name, code, after=None):
+        text = f'print("said {name}"); raise SystemExit({code})'
+        # a file name among the arguments says which script it is
+        return sweep.Step(name, (sys.executable, '-c', text, f'{name}.py'), tmp_path / name, after)
+
+    bad, good = step('bad', 3), step('good', 0)
+    failed = sweep.run([bad, step('never', 0, bad), good], 1, lambda step: None)
+    output = capsys.readouterr().out
+    assert failed == [bad] and good.done() and not (tmp_path / 'never').exists()
+    assert 'bad: FAILED with exit code 3' in output and 'said bad' in output
