@@ -164,7 +164,7 @@ PATHS = {
     'stage1_step': (stage1_step, ('Kb=15', 'Kb=60')),
     'stage2_step': (stage2_step, ('15+5', '60+20')),
     'inference': (inference, ('15+5', '60+20')),
-    'cached_validation': (cached_validation, ('15+5',)),
+    'cached_validation': (cached_validation, ('15+5', '60+20')),
     'confusion_matrix': (confusion, ('81',)),
 }
 CONVOLVING = ('stage1_step', 'stage2_step', 'inference')  # what convolutions bound

@@ -3,6 +3,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 NPROC=${NPROC:-1} # processes, one per GPU
+RECIPE=${RECIPE---freeze-backbone --fix-lr --update-base} # the paper's stage 2
 
 # need NAME MEANING: stop where a setting without default is not set
 need() {
@@ -60,7 +61,7 @@ novel_stage() {
     launch ft_pop.py "${shared[@]}" --restore-from "$RESTORE_PATH" --shot "${SHOT:-1}" \
         --input-size "${INPUT_SIZE:-473,473}" --learning-rate "${LR:-1e-3}" --weight-decay "${WD:-1e-4}" \
         --batch-size "${BS:-1}" --test-batch-size "${BS_TEST:-16}" --num-epoch "${EPOCHS:-500}" \
-        --random-seed "$seeds" ${RECIPE---freeze-backbone --fix-lr --update-base} "$@"
+        --random-seed "$seeds" $RECIPE "$@"
 }
 
 # evaluation DATASET FLAG...: base and novel classes together
@@ -71,4 +72,15 @@ evaluation() {
     if [ -n "${SAVE_DIR:-}" ]; then shared+=(--save-path "$SAVE_DIR"); fi
     launch test.py "${shared[@]}" --restore-from "$RESTORE_PATH" --shot "${SHOT:-1}" \
         --test-batch-size "${BS_TEST:-1}" --random-seed "${SEED:-123,234,345}" "$@"
+}
+
+# reproduce DATASET STAGE_2_FLAGS FLAG...: the whole grid with the paper's recipe
+reproduce() {
+    need DATA_PATH "the folder of the data set"
+    need RESTORE_PATH "a file of backbone weights (resnet50_v2.pth), or imagenet with BACKBONE=resnet50"
+    local dataset=$1 stage_2=$2
+    shift 2
+    PYTHONPATH=$ROOT python -m utils.sweep --data "$dataset=$DATA_PATH" --out "${SAVE_DIR:-$ROOT/runs/$dataset}" \
+        --nproc "$NPROC" --flags="--backbone ${BACKBONE:-resnet50v2} --os ${OS:-8} --test-batch-size ${BS_TEST:-16}" \
+        --base-flags="--restore-from $RESTORE_PATH" --novel-flags="$RECIPE $stage_2" "$@"
 }

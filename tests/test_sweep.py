@@ -16,7 +16,7 @@ from utils import sweep
 from utils.metrics import SUMMARY, summarize
 
 FLAGS = ' '.join(map(str, TINY[2:]))
-TRAINING = f'{" ".join(TINY_TRAINING)} --batch-size 20 --num-epoch 1'
+TRAINING = ' '.join(map(str, (*TINY_TRAINING, '--batch-size', 20, '--num-epoch', 1)))
 
 
 def command(shapes, out, *more):

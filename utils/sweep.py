@@ -1,7 +1,7 @@
 """Run the method on a grid of data sets, folds, shots and seeds, and write a paper's table.
 
     python -m utils.sweep --data voc=VOC2012 --shot 1 5 10 --seed 123 234 345 --out runs/voc \\
-        --base-flags "--restore-from resnet50_v2.pth" --novel-flags "--fix-lr --update-base"
+        --base-flags="--restore-from resnet50_v2.pth" --novel-flags="--fix-lr --update-base"
 
 One base network is trained for each fold; stage 2 starts from it for each shot, with all seeds in one run. The same
 command again skips what is finished and goes on with what was interrupted. Flags of the scripts are handed on.
@@ -85,7 +85,10 @@ def parse_args(argv=None):
     parser.add_argument('--seed', type=not_negative, nargs='+', default=(123, 234, 345), help='default: 123 234 345')
     parser.add_argument('--out', type=Path, required=True, help='folder of all runs and of the tables')
     parser.add_argument('--jobs', type=positive, default=1, metavar='N', help='commands at a time (default: 1)')
-    parser.add_argument('--nproc', type=positive, default=1, metavar='N', help='processes of each (default: 1)')
+    parser.add_argument(
+        '--nproc', type=positive, default=1, metavar='N',
+        help="processes of train_base.py and test.py (default: 1); stage 2's batch of 1 is for one",
+    )  # fmt: skip
     parser.add_argument('--train-list', help='of the three scripts and the few-shot lists; with one data set only')
     for name, whose in (
         ('--flags', 'all three scripts'),
@@ -122,7 +125,7 @@ def plan(args):
     """
     python = [sys.executable]
     launch = [*python, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', args.nproc]
-    script = launch if args.nproc > 1 else python
+    together = launch if args.nproc > 1 else python
     seeds = ','.join(map(str, args.seed))
     shot_flags = {int(shot): shlex.split(flags) for shot, flags in args.shot_flags}
     steps = []
@@ -138,7 +141,7 @@ def plan(args):
             name, base = f'{dataset} fold {fold}', args.out / f'{dataset}_fold{fold}' / 'base'
             shared = [*data, '--fold', fold, *args.flags]
             trained = add(
-                f'{name}, base', base, None, *script, ROOT / 'train_base.py', *shared, *args.training_flags,
+                f'{name}, base', base, None, *together, ROOT / 'train_base.py', *shared, *args.training_flags,
                 '--snapshot-dir', base, *args.base_flags,
             )  # fmt: skip
             listed = add(
@@ -149,12 +152,12 @@ def plan(args):
                 folder = base.parent / f'{shot}shot'
                 few_shot = ['--shot', shot, '--random-seed', seeds]
                 taught = add(
-                    f'{name}, {shot}-shot', folder, listed, *script, ROOT / 'ft_pop.py', *shared, *args.training_flags,
+                    f'{name}, {shot}-shot', folder, listed, *python, ROOT / 'ft_pop.py', *shared, *args.training_flags,
                     *few_shot, '--restore-from', base, '--snapshot-dir', folder, *args.novel_flags,
                     *shot_flags.get(shot, ()),
                 )  # fmt: skip
                 add(
-                    f'{name}, {shot}-shot, evaluation', folder, taught, *script, ROOT / 'test.py', *shared, *few_shot,
+                    f'{name}, {shot}-shot, evaluation', folder, taught, *together, ROOT / 'test.py', *shared, *few_shot,
                     '--restore-from', folder, *args.test_flags,
                 )  # fmt: skip
     return steps
@@ -215,12 +218,13 @@ def start(step, env):
     """Start a step's command; its output goes to console.txt."""
     step.folder.mkdir(parents=True, exist_ok=True)
     with open(step.folder / 'console.txt', 'a') as console:
-        return subprocess.Popen(step.command, cwd=ROOT, env=env, stdout=console, stderr=subprocess.STDOUT)
+        return subprocess.Popen(step.command, env=env, stdout=console, stderr=subprocess.STDOUT)
 
 
 def environment(slot, jobs):
     """Environment of one of several jobs: its share of the GPUs, or of the cores."""
-    env = {**os.environ, 'PYTHONUNBUFFERED': '1'}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get('PYTHONPATH'))))
+    env = {**os.environ, 'PYTHONUNBUFFERED': '1', 'PYTHONPATH': path}
     listed = os.environ.get('CUDA_VISIBLE_DEVICES')
     devices = listed.split(',') if listed else [str(i) for i in range(torch.cuda.device_count())]
     if devices and jobs > 1:
