@@ -84,7 +84,7 @@ def curves_figure(runs):
     if shown:
         handles = [axes[2].plot([], [], MEANS[key], color='black', label=key)[0] for key in MEANS if key in shown]
         axes[2].legend(handles=handles)
-    figure.legend(loc='outside lower center', ncols=3, frameon=False)
+    figure.legend(handles=axes[0].get_lines(), loc='outside lower center', ncols=3, frameon=False)
     return figure
 
 
