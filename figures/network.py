@@ -1,4 +1,4 @@
-"""Draw figures/network.png and network.svg: the method at a glance.
+"""Draw figures/network.png: the method at a glance.
 
 python figures/network.py
 """
@@ -127,6 +127,4 @@ def draw():
 
 
 if __name__ == '__main__':
-    figure = draw()
-    figure.savefig(HERE / 'network.png', dpi=110)
-    figure.savefig(HERE / 'network.svg')
+    draw().savefig(HERE / 'network.png', dpi=110)
