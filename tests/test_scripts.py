@@ -214,19 +214,24 @@ def test_filter_novel_trains_on_fewer_images(run_script, shapes, tmp_path):
         assert not np.isin(read_mask(shapes / f'SegmentationClassAug/{image_id}.png'), range(1, 6)).any()
 
 
-def test_two_processes_train_and_evaluate_together(shapes, base_run, few_shot_run, tmp_path):
-    launch = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', 2)
+def test_several_processes_train_and_evaluate_together(shapes, base_run, few_shot_run, tmp_path):
+    launch = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node')
     code, output = run_process(
-        *launch, 'ft_pop.py', *TINY, *TINY_TRAINING, '--data-dir', shapes, '--restore-from', base_run,
+        *launch, 2, 'ft_pop.py', *TINY, *TINY_TRAINING, '--data-dir', shapes, '--restore-from', base_run,
         '--snapshot-dir', tmp_path / 'run', '--num-epoch', 1, '--batch-size', 4, '--shot', 2,
     )  # fmt: skip
     assert code == 0, output
-    single, double = tmp_path / 'one', tmp_path / 'two'
+    single = tmp_path / 'one'
     flags = (*TINY, '--data-dir', shapes, '--restore-from', tmp_path / 'run', '--shot', 2)
     assert run_process(sys.executable, 'test.py', *flags, '--save-path', single)[0] == 0
-    code, output = run_process(*launch, 'test.py', *flags, '--save-path', double)
-    assert code == 0, output
-    assert np.array_equal(np.load(single / 'confusion_123.npy'), np.load(double / 'confusion_123.npy'))
+    for processes in (2, 3):  # 8 images: shares of 4, and of 3, 3 and 2
+        together = tmp_path / f'{processes}'
+        code, output = run_process(
+            *launch, processes, 'test.py', *flags, '--save-path', together, '--overlay', 2, '--plots'
+        )
+        assert code == 0, output
+        assert np.array_equal(np.load(single / 'confusion_123.npy'), np.load(together / 'confusion_123.npy'))
+        assert len(list((together / 'overlay_123').iterdir())) == 2 and len(list((together / 'plots').iterdir())) == 4
 
 
 def test_shapes_are_made_where_they_are_not_there(run_script, tmp_path):

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 
-from utils.signals import Stopped
+from utils.signals import Stopped, end_workers
 
 
 class InputError(Exception):
@@ -35,6 +35,8 @@ def exits_cleanly(main):
             if 'WORLD_SIZE' not in os.environ or not re.search('gloo|nccl|socket|store', str(error), re.IGNORECASE):
                 raise
             _end(f'process {os.environ["RANK"]} ends: {str(error).splitlines()[0]}', 1)
+        finally:
+            end_workers()
 
     return wrapper
 

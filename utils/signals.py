@@ -1,5 +1,6 @@
 """SIGTERM and SIGINT ask a run to save and stop; what it was asked is remembered here until it looks."""
 
+import multiprocessing
 import signal
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
@@ -43,6 +44,18 @@ def ignore(_worker=None):
     """Leave signals to the training process: for loader workers, which Ctrl-C or a scheduler reaches too."""
     for number in NUMBERS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers():
+    """End loader workers that an error left behind: they ignore the SIGTERM that Python would end them with."""
+    workers = multiprocessing.active_children()
+    if workers:
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's raises where a worker is killed
+        for worker in workers:
+            worker.kill()
+        for worker in workers:
+            worker.join()
+        signal.signal(signal.SIGCHLD, handler)
 
 
 def _remember(number, _frame):
