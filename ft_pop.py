@@ -19,7 +19,7 @@ from utils import args as cli
 from utils import signals
 from utils.cache import cache_features
 from utils.checkpoint import count_classes, load_backbone, load_weights, network_config, resolve_checkpoint
-from utils.distributed import main_first, parallel, process_group
+from utils.distributed import is_main, main_first, parallel, process_group
 from utils.engine import (
     autocast,
     compile_features,
@@ -174,7 +174,7 @@ def update_novel(args, data, seed, base, frozen, val_batches, snapshots, logger)
     panel = ValidationPanel(data.legend, data.samples('val', False).read_image)
 
     def validate():
-        return evaluate(fast, val_batches, device, args.fp16, panel)
+        return evaluate(fast, val_batches, device, args.fp16, panel if is_main() else None)
 
     config = network_config(args, seed)
     return Trainer(
@@ -198,6 +198,8 @@ def main(args):
         lists = {'validation list': data.val_list}
         lists |= {f'support list of seed {seed}': data.lists.support(args.shot, seed) for seed in args.random_seed}
         lists |= {f'list of base class {class_id}': data.lists.base_class(class_id) for class_id in data.base_ids}
+        if args.restore_from not in ('none', 'imagenet') and not args.start_epoch:
+            lists['base network'] = resolve_checkpoint(args.restore_from)
         arguments = run_arguments(args, lists)
         snapshots = Snapshots(args.snapshot_dir, arguments, args.resume, args.overwrite, args.random_seed)
         val_set = data.validation(args.base_size, with_novel=True, limit=args.val_limit)

@@ -22,7 +22,7 @@ from model import BACKBONES, MODELS, build_model
 from model.folding import folded
 from utils import args as cli
 from utils.checkpoint import count_classes, load_backbone, load_weights, network_config, resolve_checkpoint
-from utils.distributed import gathered, is_main, main_first, process_group
+from utils.distributed import gathered, is_main, main_first, process_group, shared
 from utils.engine import compile_features, evaluate, evaluation_loader, precision
 from utils.errors import InputError, exits_cleanly, some
 from utils.figures import confusion_figure, iou_figure, similarity_figure, support_figure
@@ -133,12 +133,19 @@ def draw_overlays(args, net, val_set, scores, folder, device):
     """Segment telling images once more, and draw them."""
     all_scores = {image_id: score for part in gathered(scores.scores) for image_id, score in part.items()}
     chosen = choose_telling(all_scores, args.overlay)
+    shared(lambda: remove_pictures(folder))
     panels = PanelWriter(scores.legend, val_set.samples.read_image, folder, chosen, all_scores)
     indices = {image_id: i for i, image_id in enumerate(val_set.image_ids)}
     subset = Subset(val_set, [indices[image_id] for image_id in chosen])
     evaluate(net, evaluation_loader(subset, 1, 0, device), device, args.fp16, panels)
     if is_main():
         print(''.join(f'picture: {panels.path(image_id)}\n' for image_id in chosen), end='')
+
+
+def remove_pictures(folder):
+    """Remove the panels of an earlier evaluation, whose examples were others."""
+    for path in folder.glob('*.png'):
+        path.unlink(missing_ok=True)
 
 
 def draw_plots(args, data, net, legend, confusion, folder, seed):

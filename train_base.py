@@ -8,6 +8,8 @@ Writes to the snapshot folder: best.pth (highest base mIoU on the validation lis
 epoch_N.pth with --save-pred-every, args.json, log.txt, metrics.jsonl, tb/.
 """
 
+import argparse
+
 import torch
 
 from dataset import DATASETS, Augmentation, FoldData
@@ -16,7 +18,7 @@ from model.losses import pop_losses
 from utils import args as cli
 from utils import signals
 from utils.checkpoint import holds_network, load_backbone, load_weights, network_config, resolve_checkpoint
-from utils.distributed import main_first, parallel, process_group, world_size
+from utils.distributed import is_main, main_first, parallel, process_group, world_size
 from utils.engine import autocast, compile_features, evaluate, evaluation_loader, to_device, training_loader
 from utils.errors import InputError, exits_cleanly
 from utils.logger import RunLogger
@@ -41,6 +43,12 @@ def parse_args(argv=None):
         seed_help='of every random choice (default: 123)',
     )
     cli.add_process_flags(parser)
+    parser.add_argument(
+        '--sync-bn',
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help='batch statistics over all GPUs (default: on; CPUs have none)',
+    )
     args = cli.check(parser, parser.parse_args(argv), DATASETS)
     smallest = 2 * world_size() * args.accumulate
     if args.batch_size < smallest and not args.fix_bn:
@@ -110,7 +118,7 @@ def main(args):
         panel = ValidationPanel(data.legend.cut(net.num_logits), val_set.samples.read_image)
 
         def validate():
-            return evaluate(net, val_loader, device, args.fp16, panel)
+            return evaluate(net, val_loader, device, args.fp16, panel if is_main() else None)
 
         def improves(metrics, best):
             return best is None or metrics['base'] >= best['base']

@@ -13,7 +13,7 @@ from dataset.segmentation import Samples, SegmentationDataset
 from dataset.shapes import ensure_shapes
 from dataset.transforms import Augmentation
 from utils.errors import InputError, some
-from utils.visualize import Legend
+from utils.legend import Legend
 
 
 @dataclass(frozen=True)

@@ -78,9 +78,20 @@ evaluation() {
 reproduce() {
     need DATA_PATH "the folder of the data set"
     need RESTORE_PATH "a file of backbone weights (resnet50_v2.pth), or imagenet with BACKBONE=resnet50"
-    local dataset=$1 stage_2=$2
+    local dataset=$1 stage_2=$2 setting
     shift 2
+    for setting in MODEL LR WD BS EPOCHS INPUT_SIZE BASE_SIZE VAL_LIST WORKERS; do
+        if [ -n "${!setting:-}" ]; then
+            echo "error: $setting is set, which $0 does not read; pass flags of the scripts with --flags and the like" >&2
+            exit 2
+        fi
+    done
+    local folds=${FOLD:-0 1 2 3} seeds=${SEED:-123 234 345}
+    local grid=(--fold ${folds//,/ } --seed ${seeds//,/ })
+    if [ -n "${SHOT:-}" ]; then set -- "$@" --shot ${SHOT//,/ }; fi
+    if [ -n "${TRAIN_LIST:-}" ]; then grid+=(--train-list "$TRAIN_LIST"); fi
     PYTHONPATH=$ROOT python -m utils.sweep --data "$dataset=$DATA_PATH" --out "${SAVE_DIR:-$ROOT/runs/$dataset}" \
-        --nproc "$NPROC" --flags="--backbone ${BACKBONE:-resnet50v2} --os ${OS:-8} --test-batch-size ${BS_TEST:-16}" \
-        --base-flags="--restore-from $RESTORE_PATH" --novel-flags="$RECIPE $stage_2" "$@"
+        --nproc "$NPROC" "${grid[@]}" \
+        --flags="--backbone ${BACKBONE:-resnet50v2} --os ${OS:-8} --test-batch-size ${BS_TEST:-16}" \
+        --base-flags="--restore-from $(printf %q "$RESTORE_PATH")" --novel-flags="$RECIPE $stage_2" "$@"
 }

@@ -21,7 +21,8 @@ from dataset.shapes import make_shapes
 from dataset.transforms import resize
 from utils.engine import TrainingBatches, evaluation_loader, training_loader
 from utils.errors import InputError
-from utils.visualize import save_palette_png, voc_palette
+from utils.legend import voc_palette
+from utils.visualize import save_palette_png
 
 CPU = torch.device('cpu')
 

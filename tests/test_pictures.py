@@ -10,17 +10,15 @@ from PIL import Image
 
 from utils import plot
 from utils.figures import confusion_figure, iou_figure, similarity, similarity_picture, support_figure
+from utils.legend import Legend, spread_palette, voc_palette
 from utils.visualize import (
     ERRORS,
     ImageScores,
-    Legend,
     PanelWriter,
     ValidationPanel,
     choose_telling,
     error_map,
     save_figure,
-    spread_palette,
-    voc_palette,
 )
 
 LEGEND = Legend(('background', 'cat', 'dog', 'new'), (0, 8, 12, 3), num_base=2, palette='voc')
@@ -64,7 +62,7 @@ def test_the_error_map_tells_errors_apart():
 def test_panels_show_the_classes_in_their_colours(tmp_path):
     truth, prediction = labels()
     panels = PanelWriter(LEGEND, image, tmp_path, {'a': 'worst1'}, {'a': (12.3, True)})
-    panels('a', prediction, truth)
+    panels('a', torch.tensor(prediction), torch.tensor(truth))
     picture = np.asarray(Image.open(tmp_path / 'worst1_a.png').convert('RGB')).astype(int)
     assert picture.shape[1] == 1200 and 200 < picture.shape[0] < 500
     for color in (*LEGEND.colors[[1, 3]], *list(ERRORS.values())[:4], (90, 90, 90)):
@@ -78,7 +76,7 @@ def test_the_validation_panel_is_the_same_images_each_time():
     assert panel.draw() is None
     for _ in range(2):
         for image_id, mask in (('x', without_novel), ('a', truth), ('b', truth), ('c', truth)):
-            panel(image_id, prediction, mask)
+            panel(image_id, torch.tensor(prediction), torch.tensor(mask))
         picture = panel.draw()
         assert picture.shape == (120, 180, 3) and picture.dtype == np.uint8
         assert picture[5, 5].tolist() == [90] * 3 and picture[50, 5].tolist() == [128] * 3  # image, margin
@@ -91,8 +89,8 @@ def test_the_validation_panel_is_the_same_images_each_time():
 def test_images_are_scored_and_written(tmp_path):
     truth, prediction = labels()
     scores = ImageScores(LEGEND, tmp_path)
-    scores('a', prediction, truth)
-    scores('b', truth % 255, np.where(truth == 3, 1, truth))
+    scores('a', torch.tensor(prediction), torch.tensor(truth))
+    scores('b', torch.tensor(truth % 255), torch.tensor(np.where(truth == 3, 1, truth)))
     # by hand; row 39 is not counted
     cat, dog, new = (19 * 30) / (20 * 30 + 60), 0, 19 / 20
     counted = truth != 255

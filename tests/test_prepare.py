@@ -18,7 +18,8 @@ from scipy.io import savemat
 
 from dataset.segmentation import read_mask
 from utils.coco_parse_script import rasterize, read_annotations
-from utils.visualize import save_palette_png, voc_palette
+from utils.legend import voc_palette
+from utils.visualize import save_palette_png
 
 
 def tool(name, *flags, **settings):

@@ -138,6 +138,10 @@ def test_a_finished_run_is_left_alone_and_other_arguments_are_refused(run_script
     for changed in (longer, (*command, '--num-epoch', 2, '--learning-rate', '2e-3')):
         code, output = run_script(*changed, '--resume', tmp_path / 'last.pth')
         assert code == 0 and 'resumed at epoch 2, step 1' in output, output
+    after = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+    steps = max(record['step'] for record in after)
+    rates = [record['lr_backbone'] for record in after if record['kind'] == 'train' and record['epoch'] == 2]
+    assert rates[0] == pytest.approx(2e-3 * 0.5**0.9) and rates[-1] == pytest.approx(2e-3 * (1 / steps) ** 0.9)
     code, output = run_script(*command, '--resume', 'off', '--overwrite')
     assert code == 0 and 'epoch 1/1 step 1/' in output, output
 

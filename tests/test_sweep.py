@@ -53,15 +53,15 @@ def test_latex_escapes_and_separates_shots():
 
 
 def test_what_builds_on_something_new_is_done_again(tmp_path):
-    first = sweep.Step('a', ('python', 'train_base.py', '1'), tmp_path / 'a')
-    second = sweep.Step('b', ('python', 'ft_pop.py'), tmp_path / 'b', first)
+    first = sweep.Step('a', 'train_base', ('python', 'train_base.py', '1'), tmp_path / 'a')
+    second = sweep.Step('b', 'ft_pop', ('python', 'ft_pop.py'), tmp_path / 'b', first)
     for step in (first, second):
         step.folder.mkdir()
         assert not step.done()
         step.note(1.0)
         assert step.done()
-    changed = sweep.Step('a', ('python', 'train_base.py', '2'), tmp_path / 'a')
-    assert not changed.done() and not sweep.Step('b', second.command, second.folder, changed).done()
+    changed = sweep.Step('a', 'train_base', ('python', 'train_base.py', '2'), tmp_path / 'a')
+    assert not changed.done() and not sweep.Step('b', 'ft_pop', second.command, second.folder, changed).done()
 
 
 def test_jobs_share_gpus_or_cores(monkeypatch):
@@ -81,6 +81,7 @@ def test_jobs_share_gpus_or_cores(monkeypatch):
     (
         (('--data', 'shape=x'), 'expected DATASET=DIR with one of'),
         (('--data', 'voc'), 'expected DATASET=DIR'),
+        (('--shot-flags', 'five=--fix-lr'), "got 'five'; expected a whole number"),
         (('--fold', '7'), 'fold 7 not supported'),
         (('--data', 'voc=a', 'coco=b', '--train-list', 'x'), '--train-list goes with one'),
     ),
@@ -89,6 +90,15 @@ def test_wrong_grids_are_refused(tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit) as end:
         sweep.parse_args([*command(tmp_path, tmp_path), *flags])
     assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_larger_grid_leaves_what_is_there_as_it_is_and_flags_add_up(tmp_path):
+    flags = [*command(tmp_path, tmp_path), '--novel-flags=--fix-lr', '--shot-flags', '5=-x']
+    small, large = (sweep.plan(sweep.parse_args([*flags, '--shot', *shots])) for shots in (['1'], ['1', '5']))
+    assert {step.command for step in small} < {step.command for step in large} and len(large) == len(small) + 3
+    novel = [step.command for step in large if step.script == 'ft_pop']
+    assert all('--fix-lr' in flags and '--batch-size' in flags for flags in novel)
+    assert ['-x' in flags for flags in novel] == [False, True]
 
 
 def test_a_killed_sweep_goes_on_and_skips_what_is_done(shapes, tmp_path):
@@ -137,8 +147,7 @@ def test_a_killed_sweep_goes_on_and_skips_what_is_done(shapes, tmp_path):
 def test_a_failing_command_is_named_and_the_others_go_on(tmp_path, capsys):
     def step(name, code, after=None):
         text = f'print("said {name}"); raise SystemExit({code})'
-        # a file name among the arguments says which script it is
-        return sweep.Step(name, (sys.executable, '-c', text, f'{name}.py'), tmp_path / name, after)
+        return sweep.Step(name, 'test', (sys.executable, '-c', text), tmp_path / name, after)
 
     bad, good = step('bad', 3), step('good', 0)
     failed = sweep.run([bad, step('never', 0, bad), good], 1, lambda step: None)

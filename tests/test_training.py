@@ -17,11 +17,12 @@ from model.losses import pop_losses
 from utils.engine import training_loader
 from utils.errors import InputError, exits_cleanly
 from utils.files import atomic_write, check_writable
+from utils.legend import Legend
 from utils.logger import RunLogger
 from utils.optim import Optimization, parameter_groups
 from utils.snapshots import Snapshots
 from utils.trainer import Trainer
-from utils.visualize import Legend, ValidationPanel
+from utils.visualize import ValidationPanel
 
 
 @pytest.mark.parametrize('num_novel', (0, 3))

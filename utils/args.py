@@ -201,12 +201,6 @@ def add_process_flags(parser):
     """How processes work together, and what they do about errors."""
     group = parser.add_argument_group('processes')
     group.add_argument(
-        '--sync-bn',
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help='batch statistics over all GPUs (default: on; CPUs have none)',
-    )
-    group.add_argument(
         '--timeout-minutes',
         type=rate,
         default=30,

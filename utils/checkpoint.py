@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, loaded only where every key fits.
 
 A checkpoint of ours is {'format': 'pop', 'config': {...}, 'model': state dict, 'epoch': int, 'metrics': {...}}, and in
-all but `best` also 'training', from which a run goes on (`engine.Trainer`); the published code's are flat state dicts.
+all but `best` also 'training', from which a run goes on (`trainer.Trainer`); the published code's are flat state dicts.
 Both hold the same keys (README.md, "Checkpoints"). Nothing but tensors and plain values is ever unpickled.
 """
 

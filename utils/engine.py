@@ -121,7 +121,7 @@ def evaluate(net, batches, device, fp16=False, on_prediction=None):
         net (POP): put into eval mode.
         batches (iterable of dict): from `evaluation_loader`, or with 'features' in place of 'image' (`cache`).
         device (torch.device), fp16 (bool): where and in which precision the network runs.
-        on_prediction (callable, optional): called with (id, prediction uint8 [h, w], mask uint8 [h, w]) of each image.
+        on_prediction (callable, optional): called with (id, prediction, mask) of each image, tensors [h, w].
 
     Returns:
         ndarray: int64 confusion matrix of all processes' images, row = truth.
@@ -144,7 +144,7 @@ def evaluate(net, batches, device, fp16=False, on_prediction=None):
             prediction = segment(net, features[i : i + 1], scores, batch['canvas'][i], mask.shape, fp16)
             confusion += confusion_matrix(mask, prediction, net.num_logits)
             if on_prediction:
-                on_prediction(batch['id'][i], prediction.byte().cpu().numpy(), mask.cpu().numpy())
+                on_prediction(batch['id'][i], prediction, mask)
     return all_sum(confusion).cpu().numpy()
 
 

@@ -7,6 +7,8 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from utils.visualize import patches
+
 BASE_COLOR, NOVEL_COLOR = '#4477AA', '#EE6677'
 
 
@@ -132,7 +134,7 @@ def support_figure(support, legend, shot):
         axis.imshow(blended)
         axis.set_title(f'{legend.names[label]}\n{image_id}', fontsize=9)
     present = sorted({k for _, _, labels in support for k in np.unique(labels) if 0 < k < len(legend.names)})
-    figure.legend(handles=legend.patches(present), loc='outside lower center', ncols=max(2, columns + 1),
+    figure.legend(handles=patches(legend, present), loc='outside lower center', ncols=max(2, columns + 1),
                   frameon=False, fontsize=10)  # fmt: skip
     return figure
 

@@ -5,6 +5,7 @@ from torch import nn
 
 GRADIENT_CLIP = 5.0
 HEAD_LR_FACTOR = 10
+GIVEN = ('initial_lr', 'momentum', 'weight_decay')  # settings of a group that the command line gives
 
 
 def parameter_groups(net, learning_rate, weight_decay):
@@ -75,9 +76,13 @@ class Optimization:
         return {name: part.state_dict() for name, part in self._parts.items()}
 
     def load_state_dict(self, state):
-        """Go on from a `state_dict`."""
+        """Go on from a `state_dict`; learning rate, momentum and weight decay stay what this run was given."""
+        given = [{key: group[key] for key in GIVEN} for group in self.optimizer.param_groups]
         for name, part in self._parts.items():
             part.load_state_dict(state[name])
+        self.schedule.base_lrs = [group['initial_lr'] for group in given]
+        for group, own, factor in zip(self.optimizer.param_groups, given, self.schedule.lr_lambdas, strict=True):
+            group |= own | {'lr': own['initial_lr'] * factor(self.schedule.last_epoch)}
 
     @property
     def _parts(self):

@@ -37,6 +37,8 @@ def read_metrics(folder):
         records = [json.loads(line) for line in path.read_text().splitlines()]
     except json.JSONDecodeError as error:
         raise InputError(f'{path} is damaged: {error}') from error
+    if not all(isinstance(record, dict) for record in records):
+        raise InputError(f'{path} is damaged: a line is no JSON object')
     if not records:
         raise InputError(f'{path} is empty: the run has not logged a step yet')
     return records

@@ -13,7 +13,8 @@ from utils.distributed import is_main, shared
 from utils.errors import InputError, some
 from utils.files import check_writable
 
-# flags that say how a run is carried out; what comes of it depends on the others
+# flags that say how a run is carried out, and that may change when it goes on; what comes of it depends on the others
+# (batch statistics of parts, the cache's half precision and images that are skipped aside)
 EXECUTION_FLAGS = {
     'accumulate', 'compile', 'data_dir', 'device', 'num_workers', 'overwrite', 'print_frequency', 'resume',
     'save_every_minutes', 'save_every_steps', 'save_pred_every', 'select', 'skip_bad_images', 'snapshot_dir',
@@ -73,6 +74,8 @@ class Snapshots:
             if seed not in seeds:
                 raise InputError(f'--resume {resume} is of seed {seed}; this run has {some(map(str, seeds))}')
             elsewhere = Path(resume).resolve().parent != self.folder.resolve()
+            for other in found.values():  # they go on together
+                other |= {'arguments': self.arguments, 'reopened': True}
             found[seed] = {
                 'path': str(resume),
                 'arguments': self.arguments,  # other ones are what it is there for,
@@ -131,11 +134,11 @@ class Snapshots:
 
 
 def run_arguments(args, lists):
-    """What a run depends on: its flags, and the contents of its list files, as plain values.
+    """What a run depends on: its flags, and the contents of its lists and base network, as plain values.
 
     Args:
         args (Namespace): the flags.
-        lists (dict): name -> path of a list file.
+        lists (dict): name -> path of a file.
     """
     flags = {name: _plain(value) for name, value in vars(args).items() if name not in EXECUTION_FLAGS}
     digests = {name: hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12] for name, path in lists.items()}
@@ -161,8 +164,8 @@ def locked(folder):
     check_writable(folder)
     with open(Path(folder) / '.lock', 'a+') as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader processes do not inherit it
+        except (BlockingIOError, PermissionError):
             file.seek(0)
             raise InputError(
                 f'{folder} is in use by another run ({file.read().strip()}); wait for it, or use another --snapshot-dir'

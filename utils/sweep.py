@@ -44,20 +44,17 @@ class Step:
 
     Attributes:
         name: what it is, for messages.
+        script: the note's key: train_base, gen_fs_list, ft_pop or test.
         command: its argument vector.
         folder: gets its output, and the note that it is done.
         after: the step that must be done before, or None.
     """
 
     name: str
+    script: str
     command: tuple
     folder: Path
     after: 'Step | None' = None
-
-    @property
-    def script(self):
-        """The note's key: train_base, gen_fs_list, ft_pop or test."""
-        return next(Path(part).stem.split('.')[-1] for part in self.command if part.endswith(('.py', 'gen_fs_list')))
 
     def notes(self):
         """What sweep.json of the folder says: script -> 'command' and 'seconds'."""
@@ -97,10 +94,13 @@ def parse_args(argv=None):
         ('--novel-flags', 'ft_pop.py'),
         ('--test-flags', 'test.py'),
     ):
-        parser.add_argument(name, type=shlex.split, default=(), metavar='"FLAG ..."', help=f'flags of {whose}')
+        parser.add_argument(
+            name, type=shlex.split, action='extend', default=[], metavar='"FLAG ..."',
+            help=f'flags of {whose}; may be given again',
+        )  # fmt: skip
     parser.add_argument(
-        '--shot-flags', nargs=2, action='append', default=[], metavar=('SHOT', '"FLAG ..."'),
-        help='flags of ft_pop.py for one number of shots',
+        '--shot-flags', action='append', default=[], metavar='"SHOT=FLAG ..."',
+        help='flags of ft_pop.py for one number of shots, e.g. "5=--num-epoch 200"',
     )  # fmt: skip
     args = parser.parse_args(argv)
     args.data = dict(pair.split('=', 1) if '=' in pair else (pair, '') for pair in args.data)
@@ -112,6 +112,11 @@ def parse_args(argv=None):
                 DATASETS[name].novel_ids(fold)
             except ValueError as error:
                 parser.error(f'--fold: {error}')
+    try:
+        pairs = [text.partition('=') for text in args.shot_flags]
+        args.shot_flags = {positive(shot): shlex.split(flags) for shot, _, flags in pairs}
+    except argparse.ArgumentTypeError as error:
+        parser.error(f'--shot-flags: {error}')
     if args.train_list and len(args.data) > 1:
         parser.error('--train-list goes with one data set')
     return args
@@ -127,11 +132,10 @@ def plan(args):
     launch = [*python, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', args.nproc]
     together = launch if args.nproc > 1 else python
     seeds = ','.join(map(str, args.seed))
-    shot_flags = {int(shot): shlex.split(flags) for shot, flags in args.shot_flags}
     steps = []
 
-    def add(name, folder, after, *command):
-        steps.append(Step(name, tuple(map(str, command)), folder, after))
+    def add(name, script, folder, after, *command):
+        steps.append(Step(name, script, tuple(map(str, command)), folder, after))
         return steps[-1]
 
     for dataset, data_dir in args.data.items():
@@ -141,24 +145,24 @@ def plan(args):
             name, base = f'{dataset} fold {fold}', args.out / f'{dataset}_fold{fold}' / 'base'
             shared = [*data, '--fold', fold, *args.flags]
             trained = add(
-                f'{name}, base', base, None, *together, ROOT / 'train_base.py', *shared, *args.training_flags,
-                '--snapshot-dir', base, *args.base_flags,
-            )  # fmt: skip
-            listed = add(
-                f'{name}, few-shot lists', base, trained, *python, '-m', 'utils.gen_fs_list', *data, '--fold', fold,
-                '--shot', *args.shot, '--seed', *args.seed,
+                f'{name}, base', 'train_base', base, None, *together, ROOT / 'train_base.py', *shared,
+                *args.training_flags, '--snapshot-dir', base, *args.base_flags,
             )  # fmt: skip
             for shot in args.shot:
                 folder = base.parent / f'{shot}shot'
                 few_shot = ['--shot', shot, '--random-seed', seeds]
+                listed = add(
+                    f'{name}, {shot}-shot, lists', 'gen_fs_list', folder, trained, *python, '-m', 'utils.gen_fs_list',
+                    *data, '--fold', fold, '--shot', shot, '--seed', *args.seed,
+                )  # fmt: skip
                 taught = add(
-                    f'{name}, {shot}-shot', folder, listed, *python, ROOT / 'ft_pop.py', *shared, *args.training_flags,
-                    *few_shot, '--restore-from', base, '--snapshot-dir', folder, *args.novel_flags,
-                    *shot_flags.get(shot, ()),
+                    f'{name}, {shot}-shot', 'ft_pop', folder, listed, *python, ROOT / 'ft_pop.py', *shared,
+                    *args.training_flags, *few_shot, '--restore-from', base, '--snapshot-dir', folder,
+                    *args.novel_flags, *args.shot_flags.get(shot, ()),
                 )  # fmt: skip
                 add(
-                    f'{name}, {shot}-shot, evaluation', folder, taught, *together, ROOT / 'test.py', *shared, *few_shot,
-                    '--restore-from', folder, *args.test_flags,
+                    f'{name}, {shot}-shot, evaluation', 'test', folder, taught, *together, ROOT / 'test.py', *shared,
+                    *few_shot, '--restore-from', folder, *args.test_flags,
                 )  # fmt: skip
     return steps
 
@@ -309,16 +313,19 @@ def write_tables(out, rows, folds):
 
 def latex_table(title, header, lines):
     """A LaTeX table (package booktabs), with a rule under each number of shots."""
-    title, *_ = (text.replace('±', r'$\pm$').replace('%', r'\%') for text in (title,))
+
+    def escaped(text):
+        return text.replace('±', r'$\pm$').replace('%', r'\%')
+
     body = []
     for i, line in enumerate(lines):
         if i and line[1] != lines[i - 1][1]:
             body.append(r'\midrule')
-        body.append(' & '.join(cell.replace('±', r'$\pm$') for cell in line) + r' \\')
+        body.append(' & '.join(map(escaped, line)) + r' \\')
     rows = '\n'.join(body)
     return (
         '% needs \\usepackage{booktabs}\n\\begin{table}\n\\centering\n'
-        f'\\caption{{{title}}}\n\\begin{{tabular}}{{lrr{"c" * (len(header) - 3)}}}\n\\toprule\n'
+        f'\\caption{{{escaped(title)}}}\n\\begin{{tabular}}{{lrr{"c" * (len(header) - 3)}}}\n\\toprule\n'
         f'{" & ".join(header)} \\\\\n\\midrule\n{rows}\n\\bottomrule\n\\end{{tabular}}\n\\end{{table}}\n'
     )
 

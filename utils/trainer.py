@@ -134,13 +134,14 @@ class Trainer:
             progress.finished = agreed(stops_early or progress.epoch == args.num_epoch)
             if stops_early:
                 self.logger.info(f'{self.who}no better result for {idle} epochs, stopping early')
-            self.save()
+            # `last` comes last: a run that is interrupted before it does all of this again
+            if args.save_pred_every and progress.epoch % args.save_pred_every == 0:
+                self.save(f'epoch_{progress.epoch}')
             if progress.finished:
                 final = {f'best_{name}': value for name, value in progress.best.items()}
                 final |= {f'last_{name}': value for name, value in progress.last.items()}
                 self.logger.hyperparameters(vars(args), final, **self.position)
-            if args.save_pred_every and progress.epoch % args.save_pred_every == 0:
-                self.save(f'epoch_{progress.epoch}')
+            self.save()
             asked = sum_over_processes(*signals.flags())
             if any(asked):
                 raise signals.stop(asked)
@@ -236,9 +237,10 @@ class Trainer:
         metrics, seconds = summarize(confusion, self.net.num_base), {'seconds': time.perf_counter() - began}
         iou = dict(zip(self.panel.legend.names, iou_per_class(confusion).tolist(), strict=True))
         self.logger.record('val', step, metrics, seconds, iou, epoch=epoch, **self.position)
-        self.logger.picture('prototypes', similarity_picture(self.net.prototypes()), step, **self.position)
-        if (picture := self.panel.draw()) is not None:
-            self.logger.picture('predictions', picture, step, **self.position)
+        if is_main():
+            self.logger.picture('prototypes', similarity_picture(self.net.prototypes()), step, **self.position)
+            if (picture := self.panel.draw()) is not None:
+                self.logger.picture('predictions', picture, step, **self.position)
         return metrics
 
     def compare(self, metrics):

@@ -1,16 +1,13 @@
-"""Pictures of predictions: colours of classes, palette PNGs, panels of image, ground truth, prediction and errors."""
-
-from dataclasses import dataclass
+"""Pictures of predictions: palette PNGs, panels of image, ground truth, prediction and errors."""
 
 import cv2
 import numpy as np
-import torch
-from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 
 from utils.files import atomic_write
+from utils.legend import PALETTES
 from utils.metrics import IGNORE_INDEX, confusion_matrix, iou_per_class
 
 DPI = 100
@@ -23,70 +20,14 @@ ERRORS = {  # what can be wrong with a pixel, and its colour in error maps (told
 }
 
 
-def voc_palette():
-    """PASCAL VOC's colours, uint8 [256, 3]: the bits of a value, dealt to red, green and blue from the top down."""
-    values = np.arange(256)
-    palette = np.zeros((256, 3), np.uint8)
-    for bit in range(8):
-        for channel in range(3):
-            palette[:, channel] |= ((values >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
-    return palette
-
-
-def spread_palette():
-    """Colours that stay apart with many classes, uint8 [256, 3]: hues a golden section apart, in three brightnesses."""
-    values = np.arange(256)
-    hue = values * 0.618034 % 1
-    saturation = np.array([0.9, 0.55, 0.75])[values % 3]
-    brightness = np.array([0.9, 1.0, 0.6])[values % 3]
-    palette = (255 * hsv_to_rgb(np.stack([hue, saturation, brightness], axis=1))).round().astype(np.uint8)
-    palette[0] = 0  # background
-    return palette
-
-
-PALETTES = {'voc': voc_palette, 'spread': spread_palette}
-
-
-@dataclass(frozen=True)
-class Legend:
-    """What labels are called and how they are coloured.
-
-    Attributes:
-        names: of labels 0..K-1: background, base classes, novel classes.
-        class_ids: of the same labels.
-        num_base: how many of them are base classes.
-        palette: 'voc' or 'spread'; colours go by class id, so that a class has one colour in all folds.
-    """
-
-    names: tuple
-    class_ids: tuple
-    num_base: int
-    palette: str
-
-    @property
-    def novel_labels(self):
-        """The labels of novel classes."""
-        return range(self.num_base + 1, len(self.names))
-
-    @property
-    def colors(self):
-        """Label -> colour, uint8 [256, 3]; white where a pixel is not counted."""
-        colors = np.full((256, 3), 255, np.uint8)
-        colors[: len(self.class_ids)] = PALETTES[self.palette]()[list(self.class_ids)]
-        return colors
-
-    def cut(self, count):
-        """The legend of the first labels only: a network of stage 1 knows no novel classes."""
-        return Legend(self.names[:count], self.class_ids[:count], self.num_base, self.palette)
-
-    def patches(self, labels):
-        """Entries of a matplotlib legend."""
-        return [patch(self.names[k], self.colors[k]) for k in labels]
-
-
 def patch(name, color):
     """An entry of a matplotlib legend; the colour is uint8 RGB."""
     return Patch(facecolor=np.asarray(color) / 255, edgecolor='grey', label=name)
+
+
+def patches(legend, labels):
+    """Entries of a matplotlib legend for labels."""
+    return [patch(legend.names[k], legend.colors[k]) for k in labels]
 
 
 def save_palette_png(path, mask, palette):
@@ -140,7 +81,7 @@ def panel_figure(image, truth, prediction, legend, title=''):
         axis.set_axis_off()
     figure.suptitle(title, fontsize=13)
     kinds = [patch(name, color) for name, color in list(ERRORS.items())[1:]]
-    figure.legend(handles=[*legend.patches(present), *kinds], loc='outside lower center', ncols=6, frameon=False,
+    figure.legend(handles=[*patches(legend, present), *kinds], loc='outside lower center', ncols=6, frameon=False,
                   fontsize=12)  # fmt: skip
     return figure
 
@@ -161,8 +102,9 @@ class ImageScores:
         self.scores = {}
 
     def __call__(self, image_id, prediction, truth):
-        """Take one image's labels, uint8 [H, W] each."""
-        counts = confusion_matrix(torch.as_tensor(truth), torch.as_tensor(prediction), len(self.legend.names))
+        """Take one image's labels, integer tensors [H, W]."""
+        counts = confusion_matrix(truth, prediction, len(self.legend.names)).cpu()
+        prediction, truth = _array(prediction), _array(truth)
         shows_novel = bool(np.isin(truth, list(self.legend.novel_labels)).any())
         self.scores[image_id] = (float(np.nanmean(iou_per_class(counts))) if counts.any() else 0.0, shows_novel)
         if self.folder:
@@ -195,7 +137,12 @@ def choose_telling(scores, count):
 
 
 def _from_the_middle(items):
-    return sorted(items, key=lambda item: abs(items.index(item) - (len(items) - 1) / 2))
+    order = sorted(range(len(items)), key=lambda i: abs(i - (len(items) - 1) / 2))
+    return [items[i] for i in order]
+
+
+def _array(labels):
+    return labels.byte().cpu().numpy()
 
 
 class PanelWriter:
@@ -217,7 +164,9 @@ class PanelWriter:
         return self.folder / f'{self.chosen[image_id]}_{image_id}.png'
 
     def __call__(self, image_id, prediction, truth):
-        title = f'{image_id} ({self.chosen[image_id][:-1]}): mIoU {self.scores[image_id][0]:.1f} %'
+        """Take one image's labels, integer tensors [H, W]."""
+        prediction, truth = _array(prediction), _array(truth)
+        title = f'{image_id} ({self.chosen[image_id].rstrip("0123456789")}): mIoU {self.scores[image_id][0]:.1f} %'
         figure = panel_figure(self.read_image(image_id), truth, prediction, self.legend, title)
         save_figure(self.path(image_id), figure)
 
@@ -240,9 +189,12 @@ class ValidationPanel:
         self._fixed, self._predictions = {}, {}
 
     def __call__(self, image_id, prediction, truth):
-        """Take one image's labels, uint8 [H, W] each."""
+        """Take one image's labels, integer tensors [H, W]; those of most images are not looked at."""
+        if image_id not in self._fixed and len(self._fixed) == self.count:
+            return
+        prediction, truth = _array(prediction), _array(truth)
         if image_id not in self._fixed:
-            if len(self._fixed) == self.count or not np.isin(truth, self._wanted).any():
+            if not np.isin(truth, self._wanted).any():
                 return
             image = cv2.resize(self.read_image(image_id), truth.shape[::-1], interpolation=cv2.INTER_AREA)
             self._fixed[image_id] = (self._tile(image), self._tile(self.legend.colors[truth]))

@@ -1,0 +1,64 @@
+"""Names and colours of labels."""
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+
+def voc_palette():
+    """PASCAL VOC's colours, uint8 [256, 3]: the bits of a value, dealt to red, green and blue from the top down."""
+    values = np.arange(256)
+    palette = np.zeros((256, 3), np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            palette[:, channel] |= ((values >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
+    return palette
+
+
+def spread_palette():
+    """Colours that stay apart with many classes, uint8 [256, 3]: hues a golden section apart, in three brightnesses."""
+    values = np.arange(256)
+    hue = values * 0.618034 % 1 * 360
+    saturation = np.array([0.9, 0.55, 0.75])[values % 3]
+    brightness = np.array([0.9, 1.0, 0.6])[values % 3]
+    hsv = np.stack([hue, saturation, brightness], axis=1).astype(np.float32)
+    palette = (255 * cv2.cvtColor(hsv[None], cv2.COLOR_HSV2RGB)[0]).round().astype(np.uint8)
+    palette[0] = 0  # background
+    return palette
+
+
+PALETTES = {'voc': voc_palette, 'spread': spread_palette}
+
+
+@dataclass(frozen=True)
+class Legend:
+    """What labels are called and how they are coloured.
+
+    Attributes:
+        names: of labels 0..K-1: background, base classes, novel classes.
+        class_ids: of the same labels.
+        num_base: how many of them are base classes.
+        palette: 'voc' or 'spread'; colours go by class id, so that a class has one colour in all folds.
+    """
+
+    names: tuple
+    class_ids: tuple
+    num_base: int
+    palette: str
+
+    @property
+    def novel_labels(self):
+        """The labels of novel classes."""
+        return range(self.num_base + 1, len(self.names))
+
+    @property
+    def colors(self):
+        """Label -> colour, uint8 [256, 3]; white where a pixel is not counted."""
+        colors = np.full((256, 3), 255, np.uint8)
+        colors[: len(self.class_ids)] = PALETTES[self.palette]()[list(self.class_ids)]
+        return colors
+
+    def cut(self, count):
+        """The legend of the first labels only: a network of stage 1 knows no novel classes."""
+        return Legend(self.names[:count], self.class_ids[:count], self.num_base, self.palette)
