@@ -9,6 +9,7 @@ tmpfs and is left out without it. Ends with a table, and with exit code 1 where 
 import argparse
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,6 @@ from dataset.shapes import make_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 SAVE_EVERY = 2  # steps
-STEPS_LOST = f'up to {SAVE_EVERY} steps, done again'
 COMMAND = (
     'train_base.py', '--dataset', 'shapes', '--backbone', 'resnet18', '--os', 32, '--num-workers', 1,
     '--base-size', '65,65', '--input-size', '65,65', '--print-frequency', 1, '--restore-from', 'none',
@@ -72,15 +72,37 @@ class Place:
         return process.returncode, output
 
     def finish(self, run):
-        """Start the same command again, and expect the reference's weights and metrics."""
+        """Start the same command again, and expect the reference's weights and metrics.
+
+        Returns:
+            tuple: the output; how many steps had been done and were lost.
+        """
+        done = self.steps_done(run)
         code, output = self.run(run)
         check(code == 0, output)
+        lost = self.lost(done, output)
         for name in ('best.pth', 'last.pth'):
             ours, theirs = (torch.load(folder / name, weights_only=True)['model'] for folder in (run, self.reference))
             check(all(torch.equal(ours[key], theirs[key]) for key in theirs), f'{name} differs')
         same = (run / 'metrics.jsonl').read_bytes() == (self.reference / 'metrics.jsonl').read_bytes()
         check(same, 'metrics.jsonl differs')
-        return output
+        return output, lost
+
+    def steps_done(self, run):
+        """Steps of a run's latest log line, counted over all epochs."""
+        log = run / 'log.txt'
+        found = re.findall(r'epoch (\d+)/\d+ step (\d+)/(\d+)', log.read_text()) if log.is_file() else []
+        return (int(found[-1][0]) - 1) * int(found[-1][2]) + int(found[-1][1]) if found else 0
+
+    def lost(self, done, output):
+        """How many of the steps done a run that goes on has lost: what its output says."""
+        if 'finished earlier' in output:
+            return 0
+        per_epoch = int(re.search(r'step \d+/(\d+)', output)[1])
+        resumed = re.search(r'resumed at epoch (\d+), step (\d+)', output)
+        kept = (int(resumed[1]) - 1) * per_epoch + int(resumed[2]) - 1 if resumed else 0
+        check(done - kept <= SAVE_EVERY, f'{done - kept} of {done} steps were lost')
+        return max(done - kept, 0)
 
     def copy_of_data(self, name):
         shutil.copytree(self.data, self.folder / name)
@@ -93,21 +115,29 @@ class Place:
 
 
 def killed(place, kills):
-    rng, runs, done = random.Random(0), 1, 0
+    rng, runs, done, lost = random.Random(0), 1, 0, []
     run = place.folder / 'killed'
     while done < kills:
+        before = place.steps_done(run)
         process = place.start(run)
         try:
-            process.communicate(timeout=rng.uniform(0.1, place.seconds / 2))
+            output = process.communicate(timeout=rng.uniform(0.1, place.seconds / 2))[0]
             check(process.returncode == 0, 'a run ended by itself')
+            lost.append(place.lost(before, output))
             place.finish(run)
             runs, run = runs + 1, place.folder / f'killed{runs}'
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+            output = process.communicate()[0]
+            if 'resumed at' in output:
+                lost.append(place.lost(before, output))
             done += 1
-    place.finish(run)
-    return f'{done} kills in {runs} runs; same weights and metrics', f'up to {SAVE_EVERY} steps a kill, done again'
+    lost.append(place.finish(run)[1])
+    return f'{done} kills in {runs} runs; same weights and metrics', steps(max(lost))
+
+
+def steps(lost):
+    return f'{lost} steps, done again' if lost else 'nothing'
 
 
 def asked_to_stop(place, number):
@@ -119,8 +149,9 @@ def asked_to_stop(place, number):
             break
     process.communicate()
     check(process.returncode == 128 + number, f'exit code {process.returncode}')
-    place.finish(run)
-    return f'saved, exit code {128 + number}; went on to the same weights', 'nothing'
+    _, lost = place.finish(run)
+    check(lost == 0, f'{lost} steps lost')
+    return f'saved, exit code {128 + number}; went on to the same weights', steps(lost)
 
 
 def damaged(place, kind):
@@ -128,9 +159,9 @@ def damaged(place, kind):
     path = run / 'last.pth'
     size = path.stat().st_size
     path.write_bytes(bytes(size) if kind == 'zeros' else path.read_bytes()[: size // 2])
-    output = place.finish(run)
+    output, lost = place.finish(run)
     check(f'{path} cannot be read' in output and 'previous.pth' in output, output)
-    return 'named; went on from previous.pth to the same weights', STEPS_LOST
+    return 'named; went on from previous.pth to the same weights', steps(lost)
 
 
 def disk_full(place):
@@ -144,10 +175,10 @@ def disk_full(place):
         check(code == 1 and 'cannot write' in output and 'Traceback' not in output, output)
         torch.load(run / 'last.pth', weights_only=True)
         subprocess.run(['mount', '-o', 'remount,size=4g', str(run)], check=True)
-        place.finish(run)
+        _, lost = place.finish(run)
     finally:
         subprocess.run(['umount', str(run)], check=True)
-    return 'stopped with a message; with room, went on to the same weights', STEPS_LOST
+    return 'stopped with a message; with room, went on to the same weights', steps(lost)
 
 
 def bad_image(place, skip):
@@ -162,9 +193,10 @@ def bad_image(place, skip):
         return 'listed and counted; the run went on', 'this image'
     check(code == 1, output)
     path.write_bytes((place.data / 'JPEGImages' / path.name).read_bytes())
+    done = place.steps_done(run)
     code, output = place.run(run, data=data)
     check(code == 0, output)
-    return 'stopped, naming it; mended, the run went on', STEPS_LOST
+    return 'stopped, naming it; mended, the run went on', steps(place.lost(done, output))
 
 
 def hanging_process(place):
@@ -182,13 +214,17 @@ def hanging_process(place):
     for line in process.stdout:
         if ' ends: ' in line:
             break
+    else:
+        raise Lost('no process said that it ends')
     seconds = time.monotonic() - began
     check(children and seconds < 60, f'the others waited for {seconds:.0f} s')
     rest = process.stdout.read()
     check(process.wait() != 0, rest)
+    done = place.steps_done(run)
     code, output = place.run(run, '--timeout-minutes', 0.25, launch=launch)
     check(code == 0 and 'resumed at epoch 2' in output, output)
-    return f'ended after {seconds:.0f} s (--timeout-minutes 0.25), naming the process; went on', STEPS_LOST
+    lost = place.lost(done, output)
+    return f'the others ended after {seconds:.0f} s (--timeout-minutes 0.25) and said so; went on', steps(lost)
 
 
 def not_a_number(place):
@@ -254,7 +290,7 @@ def main():
                 continue
             try:
                 rows.append((name, *fault()))
-            except Lost as error:
+            except (Lost, subprocess.SubprocessError, OSError) as error:
                 rows.append((name, f'FAILED: {str(error)[-2000:]}', '?'))
                 failed = True
             print(*rows[-1], sep=': ', flush=True)
