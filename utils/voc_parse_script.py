@@ -23,8 +23,8 @@ from dataset.lists import ClassIndex, keep_or_write_ids, read_ids
 from utils.args import positive
 from utils.errors import InputError, exits_cleanly, some
 from utils.files import atomic_write
+from utils.legend import voc_palette
 from utils.parallel import parallel_map
-from utils.visualize import voc_palette
 
 EXPECTED = {'trainaug.txt': 10_582, 'val.txt': 1_449}
 
