@@ -104,7 +104,9 @@ def test_a_run_of_stage_2_that_is_killed_ends_as_if_it_had_not_been(shapes, base
     same_results(whole, killed, ('best_123', 'last_123', 'best_234', 'last_234'))
 
 
-@pytest.mark.parametrize(('number', 'code'), ((signal.SIGTERM, 143), (signal.SIGINT, 130)))
+@pytest.mark.parametrize(
+    ('number', 'code'), ((signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow))
+)
 def test_a_signal_saves_and_stops(shapes, tmp_path, number, code):
     process = start(sys.executable, *stage_1(shapes, tmp_path, '--save-every-steps', 0))
     for line in process.stdout:
