@@ -22,4 +22,4 @@ echo "== stage 2: novel classes, 5 shots, two seeds"
 python ft_pop.py "${data[@]}" "${network[@]}" "${training[@]}" --restore-from "$run/base" --snapshot-dir "$run/5shot" \
     --shot 5 --random-seed 123,234 --batch-size 4 --num-epoch 6 --val-every 2 --fix-lr --update-base
 echo "== evaluation"
-python test.py "${data[@]}" "${network[@]}" --restore-from "$run/5shot" --shot 5 --random-seed 123,234 --overlay 2
+python test.py "${data[@]}" "${network[@]}" --restore-from "$run/5shot" --shot 5 --random-seed 123,234 --overlay 4

@@ -54,6 +54,7 @@ class Place:
         code, output = self.run(self.reference)
         check(code == 0, output)
         self.seconds = time.monotonic() - began
+        self.per_epoch = int(re.search(r'step \d+/(\d+)', output)[1])
 
     def command(self, run, *flags, data=None, launch=(sys.executable,)):
         return [
@@ -91,16 +92,15 @@ class Place:
     def steps_done(self, run):
         """Steps of a run's latest log line, counted over all epochs."""
         log = run / 'log.txt'
-        found = re.findall(r'epoch (\d+)/\d+ step (\d+)/(\d+)', log.read_text()) if log.is_file() else []
-        return (int(found[-1][0]) - 1) * int(found[-1][2]) + int(found[-1][1]) if found else 0
+        found = re.findall(r'epoch (\d+)/\d+ step (\d+)/', log.read_text()) if log.is_file() else []
+        return (int(found[-1][0]) - 1) * self.per_epoch + int(found[-1][1]) if found else 0
 
     def lost(self, done, output):
         """How many of the steps done a run that goes on has lost: what its output says."""
         if 'finished earlier' in output:
             return 0
-        per_epoch = int(re.search(r'step \d+/(\d+)', output)[1])
         resumed = re.search(r'resumed at epoch (\d+), step (\d+)', output)
-        kept = (int(resumed[1]) - 1) * per_epoch + int(resumed[2]) - 1 if resumed else 0
+        kept = (int(resumed[1]) - 1) * self.per_epoch + int(resumed[2]) - 1 if resumed else 0
         check(done - kept <= SAVE_EVERY, f'{done - kept} of {done} steps were lost')
         return max(done - kept, 0)
 
@@ -290,7 +290,7 @@ def main():
                 continue
             try:
                 rows.append((name, *fault()))
-            except (Lost, subprocess.SubprocessError, OSError) as error:
+            except Exception as error:  # whatever went wrong, the other faults are tried
                 rows.append((name, f'FAILED: {str(error)[-2000:]}', '?'))
                 failed = True
             print(*rows[-1], sep=': ', flush=True)
