@@ -72,3 +72,25 @@ def test_what_is_not_set_is_named(script):
     env = {key: value for key, value in os.environ.items() if key not in ('DATA_PATH', 'RESTORE_PATH')}
     done = subprocess.run(['bash', str(ROOT / 'scripts' / script)], capture_output=True, text=True, env=env)
     assert done.returncode == 2 and '_PATH is not set' in done.stderr
+
+
+def test_the_whole_grid_starts_with_the_recipe(tmp_path):
+    weights = tmp_path / 'with space' / 'r.pth'
+    settings = {
+        'DATA_PATH': str(tmp_path / 'none'), 'RESTORE_PATH': str(weights), 'SAVE_DIR': str(tmp_path / 'out'), 'FOLD': '0',
+        'SHOT': '1,5', 'SEED': '123,234', 'NPROC': '1',
+    }  # fmt: skip
+
+    def run(**more):
+        done = subprocess.run(
+            ['bash', str(ROOT / 'scripts/reproduce_coco.sh'), '--novel-flags=--fp16'], cwd=tmp_path,
+            capture_output=True, text=True, env={**os.environ, **settings, **more},
+        )  # fmt: skip
+        return done.returncode, done.stdout + done.stderr
+
+    code, output = run()
+    assert code == 1 and '7 commands, 0 of them done' in output, output  # base; lists, stage 2, evaluation of two shots
+    assert f"--restore-from '{weights}'" in output and '--backbone resnet50v2' in output
+    assert 'folder' in output and 'does not exist' in output and '1 commands failed' in output
+    code, output = run(EPOCHS='1')
+    assert code == 2 and 'EPOCHS is set' in output
