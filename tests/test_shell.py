@@ -77,8 +77,8 @@ def test_what_is_not_set_is_named(script):
 def test_the_whole_grid_starts_with_the_recipe(tmp_path):
     weights = tmp_path / 'with space' / 'r.pth'
     settings = {
-        'DATA_PATH': str(tmp_path / 'none'), 'RESTORE_PATH': str(weights), 'SAVE_DIR': str(tmp_path / 'out'), 'FOLD': '0',
-        'SHOT': '1,5', 'SEED': '123,234', 'NPROC': '1',
+        'DATA_PATH': str(tmp_path / 'none'), 'RESTORE_PATH': str(weights), 'SAVE_DIR': str(tmp_path / 'out'),
+        'FOLD': '0', 'SHOT': '1,5', 'SEED': '123,234', 'NPROC': '1',
     }  # fmt: skip
 
     def run(**more):
