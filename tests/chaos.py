@@ -2,8 +2,8 @@
 
     python tests/chaos.py [--kills 20] [--only TEXT ...]
 
-Embedded data, a small network, CPU; about a quarter of an hour on two cores. The disk-full fault needs the right to mount a
-tmpfs and is left out without it. Ends with a table, and with exit code 1 where a fault lost more than it may.
+Embedded data, a small network, CPU; about a quarter of an hour on two cores. The disk-full fault needs the right to
+mount a tmpfs and is left out without it. Ends with a table, and with exit code 1 where a fault lost more than it may.
 """
 
 import argparse
