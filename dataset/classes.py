@@ -23,7 +23,7 @@ class DatasetSpec:
         scale_range: range of training's random resize factor.
         batch_size: stage 1's global batch size.
         min_pixels: a class's image must show this many of its pixels to serve as support or replayed base image.
-        palette: colours of the classes in pictures (`utils.visualize.PALETTES`).
+        palette: colours of the classes in pictures (`utils.legend.PALETTES`).
         lists_in_data: lists live in DATA/list rather than in dataset/list/NAME.
         mend: how to get the data.
     """
