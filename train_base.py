@@ -22,6 +22,7 @@ from utils.distributed import is_main, main_first, parallel, process_group, worl
 from utils.engine import autocast, compile_features, evaluate, evaluation_loader, to_device, training_loader
 from utils.errors import InputError, exits_cleanly
 from utils.logger import RunLogger
+from utils.memory import return_freed_memory
 from utils.snapshots import Snapshots, locked, run_arguments
 from utils.trainer import Trainer
 from utils.visualize import ValidationPanel
@@ -113,6 +114,8 @@ def main(args):
             masks = batch['mask'].to(device, non_blocking=True).long()  # [B, H, W]
             with autocast(device, args.fp16):
                 logits = parallel_net(images)  # [B, 1 + Kb, h, w]
+            if device.type == 'cpu':
+                return_freed_memory()
             return pop_losses(logits, masks, net.base_emb, **share)
 
         panel = ValidationPanel(data.legend.cut(net.num_logits), val_set.samples.read_image)

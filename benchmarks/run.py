@@ -36,8 +36,8 @@ from dataset.segmentation import Samples
 from model import build_model
 from model.folding import folded
 from model.losses import pop_losses, pseudo_label
-from utils.distributed import keep_freed_memory
 from utils.engine import autocast, evaluate, precision, to_device
+from utils.memory import keep_freed_memory, return_freed_memory
 from utils.metrics import confusion_matrix
 from utils.optim import Optimization
 
@@ -71,6 +71,7 @@ def stage1_step(side, num_base, size=2):
     def step():
         with autocast(CPU, side == 'fp16'):
             logits = net(to_device(images, CPU))
+        return_freed_memory()
         optimization.backward(sum(pop_losses(logits, mask, net.base_emb).values()))
         optimization.step()
 

@@ -10,6 +10,8 @@ from torch.autograd.function import once_differentiable
 from torchvision import models
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from model.winograd import Conv3x3
+
 
 class ResNet(models.ResNet):
     """torchvision's ResNet without pooling and classifier.
@@ -105,6 +107,10 @@ def build_backbone(name, output_stride=8):
     for stage, dilation in zip(backbone.stages, DILATIONS[output_stride], strict=True):
         if dilation > 1:
             _dilate(stage, dilation)
+    for parent in list(backbone.modules()):
+        for child, conv in parent.named_children():
+            if isinstance(conv, nn.Conv2d) and Conv3x3.fits(conv):
+                setattr(parent, child, Conv3x3(conv))
     return backbone
 
 

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model.winograd import conv3x3
+
 
 class PSP(nn.Module):
     """Pyramid pooling decoder (Zhao et al., CVPR 2017).
@@ -62,8 +64,8 @@ class PSP(nn.Module):
         """
         conv, *rest = self.bottleneck
         *pyramid, feature = self._weights()
-        y = F.conv2d(x, feature, conv.bias, padding=1)  # [B, C, h, w]; has a bias only where folded
-        y = y + self._pyramid(x, pyramid)
+        y = conv3x3(x, feature, conv.bias)  # [B, C, h, w]; has a bias only where folded
+        y += self._pyramid(x, pyramid)
         for layer in rest:
             y = layer(y)
         return y

@@ -1,7 +1,6 @@
 """Processes of one run: one per GPU under torchrun, or just this one."""
 
 import contextlib
-import ctypes
 import os
 import sys
 from datetime import timedelta
@@ -11,9 +10,9 @@ import torch.distributed as dist
 from torch import nn
 
 from utils.errors import InputError
+from utils.memory import keep_freed_memory
 
 _hosts = None  # the Gloo group beside NCCL's
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def world_size():
@@ -102,17 +101,6 @@ def _choose_device(name):
     torch.backends.cudnn.benchmark = True  # crops are all of one size, so one search per layer
     torch.backends.cudnn.allow_tf32 = True  # convolutions only; matrix products stay float32, the head needs that
     return torch.device('cuda', local_rank)
-
-
-def keep_freed_memory():
-    """Have glibc reuse a tensor's memory for the next one, up to 32 MB.
-
-    Its default maps large tensors anew each time, and a step on the CPU spends a tenth of its time on page faults.
-    """
-    libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
-    if hasattr(libc, 'mallopt'):
-        libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that glibc allows
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def parallel(net, device, sync_bn=True):

@@ -1,0 +1,201 @@
+"""3x3 convolutions with 4/9 of the multiplications: Winograd's F(2x2, 3x3), for float32 on the CPU.
+
+A tile of 2x2 outputs depends on 4x4 inputs d and on the 3x3 kernel g (Lavin and Gray, CVPR 2016),
+
+    y = A^T [(G g G^T) * (B^T d B)] A
+
+With * over all tiles and channels at once, that is one matrix product [T, C] [C, O] for each of the 16 positions (i, j)
+of a transformed tile, where the convolution itself takes 36 such products for the same outputs. All transforms
+are sums and differences, so the result is as exact as the direct one. PyTorch's CPU convolutions are direct; cuDNN's
+are Winograd's already.
+
+Dimensions: B batch, C input channels, O output channels, h x w feature size, T tiles.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+# with less of them, the transforms cost what the products save (measured in benchmarks/NOTES.md); the choice does not
+# depend on the batch size, so that an image's prediction does not depend on the others in its batch
+MIN_POSITIONS = 800  # h*w
+MIN_CHANNELS = 64
+MIN_CHANNELS_FORWARD = 128  # PyTorch's backward passes are slower than its forward ones
+CHANNELS_AT_ONCE = 512  # of the weight's gradient: keeps its transformed inputs small
+
+# B^T: row i is the sum of input `first` and `sign` times input `second`
+INPUT = ((0, 2, -1), (1, 2, 1), (2, 1, -1), (1, 3, -1))  # (first, second, sign)
+# A^T: share of position i in either output
+OUTPUT = ((1, 1, 1, 0), (0, 1, -1, -1))
+# G (x) G: the 16 positions from the kernel's 9 taps
+_G = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
+KERNEL = torch.kron(_G, _G)  # [16, 9]
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution of stride 1, padded by its dilation, by `conv3x3`.
+
+    Args:
+        conv (nn.Conv2d): without bias; settings and weight are taken over.
+    """
+
+    def __init__(self, conv):
+        super().__init__(conv.in_channels, conv.out_channels, 3, 1, conv.padding, conv.dilation, bias=False)
+        self.weight = conv.weight
+
+    @staticmethod
+    def fits(conv):
+        """Whether a convolution is one that this class computes faster."""
+        return (
+            conv.kernel_size == (3, 3) and conv.stride == (1, 1) and conv.padding == conv.dilation
+            and conv.groups == 1 and conv.bias is None and min(conv.in_channels, conv.out_channels) >= MIN_CHANNELS
+        )  # fmt: skip
+
+    def forward(self, x):
+        return conv3x3(x, self.weight, self.bias, self.dilation[0])
+
+
+def conv3x3(x, weight, bias=None, dilation=1):
+    """A 3x3 convolution of stride 1 that keeps the size, by whichever way is faster.
+
+    Args:
+        x (Tensor): [B, C, h, w].
+        weight (Tensor): [O, C, 3, 3].
+        bias (Tensor, optional): [O].
+        dilation (int): of the kernel, and zero padding on every side.
+
+    Returns:
+        Tensor: [B, O, h, w].
+    """
+    float32_on_cpu = (
+        x.device.type == 'cpu' and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled('cpu')
+    )
+    large = x.shape[2] * x.shape[3] >= MIN_POSITIONS and min(weight.shape[:2]) >= MIN_CHANNELS
+    if not (float32_on_cpu and large):
+        return F.conv2d(x, weight, bias, padding=dilation, dilation=dilation)
+    y = _Winograd.apply(x, weight, dilation)
+    return y if bias is None else y.add_(bias[:, None, None])
+
+
+class _Winograd(torch.autograd.Function):
+    """x [B, C, h, w] and weight [O, C, 3, 3] to [B, O, h, w], zero-padded by the dilation."""
+
+    @staticmethod
+    def forward(ctx, x, weight, dilation):
+        ctx.save_for_backward(x, weight)
+        ctx.dilation = dilation
+        if min(weight.shape[:2]) < MIN_CHANNELS_FORWARD:
+            return F.conv2d(x, weight, padding=dilation, dilation=dilation)
+        return _convolve(x, lambda i: _kernels(weight, i).permute(1, 2, 0), dilation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        by_x = by_weight = None
+        if ctx.needs_input_grad[0]:  # the convolution with the kernel turned round
+            by_x = _convolve(gradient, lambda i: _kernels(weight, i, turned=True).transpose(0, 1), ctx.dilation)
+        if ctx.needs_input_grad[1]:
+            taps = [
+                KERNEL.T.to(weight.dtype) @ _correlate(some, gradient, ctx.dilation)  # [O, 9, C']
+                for some in x.split(CHANNELS_AT_ONCE, dim=1)
+            ]
+            by_weight = torch.cat(taps, dim=2).unflatten(1, (3, 3)).permute(0, 3, 1, 2)  # [O, C, 3, 3], channels last
+        return by_x, by_weight, None
+
+
+def _kernels(weight, i, turned=False):
+    """Row i of the transformed kernels of a weight [O, C, 3, 3], or of the kernels turned round: [O, 4, C]."""
+    taps = weight.permute(0, 2, 3, 1).flatten(1, 2)  # [O, 9, C]; no copy where channels are last
+    matrix = KERNEL.flip(1) if turned else KERNEL
+    return matrix[4 * i : 4 * i + 4].to(weight.dtype) @ taps
+
+
+def _convolve(x, kernels, dilation):
+    """x [B, C, h, w] and `kernels`, i -> row i of the transformed kernels [4, C, O], to [B, O, h, w], channels last."""
+    y = None
+    for k, tiles in _transformed_tiles(x, dilation):  # [B, th, d, tw, d, C]
+        i, j = divmod(k, 4)
+        if j == 0:
+            row = kernels(i)
+        if y is None:
+            batch, *grid, _ = tiles.shape
+            th, _, tw, _ = grid
+            channels = row.shape[2]
+            product = x.new_empty(batch, *grid, channels)
+            across = x.new_empty(2, *product.shape)  # the two columns of outputs, of this row of positions
+            y = x.new_empty(batch, th, 2, dilation, tw, 2, dilation, channels)
+        torch.mm(tiles.flatten(0, -2), row[j], out=product.flatten(0, -2))
+        for b in (0, 1):
+            _add_share(across[b], product, OUTPUT[b], j)
+        if j == 3:
+            for a in (0, 1):
+                _add_share(y[:, :, a], across.permute(1, 2, 3, 4, 0, 5, 6), OUTPUT[a], i)
+    y = y.flatten(4, 6).flatten(1, 3)  # [B, 2*th*d, 2*tw*d, O]
+    return y[:, : x.shape[2], : x.shape[3]].permute(0, 3, 1, 2)
+
+
+def _add_share(output, position, shares, i):
+    """Add position i's share to an output; the first share of all overwrites it."""
+    if not any(shares[:i]) and shares[i]:
+        output.copy_(position)
+    elif shares[i]:
+        output.add_(position, alpha=shares[i])
+
+
+def _correlate(x, gradient, dilation):
+    """Gradient by the transformed kernels, [O, 16, C], of x [B, C, h, w] and the outputs' gradient [B, O, h, w]."""
+    by_kernels = x.new_empty(gradient.shape[1], 16, x.shape[1])
+    parts = _padded_tiles(gradient, dilation, 0)  # [B, th, 2, d, tw, 2, d, O]
+    rows = parts[:, :, 0], parts[:, :, 1]
+    for k, tiles in _transformed_tiles(x, dilation):
+        i, j = divmod(k, 4)
+        if j == 0:
+            row = _shared_out(rows, i)  # [B, th, d, tw, 2, d, O]
+            columns = row[:, :, :, :, 0], row[:, :, :, :, 1]
+        share = _shared_out(columns, j)  # [B, th, d, tw, d, O]
+        by_kernels[:, k] = share.flatten(0, -2).T @ tiles.flatten(0, -2)
+    return by_kernels
+
+
+def _shared_out(outputs, i):
+    """What position i of a tile receives of the gradients of its two outputs."""
+    first, second = OUTPUT[0][i], OUTPUT[1][i]
+    if first and second:
+        return torch.add(outputs[0], outputs[1], alpha=second)
+    return outputs[0] if first else outputs[1] * second
+
+
+def _transformed_tiles(x, dilation):
+    """The 16 positions of all transformed tiles B^T d B, one after the other in the same memory.
+
+    Neighbouring outputs of a dilated convolution are `dilation` pixels apart: each of the d x d grids of such pixels is
+    tiled on its own.
+
+    Yields:
+        tuple: 4*i + j; position (i, j) of all tiles, [B, th, d, tw, d, C].
+    """
+    x = _padded_tiles(x, dilation, 1)  # [B, th+1, 2, d, tw+1, 2, d, C]
+    rows = x[:, :-1, 0], x[:, :-1, 1], x[:, 1:, 0], x[:, 1:, 1]
+    row = torch.empty_like(rows[0], memory_format=torch.contiguous_format)  # [B, th, d, tw+1, 2, d, C]
+    columns = row[:, :, :, :-1, 0], row[:, :, :, :-1, 1], row[:, :, :, 1:, 0], row[:, :, :, 1:, 1]
+    position = torch.empty_like(columns[0], memory_format=torch.contiguous_format)  # [B, th, d, tw, d, C]
+    for i, (above, below, row_sign) in enumerate(INPUT):
+        torch.add(rows[above], rows[below], alpha=row_sign, out=row)
+        for j, (left, right, sign) in enumerate(INPUT):
+            torch.add(columns[left], columns[right], alpha=sign, out=position)
+            yield 4 * i + j, position
+
+
+def _padded_tiles(x, dilation, border):
+    """x [B, C, h, w] as pairs of pixels that are `dilation` apart, [B, th+border, 2, d, tw+border, 2, d, C].
+
+    Zeros fill up what tiles need on the right and at the bottom and, with `border` 1, surround x.
+    """
+    batch, channels, height, width = x.shape
+    vertical, horizontal = (-(-size // (2 * dilation)) + border for size in (height, width))
+    padded = x.new_zeros(batch, 2 * vertical * dilation, 2 * horizontal * dilation, channels)
+    start = border * dilation
+    padded[:, start : start + height, start : start + width] = x.permute(0, 2, 3, 1)
+    return padded.view(batch, vertical, 2, dilation, horizontal, 2, dilation, channels)

@@ -1,0 +1,27 @@
+"""What glibc does with freed memory: CPU runs on Linux only; elsewhere these do nothing."""
+
+import ctypes
+import sys
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
+
+
+def keep_freed_memory():
+    """Have a tensor's memory reused for the next one, up to 32 MB.
+
+    By default large tensors are mapped anew each time, and a step on the CPU spends a tenth of its time on page faults.
+    """
+    if hasattr(_libc, 'mallopt'):
+        _libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that glibc allows
+        _libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def return_freed_memory():
+    """Give memory that is free right now back to the system.
+
+    After a forward pass this is what lies in gaps between activations, where the backward pass's large tensors do not
+    fit: a tenth of a training step's peak, for a quarter of a percent of its time.
+    """
+    if hasattr(_libc, 'malloc_trim'):
+        _libc.malloc_trim(0)
