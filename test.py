@@ -25,10 +25,10 @@ from utils.checkpoint import count_classes, load_backbone, load_weights, network
 from utils.distributed import gathered, is_main, main_first, process_group, shared
 from utils.engine import compile_features, evaluate, evaluation_loader, precision
 from utils.errors import InputError, exits_cleanly, some
-from utils.figures import confusion_figure, iou_figure, similarity_figure, support_figure
-from utils.files import atomic_write, check_writable
+from utils.figures import confusion_figure, iou_figure, save_figure, similarity_figure, support_figure
+from utils.files import atomic_write, check_writable, json_ready
 from utils.metrics import SUMMARY, class_table, iou_per_class, mean_and_std, summarize, summary_table
-from utils.visualize import ImageScores, PanelWriter, choose_telling, save_figure
+from utils.visualize import ImageScores, PanelWriter, choose_telling
 
 UNTRAINED = ('none', 'imagenet')  # --restore-from without a checkpoint
 
@@ -195,18 +195,11 @@ def report(args, data, results, folder):
         'weights': weights,
     }  # fmt: skip
     with atomic_write(folder / 'results.json') as file:
-        json.dump(_nan_to_none(summary | {'seeds': results, 'mean': mean, 'std': std}), file, indent=2)
+        json.dump(json_ready(summary | {'seeds': results, 'mean': mean, 'std': std}), file, indent=2)
     if args.plots:
         ious = np.array([list(result['iou'].values()) for result in results.values()])
         save_figure(folder / 'plots' / 'iou.png', iou_figure(ious, legend, title))
         print(f'picture: {folder / "plots" / "iou.png"}')
-
-
-def _nan_to_none(value):
-    """JSON has no NaN."""
-    if isinstance(value, dict):
-        return {str(key): _nan_to_none(item) for key, item in value.items()}
-    return None if value != value else value
 
 
 @exits_cleanly

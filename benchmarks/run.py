@@ -2,9 +2,9 @@
 
     python benchmarks/run.py [--quick] [--json FILE] [--only PATH ...]
 
-resnet50v2, output stride 8, 473x473. The plain side is always float32; ours runs in float32 and with --fp16
-(bfloat16 on the CPU). Each side of a row is a fresh process of its own; after a warm-up they take turns, one working
-while the others wait. Medians are printed, and the processes' peak resident memory. --quick takes fewer rounds.
+resnet50v2, output stride 8, 473x473. The plain side is always float32; ours runs in float32 and, on processors that
+compute in bfloat16, with --fp16. Each side of a row is a fresh process of its own; after a warm-up they take turns, one
+working while the others wait. Medians are printed, and the processes' peak resident memory. --quick takes fewer rounds.
 
 Ends with the cost against the number of classes, the speed of data loading, and the achieved floating-point rate.
 """
@@ -43,7 +43,19 @@ from utils.optim import Optimization
 
 SIZE = 473
 CPU = torch.device('cpu')
-SIDES = ('plain', 'fp32', 'fp16')
+
+
+def computes_in_bfloat16():
+    """Whether the processor has instructions for it; without them bfloat16 is only slower."""
+    return re.search('avx512_bf16|amx_bf16', _cpuinfo()) is not None
+
+
+def _cpuinfo():
+    path = Path('/proc/cpuinfo')
+    return path.read_text() if path.is_file() else ''
+
+
+SIDES = ('plain', 'fp32', 'fp16') if computes_in_bfloat16() else ('plain', 'fp32')
 
 
 def batch(size, num_labels):
@@ -226,7 +238,7 @@ def peak_memory():
 
 
 def measure(path, setting, sides, rounds):
-    """Median seconds and peak memory in MB of one call of each side, and the operations of ours in either precision.
+    """Median seconds and peak memory in MB of one call of each side, and the operations of ours.
 
     The sides take turns; calls that are short are made more often.
     """
@@ -242,10 +254,9 @@ def measure(path, setting, sides, rounds):
         side: {'s': statistics.median(seconds[side]), 'mb': process.ask('memory')}
         for side, process in processes.items()
     }
-    flop = processes[sides[-1]].ask('flop')  # ours do the same operations; the last one is the fastest
     for side, process in processes.items():
         if side != 'plain':
-            result[side]['flop'] = flop
+            result[side]['flop'] = process.ask('flop')
         process.end()
     return result
 
@@ -295,7 +306,7 @@ def compare(paths, quick):
     rows = []
     for path in paths:
         rounds = (1 if path == 'stage1_step' else 2) if quick else 5
-        sides = SIDES[:2] if path == 'confusion_matrix' else SIDES
+        sides = SIDES[:2] if path == 'confusion_matrix' else SIDES  # counting has no precision
         for setting in PATHS[path][1]:
             plain_side, *ours = measure(path, setting, sides, rounds).items()
             for side, values in ours:
@@ -319,10 +330,11 @@ def line(row):
 def scale(quick):
     """Our step of stage 1 against the number of classes."""
     rows = []
-    print('\nstage 1 step, batch 2, fp16, against the number of classes')
+    side = SIDES[-1]
+    print(f'\nstage 1 step, batch 2, {side}, against the number of classes')
     for num_base in (SCALE[0], SCALE[-1]) if quick else SCALE:
-        ours = measure('stage1_step', f'Kb={num_base}', ('fp16',), 1 if quick else 3)['fp16']
-        rows.append({'classes': num_base, 'ours_s': ours['s'], 'ours_mb': ours['mb']})
+        ours = measure('stage1_step', f'Kb={num_base}', (side,), 1 if quick else 3)[side]
+        rows.append({'classes': num_base, 'precision': side, 'ours_s': ours['s'], 'ours_mb': ours['mb']})
         print(f'{num_base:5} classes {ours["s"]:8.3f} s {ours["mb"]:7.0f} MB', flush=True)
     return rows
 
@@ -332,7 +344,8 @@ def toward_the_limit(rows):
     rows = [row for row in rows if row['path'] in CONVOLVING]
     if not rows:
         return []
-    rates = {'fp32': best_convolution_rate(torch.float32), 'fp16': best_convolution_rate(torch.bfloat16)}
+    dtypes = {'fp32': torch.float32, 'fp16': torch.bfloat16}
+    rates = {side: best_convolution_rate(dtypes[side]) for side in SIDES[1:]}
     limits = []
     print('\nfloating-point operations of a call, rate, share of the best convolution rate')
     for row in rows:
@@ -349,9 +362,8 @@ def toward_the_limit(rows):
 
 def machine():
     name = platform.processor()
-    if Path('/proc/cpuinfo').is_file():
-        models = [entry for entry in Path('/proc/cpuinfo').read_text().splitlines() if entry.startswith('model name')]
-        name = models[0].split(':')[1].strip() if models else name
+    if model := re.search(r'^model name\s*: (.*)$', _cpuinfo(), re.MULTILINE):
+        name = model[1]
     return f'{name}, {os.cpu_count()} cores, PyTorch {torch.__version__}, {torch.get_num_threads()} threads'
 
 

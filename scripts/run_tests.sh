@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Set up the environment and run the whole test suite; further flags go to pytest.
+# Set up the environment and run the whole test suite, a process per core; further flags go to pytest.
 #   bash scripts/run_tests.sh [-k NAME ...]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 cd "$ROOT"
 ruff check .
-exec python -m pytest "$@"
+# threads beside processes would only get in each other's way
+export OMP_NUM_THREADS=1
+exec python -m pytest --numprocesses auto --dist loadfile "$@"

@@ -9,17 +9,18 @@ from conftest import TINY
 from PIL import Image
 
 from utils import plot
-from utils.figures import confusion_figure, iou_figure, similarity, similarity_picture, support_figure
-from utils.legend import Legend, spread_palette, voc_palette
-from utils.visualize import (
+from utils.figures import (
     ERRORS,
-    ImageScores,
-    PanelWriter,
-    ValidationPanel,
-    choose_telling,
+    confusion_figure,
     error_map,
+    iou_figure,
     save_figure,
+    similarity,
+    similarity_picture,
+    support_figure,
 )
+from utils.legend import Legend, spread_palette, voc_palette
+from utils.visualize import ImageScores, PanelWriter, ValidationPanel, choose_telling
 
 LEGEND = Legend(('background', 'cat', 'dog', 'new'), (0, 8, 12, 3), num_base=2, palette='voc')
 

@@ -1,6 +1,7 @@
 """Processes of one run: one per GPU under torchrun, or just this one."""
 
 import contextlib
+import inspect
 import os
 import sys
 from datetime import timedelta
@@ -113,12 +114,13 @@ def parallel(net, device, sync_bn=True):
     """
     if world_size() == 1:
         return net
-    if device.type == 'cuda':
-        if sync_bn:
-            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-        return nn.parallel.DistributedDataParallel(net, device_ids=[device.index], broadcast_buffers=False)
+    if device.type == 'cuda' and sync_bn:
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     # running statistics do not enter a training step; `share_buffers` makes them one before they are used
-    return nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+    wrapper = nn.parallel.DistributedDataParallel
+    known = inspect.signature(wrapper).parameters
+    buffers = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'  # its older name
+    return wrapper(net, device_ids=[device.index] if device.type == 'cuda' else None, **{buffers: False})
 
 
 def share_buffers(net):

@@ -1,4 +1,4 @@
-"""Figures of results: confusion matrix, IoU of each class, similarity of prototypes, support images."""
+"""Figures of results: panels of predictions, confusion matrix, IoU of each class, prototypes, support images."""
 
 import numpy as np
 import torch
@@ -7,9 +7,66 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from utils.visualize import patches
+from utils.files import atomic_write
+from utils.metrics import IGNORE_INDEX
 
+DPI = 100
+ERRORS = {  # what can be wrong with a pixel, and its colour in error maps (told apart by colour-blind readers too)
+    'correct': (224, 224, 224),
+    'class missed': (0, 114, 178),
+    'background taken for a class': (230, 159, 0),
+    'other class': (204, 51, 17),
+    'not counted': (255, 255, 255),
+}
 BASE_COLOR, NOVEL_COLOR = '#4477AA', '#EE6677'
+
+
+def save_figure(path, figure):
+    """Write a matplotlib figure; the file's suffix says in which format."""
+    with atomic_write(path, 'wb', sync=False) as file:
+        figure.savefig(file, format=path.suffix[1:], dpi=DPI)
+
+
+def error_map(truth, prediction):
+    """Colours of `ERRORS`, uint8 [H, W, 3], for labels [H, W]."""
+    kind = np.zeros(truth.shape, np.uint8)
+    wrong = truth != prediction
+    kind[wrong & (prediction == 0)] = 1
+    kind[wrong & (truth == 0)] = 2
+    kind[wrong & (truth > 0) & (prediction > 0)] = 3
+    kind[truth == IGNORE_INDEX] = 4
+    return np.array(list(ERRORS.values()), np.uint8)[kind]
+
+
+def panel_figure(image, truth, prediction, legend, title=''):
+    """Image, ground truth, prediction and error map side by side, with a legend of the classes that occur.
+
+    Args:
+        image (ndarray): RGB uint8 [H, W, 3].
+        truth, prediction (ndarray): labels uint8 [H, W]; 255 in the truth is not counted.
+        legend (Legend): of the labels.
+        title (str): goes above.
+
+    Returns:
+        Figure.
+    """
+    colors = legend.colors
+    height, width = truth.shape
+    present = sorted({*np.unique(truth), *np.unique(prediction)} - {IGNORE_INDEX})
+    figure = Figure(figsize=(12, 2.9 * height / width + 1.15 + 0.25 * (-(-len(present) // 6))), layout='constrained')
+    pictures = {
+        'image': image, 'ground truth': colors[truth], 'prediction': colors[prediction],
+        'errors': error_map(truth, prediction),
+    }  # fmt: skip
+    for axis, (name, picture) in zip(figure.subplots(1, 4), pictures.items(), strict=True):
+        axis.imshow(picture)
+        axis.set_title(name, fontsize=13)
+        axis.set_axis_off()
+    figure.suptitle(title, fontsize=13)
+    kinds = [_patch(name, color) for name, color in list(ERRORS.items())[1:]]
+    figure.legend(handles=[*_patches(legend, present), *kinds], loc='outside lower center', ncols=6, frameon=False,
+                  fontsize=12)  # fmt: skip
+    return figure
 
 
 def similarity(prototypes):
@@ -134,9 +191,19 @@ def support_figure(support, legend, shot):
         axis.imshow(blended)
         axis.set_title(f'{legend.names[label]}\n{image_id}', fontsize=9)
     present = sorted({k for _, _, labels in support for k in np.unique(labels) if 0 < k < len(legend.names)})
-    figure.legend(handles=patches(legend, present), loc='outside lower center', ncols=max(2, columns + 1),
+    figure.legend(handles=_patches(legend, present), loc='outside lower center', ncols=max(2, columns + 1),
                   frameon=False, fontsize=10)  # fmt: skip
     return figure
+
+
+def _patch(name, color):
+    """An entry of a matplotlib legend; the colour is uint8 RGB."""
+    return Patch(facecolor=np.asarray(color) / 255, edgecolor='grey', label=name)
+
+
+def _patches(legend, labels):
+    """Entries of a matplotlib legend for labels."""
+    return [_patch(legend.names[k], legend.colors[k]) for k in labels]
 
 
 def _square(count):

@@ -1,6 +1,7 @@
-"""Writing files so that a reader never sees half of one."""
+"""Writing files: whole or not at all, and as JSON."""
 
 import contextlib
+import math
 import os
 from pathlib import Path
 
@@ -52,3 +53,10 @@ def atomic_write(path, mode='w', sync=True, keep=None):
             os.close(folder)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def json_ready(value):
+    """A number or nested dict of numbers and strings as JSON can hold it: NaN and infinity become null."""
+    if isinstance(value, dict):
+        return {str(key): json_ready(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -11,7 +11,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from utils.distributed import is_main
-from utils.files import atomic_write
+from utils.files import atomic_write, json_ready
 
 
 class RunLogger:
@@ -67,7 +67,7 @@ class RunLogger:
         """
         if not is_main():
             return
-        clean, clean_iou = _without_nan(values), _without_nan(iou or {})
+        clean, clean_iou = json_ready(values), json_ready(iou or {})
         with open(self._folder / 'metrics.jsonl', 'a') as file:
             nested = {'iou': clean_iou} if iou else {}
             file.write(json.dumps({'kind': kind, 'step': step, **position, **clean, **nested}) + '\n')
@@ -93,11 +93,6 @@ class RunLogger:
         """Flush TensorBoard."""
         if self._tensorboard:
             self._tensorboard.close()
-
-
-def _without_nan(values):
-    """JSON has neither NaN nor infinity."""
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def _tag(name, position):

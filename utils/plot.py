@@ -14,7 +14,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from utils.errors import InputError, exits_cleanly
-from utils.visualize import save_figure
+from utils.figures import save_figure
 
 LOSSES = {'ce': 'cross-entropy', 'orth': 'orthogonality'}
 MEANS = {'base': '-', 'novel': '--', 'total': ':'}  # line styles

@@ -184,8 +184,7 @@ def run(steps, jobs, when_done):
     waiting, running, failed = list(steps), {}, []
     try:
         while waiting or running:
-            ready = [step for step in waiting if step.after not in waiting and step.after not in running]
-            ready = [step for step in ready if step.after not in failed]
+            ready = [step for step in waiting if step.after not in (*waiting, *running, *failed)]
             free = [slot for slot in range(jobs) if slot not in (entry[1] for entry in running.values())]
             for step, slot in zip(ready, free, strict=False):
                 waiting.remove(step)
@@ -196,26 +195,30 @@ def run(steps, jobs, when_done):
             time.sleep(0.2)
             if signals.asked():
                 raise signals.Stopped(signals.asked())
-            for step, (process, _, began) in list(running.items()):
-                if process.poll() is None:
-                    continue
-                del running[step]
-                seconds = time.monotonic() - began
-                if process.returncode == 0:
-                    step.note(seconds)
-                    print(f'{step.name}: done in {timedelta(seconds=round(seconds))}', flush=True)
+            for step in [step for step, (process, *_) in running.items() if process.poll() is not None]:
+                process, _, began = running.pop(step)
+                if ended_well(step, process.returncode, time.monotonic() - began):
                     when_done(step)
                 else:
                     failed.append(step)
-                    console = step.folder / 'console.txt'
-                    tail = '\n'.join(console.read_text(errors='replace').splitlines()[-5:])
-                    print(f'{step.name}: FAILED with exit code {process.returncode}, see {console}\n{tail}', flush=True)
     finally:
         for process, *_ in running.values():
             process.terminate()
         for process, *_ in running.values():
             process.wait()
     return failed
+
+
+def ended_well(step, code, seconds):
+    """Note a command that ended with code 0; tell of any other what it said last."""
+    if code == 0:
+        step.note(seconds)
+        print(f'{step.name}: done in {timedelta(seconds=round(seconds))}', flush=True)
+    else:
+        console = step.folder / 'console.txt'
+        tail = '\n'.join(console.read_text(errors='replace').splitlines()[-5:])
+        print(f'{step.name}: FAILED with exit code {code}, see {console}\n{tail}', flush=True)
+    return code == 0
 
 
 def start(step, env):

@@ -159,8 +159,7 @@ class Trainer:
         # reading a loss makes a GPU's queue run dry, so there it is looked at when it is printed
         look_every = 1 if self.optimization.device.type == 'cpu' else args.print_frequency
         unseen, first, began, waited = [], progress.step, time.perf_counter(), 0.0
-        title = f'{self.who}epoch {progress.epoch + 1}/{args.num_epoch}'
-        bar = tqdm(None, title, self.steps, initial=first, leave=False, disable=None if is_main() else True)
+        bar = tqdm(None, self.title, self.steps, initial=first, leave=False, disable=None if is_main() else True)
         batches = iter(self.loader)
         while progress.step < self.steps:
             asked_at = time.perf_counter()
@@ -189,6 +188,11 @@ class Trainer:
                 raise signals.stop(asked)
         bar.close()
 
+    @property
+    def title(self):
+        """Of the epoch at hand."""
+        return f'{self.who}epoch {self.progress.epoch + 1}/{self.args.num_epoch}'
+
     def backward(self, parts, share):
         """Add up the gradients of a step's parts; returns the loss terms of the step, as tensors."""
         values = {}
@@ -215,8 +219,7 @@ class Trainer:
             f'{waiting:.0%} waiting for data | {memory / 1e9:.1f} GB | {timedelta(seconds=round(left))} left'
         )
         bar.set_postfix_str(f'{losses}, {timedelta(seconds=round(left))} left')
-        where = f'{self.who}epoch {progress.epoch + 1}/{args.num_epoch} step {progress.step}/{self.steps}'
-        self.logger.info(f'{where} | {line}', terminal=bar.disable)
+        self.logger.info(f'{self.title} step {progress.step}/{self.steps} | {line}', terminal=bar.disable)
         self.logger.record(
             'train', progress.epoch * self.steps + progress.step,
             means | {f'lr_{name}': rate for name, rate in rates.items()},
