@@ -6,7 +6,8 @@ resnet50v2, output stride 8, 473x473. The plain side is always float32; ours run
 compute in bfloat16, with --fp16. Each side of a row is a fresh process of its own; after a warm-up they take turns, one
 working while the others wait. Medians are printed, and the processes' peak resident memory. --quick takes fewer rounds.
 
-Ends with the cost against the number of classes, the speed of data loading, and the achieved floating-point rate.
+Ends with the cost against the number of classes, the speed of data loading, a projection to the published protocols,
+and the achieved floating-point rate.
 """
 
 import argparse
@@ -42,6 +43,7 @@ from utils.metrics import confusion_matrix
 from utils.optim import Optimization
 
 SIZE = 473
+HEIGHT = 355  # of it, what a photograph of 500x375 takes
 CPU = torch.device('cpu')
 
 
@@ -147,13 +149,13 @@ def cached_validation(side, num_base, num_novel):
     """Prediction and confusion matrix of one validation image; ours from cached features."""
     net = network(num_base, num_novel, channels_last=side != 'plain').eval()
     images, mask = batch(1, num_base + num_novel + 1)
-    mask = mask[0, :355]  # a photograph of 500x375
+    mask = mask[0, :HEIGHT]
     if side == 'plain':
         whole = plain.PlainPOP(net)
 
         @torch.no_grad()
         def run():
-            prediction = plain.upsampled(whole(images), (SIZE, SIZE)).argmax(dim=1)[0, :355]
+            prediction = plain.upsampled(whole(images), (SIZE, SIZE)).argmax(dim=1)[0, :HEIGHT]
             return plain.confusion_matrix(mask.numpy(), prediction.numpy(), net.num_logits)
 
         return run
@@ -182,6 +184,11 @@ PATHS = {
 }
 CONVOLVING = ('stage1_step', 'stage2_step', 'inference')  # what convolutions bound
 SCALE = (15, 60, 200, 1000)
+EPOCHS = 500  # of stage 2
+PROTOCOLS = {  # stage 2 with 1 shot: setting, steps of an epoch, validation images
+    'VOC': ('15+5', 15, 1449),
+    'COCO, --val-limit 2000': ('60+20', 60, 2000),
+}
 
 
 def case(path, setting, side):
@@ -360,6 +367,23 @@ def toward_the_limit(rows):
     return limits
 
 
+def project(rows):
+    """Hours that the whole of stage 2 takes, from the times of its parts; both sides validate after every epoch."""
+    seconds = {(row['path'], row['setting'], row['precision']): row for row in rows}
+    projected = []
+    print(f'\nstage 2, 1 shot, {EPOCHS} epochs: hours by the times above')
+    for name, (setting, steps, images) in PROTOCOLS.items():
+        for side in SIDES[1:]:
+            step, image, first = (
+                seconds[path, setting, side] for path in ('stage2_step', 'cached_validation', 'inference')
+            )
+            plain_hours = EPOCHS * (steps * step['plain_s'] + images * image['plain_s']) / 3600
+            ours = images * first['ours_s'] + EPOCHS * (steps * step['ours_s'] + images * image['ours_s'])
+            projected.append({'protocol': name, 'precision': side, 'plain_h': plain_hours, 'ours_h': ours / 3600})
+            print(f'{name:24} {side:5} plain {plain_hours:7.1f} h, ours {ours / 3600:6.1f} h', flush=True)
+    return projected
+
+
 def machine():
     name = platform.processor()
     if model := re.search(r'^model name\s*: (.*)$', _cpuinfo(), re.MULTILINE):
@@ -386,6 +410,7 @@ def main():
         result['images_per_second_per_core'] = loading_speed()
         for kind, speed in result['images_per_second_per_core'].items():
             print(f'data loading, {kind}: {speed:.0f} images/s on one core')
+        result['projection'] = project(result['rows'])
     result['limit'] = toward_the_limit(result['rows'])
     if args.json:
         args.json.write_text(json.dumps(result, indent=2))

@@ -1,0 +1,60 @@
+"""The benchmark compares forms that compute the same, and runs at all (here on small images)."""
+
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / 'benchmarks'))
+
+import run
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(run, 'SIZE', 65)
+    monkeypatch.setattr(run, 'HEIGHT', 49)
+
+
+@pytest.mark.parametrize('path', ('inference', 'confusion_matrix', 'cached_validation'))
+def test_both_sides_find_the_same(path):
+    setting = run.PATHS[path][1][0]
+    plain, ours = (torch.as_tensor(run.case(path, setting, side)()) for side in run.SIDES[:2])
+    if path == 'inference':
+        torch.testing.assert_close(ours, plain, rtol=0, atol=1e-4)
+    elif path == 'confusion_matrix':
+        assert torch.equal(ours, plain)
+    else:  # cached features are in half precision
+        assert plain.sum() == ours.sum() > 0
+        assert (ours - plain).abs().sum() <= 0.02 * plain.sum()
+
+
+@pytest.mark.parametrize('path', ('stage1_step', 'stage2_step'))
+@pytest.mark.parametrize('side', run.SIDES)
+def test_steps_change_what_is_trained(path, side, monkeypatch):
+    nets = []
+    make = run.network
+    monkeypatch.setattr(run, 'network', lambda *args, **settings: nets.append(make(*args, **settings)) or nets[-1])
+    step = run.case(path, run.PATHS[path][1][0], side)
+    before = {name: p.detach().clone() for name, p in nets[0].named_parameters()}
+    step()
+    changed = {name for name, p in nets[0].named_parameters() if not torch.equal(p, before[name])}
+    if path == 'stage2_step':
+        assert changed == {'novel_emb', *(f'classifier_n.{i}.weight' for i in (0, 2, 4))}
+    else:
+        assert {'base_emb', 'backbone.conv1.weight', 'decoder.bottleneck.0.weight'} <= changed
+
+
+def test_projections_add_up(capsys):
+    times = {'stage2_step': (36.0, 3.6), 'cached_validation': (7.2, 0.36), 'inference': (None, 3.6)}
+    rows = [
+        {'path': path, 'setting': setting, 'precision': side, 'plain_s': plain, 'ours_s': ours}
+        for path, (plain, ours) in times.items()
+        for setting in ('15+5', '60+20')
+        for side in run.SIDES[1:]
+    ]
+    voc = run.project(rows)[0]
+    assert voc['plain_h'] == pytest.approx(500 * (15 * 36 + 1449 * 7.2) / 3600)
+    assert voc['ours_h'] == pytest.approx(1449 * 0.001 + 500 * (15 * 0.001 + 1449 * 0.0001))
+    assert 'VOC' in capsys.readouterr().out
