@@ -112,6 +112,8 @@ def draw():
     c.text(112.3, 33, 'argmax over all:\nsegmentation', 11)
     c.arrow((112.3, 42.2), (112.3, 35.6), BASE)
     c.arrow((112.3, 23.8), (112.3, 30.4), NOVEL)
+    c.axes.plot((120, 121.8, 121.8), (14.5, 14.5, 33), color=BACKGROUND, linewidth=1.5)
+    c.arrow((121.8, 33), (119, 33), BACKGROUND)
 
     # what is trained
     c.box(3, 52.5, 4, 3.2, '', FROZEN)
