@@ -32,7 +32,7 @@ from utils.engine import (
 from utils.errors import InputError, exits_cleanly
 from utils.logger import RunLogger
 from utils.metrics import summary_table
-from utils.snapshots import Snapshots, locked, run_arguments
+from utils.snapshots import Snapshots, digests, locked, run_arguments
 from utils.trainer import Trainer
 from utils.visualize import ValidationPanel
 
@@ -196,12 +196,15 @@ def main(args):
         for seed in args.random_seed:  # a list that does not fit ends the run before the first seed is trained
             data.support_ids(args.shot, seed)
         lists = {'validation list': data.val_list}
-        lists |= {f'support list of seed {seed}': data.lists.support(args.shot, seed) for seed in args.random_seed}
         lists |= {f'list of base class {class_id}': data.lists.base_class(class_id) for class_id in data.base_ids}
         if args.restore_from not in ('none', 'imagenet') and not args.start_epoch:
             lists['base network'] = resolve_checkpoint(args.restore_from)
-        arguments = run_arguments(args, lists)
-        snapshots = Snapshots(args.snapshot_dir, arguments, args.resume, args.overwrite, args.random_seed)
+        common = run_arguments(args, lists)
+        arguments = {
+            seed: common | {'random_seed': seed} | digests({'support list': data.lists.support(args.shot, seed)})
+            for seed in args.random_seed
+        }
+        snapshots = Snapshots(args.snapshot_dir, arguments, args.resume, args.overwrite)
         val_set = data.validation(args.base_size, with_novel=True, limit=args.val_limit)
         # with a cache the loader is gone through once
         val_loader = evaluation_loader(

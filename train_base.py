@@ -87,7 +87,7 @@ def main(args):
         main_first(data.ensure_lists)
         main_first(data.check_validation_masks)
         lists = {'training list': data.lists.train, 'validation list': data.val_list}
-        snapshots = Snapshots(args.snapshot_dir, run_arguments(args, lists), args.resume, args.overwrite)
+        snapshots = Snapshots(args.snapshot_dir, {None: run_arguments(args, lists)}, args.resume, args.overwrite)
         train_set = data.base_training(Augmentation(args.input_size, args.scale_range), args.random_seed)
         val_set = data.validation(args.base_size, with_novel=False, limit=args.val_limit)
         train_loader = training_loader(
@@ -114,8 +114,7 @@ def main(args):
             masks = batch['mask'].to(device, non_blocking=True).long()  # [B, H, W]
             with autocast(device, args.fp16):
                 logits = parallel_net(images)  # [B, 1 + Kb, h, w]
-            if device.type == 'cpu':
-                return_freed_memory()
+            return_freed_memory(device)
             return pop_losses(logits, masks, net.base_emb, **share)
 
         panel = ValidationPanel(data.legend.cut(net.num_logits), val_set.samples.read_image)

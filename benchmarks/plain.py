@@ -12,17 +12,27 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 sys.path.append(str(Path(__file__).resolve().parent.parent / 'tests'))
 
 from oracle import dense_psp
 
+from model.winograd import Conv3x3
+
 
 class PlainPOP(nn.Module):
-    """A POP network's weights, used in the plain way: images [B, 3, H, W] to logits [B, K, h, w]."""
+    """A POP network, used in the plain way: images [B, 3, H, W] to logits [B, K, h, w].
+
+    Args:
+        net (POP): its backbone's convolutions become PyTorch's own.
+    """
 
     def __init__(self, net):
         super().__init__()
         self.net = net
+        for module in net.backbone.modules():
+            if isinstance(module, Conv3x3):
+                module.__class__ = nn.Conv2d  # which it differs from by its forward pass alone
 
     def forward(self, images):
         features = dense_psp(self.net.decoder, self.net.backbone(images))

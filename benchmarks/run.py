@@ -85,7 +85,7 @@ def stage1_step(side, num_base, size=2):
     def step():
         with autocast(CPU, side == 'fp16'):
             logits = net(to_device(images, CPU))
-        return_freed_memory()
+        return_freed_memory(CPU)
         optimization.backward(sum(pop_losses(logits, mask, net.base_emb).values()))
         optimization.step()
 

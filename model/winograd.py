@@ -5,9 +5,9 @@ A tile of 2x2 outputs depends on 4x4 inputs d and on the 3x3 kernel g (Lavin and
     y = A^T [(G g G^T) * (B^T d B)] A
 
 With * over all tiles and channels at once, that is one matrix product [T, C] [C, O] for each of the 16 positions (i, j)
-of a transformed tile, where the convolution itself takes 36 such products for the same outputs. All transforms
-are sums and differences, so the result is as exact as the direct one. PyTorch's CPU convolutions are direct; cuDNN's
-are Winograd's already.
+of a transformed tile, where the convolution itself takes 36 such products for the same outputs. The transforms of tiles
+are sums and differences of few terms: the error is no larger than that of the direct form's longer sums. PyTorch's CPU
+convolutions are direct; cuDNN has Winograd's already.
 
 Dimensions: B batch, C input channels, O output channels, h x w feature size, T tiles.
 """
@@ -132,8 +132,9 @@ def _convolve(x, kernels, dilation):
         if j == 3:
             for a in (0, 1):
                 _add_share(y[:, :, a], across.permute(1, 2, 3, 4, 0, 5, 6), OUTPUT[a], i)
-    y = y.flatten(4, 6).flatten(1, 3)  # [B, 2*th*d, 2*tw*d, O]
-    return y[:, : x.shape[2], : x.shape[3]].permute(0, 3, 1, 2)
+    y = y.flatten(4, 6).flatten(1, 3)[:, : x.shape[2], : x.shape[3]]  # [B, h, w, O]
+    # a copy where tiles overhang; detached as autograd takes views from inside a function for read-only
+    return y.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last).detach()
 
 
 def _add_share(output, position, shares, i):

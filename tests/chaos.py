@@ -7,6 +7,7 @@ mount a tmpfs and is left out without it. Ends with a table, and with exit code 
 """
 
 import argparse
+import contextlib
 import os
 import random
 import re
@@ -15,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from dataset.shapes import make_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 SAVE_EVERY = 2  # steps
+DEADLINE = 300  # seconds that a run may take
 COMMAND = (
     'train_base.py', '--dataset', 'shapes', '--backbone', 'resnet18', '--os', 32, '--num-workers', 1,
     '--base-size', '65,65', '--input-size', '65,65', '--print-frequency', 1, '--restore-from', 'none',
@@ -37,6 +40,12 @@ class Lost(Exception):
     """A fault did more harm than it may."""
 
 
+def kill(process):
+    """Kill a process and all that it started, stopped ones too."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 def check(condition, text):
     if not condition:
         raise Lost(text)
@@ -46,7 +55,7 @@ class Place:
     """A data set, a reference run that nothing happened to, and folders for the others."""
 
     def __init__(self, folder):
-        self.folder = Path(folder)
+        self.folder, self.started = Path(folder), []
         self.data = self.folder / 'data'
         make_shapes(self.data, seed=1, train_images=120, val_images=8)
         began = time.monotonic()
@@ -62,15 +71,28 @@ class Place:
         ]
 
     def start(self, run, *flags, **how):
-        return subprocess.Popen(
+        process = subprocess.Popen(
             self.command(run, *flags, **how), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             env={**os.environ, 'OMP_NUM_THREADS': '1'}, start_new_session=True,
         )  # fmt: skip
+        self.started.append(process)
+        # a run that hangs ends all the same, and is found out by what it has not said
+        watch = threading.Timer(DEADLINE, kill, (process,))
+        watch.daemon = True
+        watch.start()
+        return process
 
     def run(self, run, *flags, **how):
         process = self.start(run, *flags, **how)
         output = process.communicate()[0]
         return process.returncode, output
+
+    def end_all(self):
+        """Kill what a fault that went wrong has left running."""
+        for process in self.started:
+            kill(process)
+            process.wait()
+        self.started = []
 
     def finish(self, run):
         """Start the same command again, and expect the reference's weights and metrics.
@@ -115,7 +137,7 @@ class Place:
 
 
 def killed(place, kills):
-    rng, runs, done, lost = random.Random(0), 1, 0, []
+    rng, runs, done, early, lost = random.Random(0), 1, 0, 0, []
     run = place.folder / 'killed'
     while done < kills:
         before = place.steps_done(run)
@@ -127,13 +149,15 @@ def killed(place, kills):
             place.finish(run)
             runs, run = runs + 1, place.folder / f'killed{runs}'
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            kill(process)
             output = process.communicate()[0]
             if 'resumed at' in output:
                 lost.append(place.lost(before, output))
-            done += 1
+            done += ' step ' in output
+            early += ' step ' not in output
     lost.append(place.finish(run)[1])
-    return f'{done} kills in {runs} runs; same weights and metrics', steps(max(lost))
+    said = f'{done} kills while training and {early} while starting, in {runs} runs; same weights and metrics'
+    return said, steps(max(lost))
 
 
 def steps(lost):
@@ -192,11 +216,8 @@ def bad_image(place, skip):
         check(code == 0 and '1 training images were skipped' in output, output)
         return 'listed and counted; the run went on', 'this image'
     check(code == 1, output)
-    path.write_bytes((place.data / 'JPEGImages' / path.name).read_bytes())
-    done = place.steps_done(run)
-    code, output = place.run(run, data=data)
-    check(code == 0, output)
-    return 'stopped, naming it; mended, the run went on', steps(place.lost(done, output))
+    _, lost = place.finish(run)  # with the data as they were
+    return 'stopped, naming it; mended, the run went on to the same weights', steps(lost)
 
 
 def hanging_process(place):
@@ -235,17 +256,19 @@ def not_a_number(place):
     code, output = place.run(run, '--restore-from', place.folder / 'nan.pth')
     check(code == 1 and 'loss is not finite at epoch 1, step 1' in output and 'train_' in output, output)
     check(not list(run.glob('*.pth')), 'weights that are not numbers were saved')
-    return "stopped, naming the batch's images", 'nothing'
+    return "stopped, naming the batch's images; nothing was saved", 'nothing to lose'
 
 
 def changed_list(place):
     data = place.copy_of_data('list_data')
     run = place.folder / 'list'
     check(place.run(run, data=data)[0] == 0, 'the first run failed')
+    before = {path: path.read_bytes() for path in run.glob('*.pth')}
     path = data / 'list' / 'val.txt'
     path.write_text('\n'.join(path.read_text().split()[1:]) + '\n')
     code, output = place.run(run, data=data)
     check(code == 1 and 'content of validation list' in output, output)
+    check(before == {path: path.read_bytes() for path in run.glob('*.pth')}, 'checkpoints changed')
     return 'refused, naming the list', 'nothing'
 
 
@@ -293,6 +316,7 @@ def main():
             except Exception as error:  # whatever went wrong, the other faults are tried
                 rows.append((name, f'FAILED: {str(error)[-2000:]}', '?'))
                 failed = True
+                place.end_all()
             print(*rows[-1], sep=': ', flush=True)
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     rows.insert(1, tuple('-' * width for width in widths))

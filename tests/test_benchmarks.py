@@ -10,6 +10,8 @@ sys.path.insert(0, str(ROOT / 'benchmarks'))
 
 import run
 
+from model.winograd import Conv3x3
+
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
@@ -44,6 +46,12 @@ def test_steps_change_what_is_trained(path, side, monkeypatch):
         assert changed == {'novel_emb', *(f'classifier_n.{i}.weight' for i in (0, 2, 4))}
     else:
         assert {'base_emb', 'backbone.conv1.weight', 'decoder.bottleneck.0.weight'} <= changed
+
+
+def test_the_plain_side_has_pytorchs_own_convolutions():
+    net = run.network(3)
+    assert any(isinstance(module, Conv3x3) for module in net.modules())
+    assert not any(isinstance(module, Conv3x3) for module in run.plain.PlainPOP(net).modules())
 
 
 def test_projections_add_up(capsys):

@@ -17,6 +17,7 @@ import torch
 from conftest import ROOT, TINY, TINY_TRAINING, run_process
 
 from utils.errors import InputError
+from utils.logger import RunLogger
 from utils.snapshots import Snapshots, locked
 
 LAUNCH = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2')
@@ -97,8 +98,10 @@ def test_a_run_of_stage_2_that_is_killed_ends_as_if_it_had_not_been(shapes, base
     whole, killed = tmp_path / 'whole', tmp_path / 'killed'
     code, output = run_process(sys.executable, *stage_2(shapes, base_run, whole))
     assert code == 0, output
-    for moment in ('seed 123 epoch 1/2 step 4/', 'seed 234 epoch 2/2 step 1/'):
-        kill_when_it_prints(start(sys.executable, *stage_2(shapes, base_run, killed)), moment)
+    # a seed may come later
+    for seeds, moment in (('123', 'seed 123 epoch 1/2 step 4/'), ('123,234', 'seed 234 epoch 2/2 step 1/')):
+        process = start(sys.executable, *stage_2(shapes, base_run, killed, '--random-seed', seeds))
+        kill_when_it_prints(process, moment)
     code, output = run_process(sys.executable, *stage_2(shapes, base_run, killed))
     assert code == 0 and 'seed 123 finished earlier' in output and 'seed 234 resumed' in output, output
     same_results(whole, killed, ('best_123', 'last_123', 'best_234', 'last_234'))
@@ -173,13 +176,44 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(shapes, whole,
     code, output = run_process(sys.executable, *stage_1(shapes, run))
     assert code == 0 and f'{run / "last.pth"} cannot be read' in output, output
     assert f'going on from {run / "previous.pth"}' in output
+    assert (run / 'last.damaged').read_bytes() == content  # out of the way of the next save
     same_results(whole(1), run, ('best', 'last'))
+
+
+def test_a_file_is_gone_on_from_only_where_it_fits(whole, tmp_path):
+    run = tmp_path / 'run'
+    shutil.copytree(whole(1), run)
+    state = torch.load(run / 'last.pth', weights_only=True)
+    arguments = state['training']['arguments']
+    for other in ({'fold': 1}, {'backbone': 'resnet50'}, {'batch_size': 8}, {'freeze_backbone': True}):
+        ((name, value),) = other.items()
+        with pytest.raises(InputError, match=f'{name} was {arguments[name]}, is {value}.*--restore-from'):
+            Snapshots(run, {None: arguments | other}, str(run / 'last.pth'))
+    with pytest.raises(InputError, match='is of seed None'):
+        Snapshots(run, {123: arguments}, str(run / 'last.pth'))
+    # another run's folder is left alone
+    other = tmp_path / 'other'
+    shutil.copytree(whole(1), other)
+    before = {path: path.read_bytes() for path in other.iterdir() if path.is_file()}
+    with pytest.raises(InputError, match=r'holds an earlier run.*--overwrite'):
+        Snapshots(other, {None: arguments}, str(run / 'last.pth'))
+    assert before == {path: path.read_bytes() for path in before}
+    new = Snapshots(tmp_path / 'new', {None: arguments | {'num_epoch': 5}}, str(run / 'last.pth'))
+    progress = new.state()['training']['progress']
+    # its best checkpoint is not there, so the next one is
+    assert not progress['finished'] and progress['best'] is None and new.metrics_size() == 0
+
+
+def test_lost_records_are_not_made_up(tmp_path, capsys):
+    (tmp_path / 'metrics.jsonl').write_text('{}\n')
+    RunLogger(tmp_path, {}, metrics_size=100).close()
+    assert (tmp_path / 'metrics.jsonl').read_bytes() == b'{}\n' and 'lacks records' in capsys.readouterr().out
 
 
 def test_where_nothing_can_be_read_the_run_is_refused(tmp_path):
     (tmp_path / 'last.pth').write_bytes(b'')
     with pytest.raises(InputError, match='no earlier good checkpoint'):
-        Snapshots(tmp_path, {}, 'auto')
+        Snapshots(tmp_path, {None: {}}, 'auto')
 
 
 def test_a_folder_is_used_by_one_run_at_a_time(shapes, tmp_path):

@@ -94,6 +94,11 @@ def test_every_script_runs_in_both_precisions(run_script, shapes, base_run, few_
         tmp_path / 'b',
         '--fix-lr',
         '--freeze-backbone',
+        '--update-base',
+        '--update-epoch',
+        2,
+        '--val-every',
+        2,
         '--shot',
         2,
     )
@@ -160,6 +165,7 @@ def test_same_seed_same_weights_whatever_the_workers(shapes, tmp_path):
         code, output = run_process(
             sys.executable, 'train_base.py', *TINY[:-1], workers, *TINY_TRAINING, '--data-dir', shapes,
             '--restore-from', 'none', '--snapshot-dir', tmp_path / name, '--num-epoch', 1, '--batch-size', 40,
+            '--deterministic',
         )  # fmt: skip
         assert code == 0, output
     a, b = weights(tmp_path / 'a' / 'last.pth'), weights(tmp_path / 'b' / 'last.pth')

@@ -47,8 +47,9 @@ def test_the_table_is_mean_and_deviation_over_seeds():
 
 
 def test_latex_escapes_and_separates_shots():
-    text = sweep.latex_table('mIoU in %', ['shot', 'x', 'y', 'z'], [['POP', '1', '0', '1 ± 2'], ['POP', '5', '0', '-']])
-    assert r'\caption{mIoU in \%}' in text and r'POP & 1 & 0 & 1 $\pm$ 2 \\' in text
+    lines = [['POP', '1', '0', '1 ± 2'], ['POP', '5', '0', '-']]
+    text = sweep.latex_table('my_street: mIoU in %', ['shot', 'x', 'y', 'z'], lines)
+    assert r'\caption{my\_street: mIoU in \%}' in text and r'POP & 1 & 0 & 1 $\pm$ 2 \\' in text
     assert text.count(r'\midrule') == 2 and '{lrrc}' in text
 
 
@@ -71,7 +72,7 @@ def test_jobs_share_gpus_or_cores(monkeypatch):
     assert sweep.environment(4, 5)['CUDA_VISIBLE_DEVICES'] == '5'
     monkeypatch.delenv('CUDA_VISIBLE_DEVICES')
     monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
-    monkeypatch.setattr(os, 'cpu_count', lambda: 8)
+    monkeypatch.setattr(sweep, 'usable_cores', lambda: 8)
     monkeypatch.setattr('torch.cuda.device_count', lambda: 0)
     assert sweep.environment(0, 3)['OMP_NUM_THREADS'] == '2' and 'OMP_NUM_THREADS' not in sweep.environment(0, 1)
 
@@ -82,6 +83,7 @@ def test_jobs_share_gpus_or_cores(monkeypatch):
         (('--data', 'shape=x'), 'expected DATASET=DIR with one of'),
         (('--data', 'voc'), 'expected DATASET=DIR'),
         (('--shot-flags', 'five=--fix-lr'), "got 'five'; expected a whole number"),
+        (('--shot-flags', '7=--fix-lr'), '--shot has 1'),
         (('--fold', '7'), 'fold 7 not supported'),
         (('--data', 'voc=a', 'coco=b', '--train-list', 'x'), '--train-list goes with one'),
     ),
@@ -93,12 +95,13 @@ def test_wrong_grids_are_refused(tmp_path, capsys, flags, message):
 
 
 def test_a_larger_grid_leaves_what_is_there_as_it_is_and_flags_add_up(tmp_path):
-    flags = [*command(tmp_path, tmp_path), '--novel-flags=--fix-lr', '--shot-flags', '5=-x']
-    small, large = (sweep.plan(sweep.parse_args([*flags, '--shot', *shots])) for shots in (['1'], ['1', '5']))
+    flags = [*command(tmp_path, tmp_path), '--novel-flags=--fix-lr', '--shot']
+    of_shot = ['--shot-flags', '5=-x', '--shot-flags', '5=-y']
+    small, large = (sweep.plan(sweep.parse_args([*flags, *more])) for more in (['1'], ['1', '5', *of_shot]))
     assert {step.command for step in small} < {step.command for step in large} and len(large) == len(small) + 3
     novel = [step.command for step in large if step.script == 'ft_pop']
     assert all('--fix-lr' in flags and '--batch-size' in flags for flags in novel)
-    assert ['-x' in flags for flags in novel] == [False, True]
+    assert [('-x' in flags, '-y' in flags) for flags in novel] == [(False, False), (True, True)]
 
 
 def test_a_killed_sweep_goes_on_and_skips_what_is_done(shapes, tmp_path):

@@ -123,7 +123,7 @@ def test_a_run_keeps_best_and_last_and_stops_early(tmp_path, monkeypatch, val_ev
     result = Trainer(
         None, lambda: np.array([[(hits := next(correct)), 100 - hits], [0, 100]]), panel, net, net, loader, args,
         {'fold': 0}, lambda metrics, best: best is None or metrics['base'] > best['base'],
-        Snapshots(tmp_path, {}, 'auto', seeds=(7,)), RunLogger(tmp_path, {}), seed=7, patience=1,
+        Snapshots(tmp_path, {7: {}}, 'auto'), RunLogger(tmp_path, {}), seed=7, patience=1,
     ).fit()  # fmt: skip
     epochs = {path.stem: torch.load(path, weights_only=True)['epoch'] for path in tmp_path.glob('*.pth')}
     best = 3 if val_every == 1 else 4

@@ -165,7 +165,7 @@ def add_training_flags(parser, batch_size, num_epoch, seed_type, seed, seed_help
         help='auto: go on where an interrupted run with the same arguments stopped (default); off: start in an empty '
         'folder; FILE: go on from a checkpoint, also with other arguments',
     )
-    group.add_argument('--overwrite', action='store_true', help='with --resume off: remove an earlier run first')
+    group.add_argument('--overwrite', action='store_true', help='unless --resume auto: remove an earlier run first')
     group.add_argument(
         '--save-every-steps', type=not_negative, default=0, metavar='N', help='also save within epochs (default: 0, no)'
     )
@@ -229,6 +229,15 @@ def add_few_shot_flags(parser):
     )
 
 
+def check_folds(parser, spec, folds):
+    """End the program with exit code 2 where a DatasetSpec has no such fold."""
+    for fold in folds:
+        try:
+            spec.novel_ids(fold)
+        except ValueError as error:
+            parser.error(f'--fold: {error}')
+
+
 def check(parser, args, datasets):
     """Fill the defaults that depend on the dataset, and refuse values that do not go together.
 
@@ -241,10 +250,7 @@ def check(parser, args, datasets):
         Namespace: args.
     """
     spec = datasets[args.dataset]
-    try:
-        spec.novel_ids(args.fold)
-    except ValueError as error:
-        parser.error(f'--fold: {error}')
+    check_folds(parser, spec, [args.fold])
     args.train_list = args.train_list or spec.list_root(args.data_dir) / spec.train_list
     args.val_list = args.val_list or args.train_list.parent / spec.val_list
     if hasattr(args, 'batch_size'):
@@ -254,8 +260,8 @@ def check(parser, args, datasets):
             parser.error(f'--start-epoch {args.start_epoch} leaves nothing of --num-epoch {args.num_epoch}')
         if args.learning_rate == 0:
             parser.error(f'--learning-rate: got {args.learning_rate}; expected a number > 0')
-        if args.overwrite and args.resume != 'off':
-            parser.error('--overwrite goes with --resume off')
+        if args.overwrite and args.resume == 'auto':
+            parser.error('--overwrite goes with --resume off or --resume FILE')
         unit = world_size() * args.accumulate
         if args.batch_size % unit:
             below, above = args.batch_size // unit * unit, (args.batch_size // unit + 1) * unit

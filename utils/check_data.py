@@ -7,7 +7,6 @@ Prints one table of findings. Exit code 0 only if training can start: a finding 
 one marked `error` does.
 """
 
-import argparse
 import sys
 from functools import partial
 from pathlib import Path
@@ -16,13 +15,13 @@ import numpy as np
 
 from dataset import DATASETS, FoldData
 from dataset.lists import read_ids
-from utils.args import not_negative, positive
+from utils.args import check_folds, make_parser, not_negative, positive
 from utils.errors import InputError, exits_cleanly, some
 from utils.parallel import parallel_map
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument('--dataset', choices=list(DATASETS), default='voc')
     parser.add_argument('--data-dir', type=Path, required=True)
     parser.add_argument('--train-list', '--list', type=Path, help='training ids; the other lists are beside it')
@@ -33,6 +32,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     spec = DATASETS[args.dataset]
     args.fold = args.fold or list(range(len(spec.folds)))
+    check_folds(parser, spec, args.fold)
     args.train_list = args.train_list or spec.list_root(args.data_dir) / spec.train_list
     args.val_list = args.val_list or args.train_list.parent / spec.val_list
     return args

@@ -8,7 +8,6 @@ category list, later annotations over earlier ones; crowd regions stay backgroun
 gets no mask. Files that exist are kept, so an interrupted run is simply run again.
 """
 
-import argparse
 import json
 from functools import partial
 from pathlib import Path
@@ -20,14 +19,14 @@ from pycocotools import mask as coco_mask
 from dataset import DATASETS
 from dataset.classes import LIST_ROOT
 from dataset.lists import keep_or_write_ids
-from utils.args import positive
+from utils.args import make_parser, positive
 from utils.errors import InputError, exits_cleanly, some
 from utils.files import atomic_write
 from utils.parallel import parallel_map
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument('--coco-root', type=Path, required=True, help='folder of train2014, val2014 and annotations')
     parser.add_argument('--split', nargs='+', choices=('train', 'val'), default=('train', 'val'))
     parser.add_argument('--rasterizer', choices=('opencv', 'coco'), default='opencv',

@@ -52,6 +52,8 @@ def process_group(device, timeout_minutes=30, deterministic=False):
         InputError: CUDA is asked for and not there.
     """
     device = _choose_device(device)
+    if device.type == 'cpu':
+        keep_freed_memory()
     if deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # what cuBLAS asks for
         torch.use_deterministic_algorithms(True)
@@ -90,7 +92,6 @@ def _choose_device(name):
             'or run with --device cpu.'
         )
     if name == 'cpu' or not torch.cuda.is_available():
-        keep_freed_memory()
         return torch.device('cpu')
     local_rank = int(os.environ.get('LOCAL_RANK', 0))
     if local_rank >= torch.cuda.device_count():

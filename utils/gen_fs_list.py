@@ -6,18 +6,17 @@ Published seeds give the published draws. Lists that exist are kept, and refused
 list does not.
 """
 
-import argparse
 from pathlib import Path
 
 from dataset import DATASETS, FoldData
 from dataset.fewshot import draw_support
 from dataset.lists import read_ids, write_ids
-from utils.args import not_negative, positive
+from utils.args import check_folds, make_parser, not_negative, positive
 from utils.errors import InputError, exits_cleanly, some
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument('--dataset', choices=list(DATASETS), default='voc')
     parser.add_argument(
         '--data-dir',
@@ -34,8 +33,7 @@ def parse_args(argv=None):
     parser.add_argument('--overwrite', action='store_true', help='make lists anew that exist')
     args = parser.parse_args(argv)
     spec = DATASETS[args.dataset]
-    if beyond := [fold for fold in args.fold if fold >= len(spec.folds)]:
-        parser.error(f'--fold: {args.dataset} has folds 0..{len(spec.folds) - 1}, got {beyond[0]}')
+    check_folds(parser, spec, args.fold)
     if args.data_dir is None and (args.train_list is None and spec.lists_in_data):
         parser.error(f'--data-dir is needed: {args.dataset} keeps its lists there')
     args.train_list = args.train_list or spec.list_root(args.data_dir) / spec.train_list

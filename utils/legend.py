@@ -1,11 +1,13 @@
 """Names and colours of labels."""
 
+import functools
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
 
+@functools.cache
 def voc_palette():
     """PASCAL VOC's colours, uint8 [256, 3]: the bits of a value, dealt to red, green and blue from the top down."""
     values = np.arange(256)
@@ -16,6 +18,7 @@ def voc_palette():
     return palette
 
 
+@functools.cache
 def spread_palette():
     """Colours that stay apart with many classes, uint8 [256, 3]: hues a golden section apart, in three brightnesses."""
     values = np.arange(256)
@@ -52,7 +55,7 @@ class Legend:
         """The labels of novel classes."""
         return range(self.num_base + 1, len(self.names))
 
-    @property
+    @functools.cached_property
     def colors(self):
         """Label -> colour, uint8 [256, 3]; white where a pixel is not counted."""
         colors = np.full((256, 3), 255, np.uint8)

@@ -31,7 +31,9 @@ class RunLogger:
             with atomic_write(self._folder / 'args.json') as file:
                 json.dump(arguments, file, indent=2, default=str)
             with open(self._folder / 'metrics.jsonl', 'a') as file:
-                file.truncate(metrics_size)
+                if file.tell() < metrics_size:
+                    print(f'warning: {file.name} lacks records of what was done before', flush=True)
+                file.truncate(min(metrics_size, file.tell()))
             self._tensorboard = SummaryWriter(str(self._folder / 'tb'))
             self.info(f'{time.strftime("%Y-%m-%d %H:%M:%S")}  {" ".join(sys.argv)}')
 

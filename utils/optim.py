@@ -79,7 +79,8 @@ class Optimization:
         """Go on from a `state_dict`; learning rate, momentum and weight decay stay what this run was given."""
         given = [{key: group[key] for key in GIVEN} for group in self.optimizer.param_groups]
         for name, part in self._parts.items():
-            part.load_state_dict(state[name])
+            if state[name]:  # a run without loss scaling has none of its state
+                part.load_state_dict(state[name])
         self.schedule.base_lrs = [group['initial_lr'] for group in given]
         for group, own, factor in zip(self.optimizer.param_groups, given, self.schedule.lr_lambdas, strict=True):
             group |= own | {'lr': own['initial_lr'] * factor(self.schedule.last_epoch)}

@@ -5,7 +5,6 @@
 RUN is a snapshot folder of train_base.py or ft_pop.py. Writes curves.png and curves.svg, with one run into its folder.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
+from utils.args import make_parser
 from utils.errors import InputError, exits_cleanly
 from utils.figures import save_figure
 
@@ -98,7 +98,7 @@ def _smoothed(points):
 
 @exits_cleanly
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument('runs', type=Path, nargs='+', metavar='RUN', help='snapshot folders')
     parser.add_argument('--out', type=Path, help='where to, without suffix (default: RUN/curves, or curves here)')
     args = parser.parse_args(argv)

@@ -20,7 +20,12 @@ EXECUTION_FLAGS = {
     'save_every_minutes', 'save_every_steps', 'save_pred_every', 'select', 'skip_bad_images', 'snapshot_dir',
     'test_batch_size', 'timeout_minutes', 'train_list', 'val_cache', 'val_cache_gb', 'val_list',
 }  # fmt: skip
-RUN_FILES = ('last*.pth', 'previous*.pth', 'best*.pth', 'epoch_*.pth', 'metrics.jsonl', 'log.txt', 'args.json', 'tb')
+# flags that a run which goes on from a file must share with it: what its network, optimiser and steps rest on
+FIXED_FLAGS = (
+    'dataset', 'fold', 'model', 'backbone', 'os', 'shot', 'batch_size', 'fix_bn', 'freeze_backbone', 'filter_novel',
+    'content of training list', 'content of base network',
+)  # fmt: skip
+RUN_FILES = ('last*.*', 'previous*.*', 'best*.pth', 'epoch_*.pth', 'metrics.jsonl', 'log.txt', 'args.json', 'tb')
 
 
 class Snapshots:
@@ -28,18 +33,18 @@ class Snapshots:
 
     Args:
         folder (Path): --snapshot-dir.
-        arguments (dict): of this run (`run_arguments`), stored in its checkpoints.
+        arguments (dict): seed -> what this run depends on (`run_arguments`), stored in its checkpoints; the seed is
+            None in stage 1. Seeds may come later.
         resume (str): 'auto', 'off' or a checkpoint file.
-        overwrite (bool): with 'off': remove an earlier run.
-        seeds (sequence): of stage 2; (None,) for stage 1.
+        overwrite (bool): unless 'auto': remove an earlier run.
 
     Raises:
-        InputError: the folder holds another run, or one that is not to be continued.
+        InputError: the folder holds another run, or one that is not to be continued, or the file is of another run.
     """
 
-    def __init__(self, folder, arguments, resume, overwrite=False, seeds=(None,)):
+    def __init__(self, folder, arguments, resume, overwrite=False):
         self.folder, self.arguments = Path(folder), arguments
-        self._found = shared(lambda: self._find(resume, overwrite, seeds))  # seed -> where a run goes on from
+        self._found = shared(lambda: self._find(resume, overwrite))  # seed -> where a run goes on from
 
     def state(self, seed=None):
         """What `checkpoint.save_checkpoint` stored of a seed, or None."""
@@ -49,6 +54,8 @@ class Snapshots:
         state = read_state(found['path'])
         if found['reopened']:
             state['training']['progress']['finished'] = False
+        if found['elsewhere']:  # the best checkpoint is not in this folder
+            state['training']['progress'] |= {'best': None, 'best_epoch': state['epoch']}
         return state
 
     def any_path(self):
@@ -63,59 +70,66 @@ class Snapshots:
         """Bytes of metrics.jsonl that belong to what is there."""
         return max((found['metrics_size'] for found in self._found.values()), default=0)
 
-    def _find(self, resume, overwrite, seeds):
+    def _find(self, resume, overwrite):
         if resume == 'off':
             self._start_over(overwrite)
             return {}
-        found = {seed: latest for seed in seeds if (latest := self._latest(seed))}
         if resume != 'auto':
-            state = read_state(resume)
-            seed = state['config'].get('seed')
-            if seed not in seeds:
-                raise InputError(f'--resume {resume} is of seed {seed}; this run has {some(map(str, seeds))}')
-            elsewhere = Path(resume).resolve().parent != self.folder.resolve()
-            for other in found.values():  # they go on together
-                other |= {'arguments': self.arguments, 'reopened': True}
-            found[seed] = {
-                'path': str(resume),
-                'arguments': self.arguments,  # other ones are what it is there for,
-                'reopened': True,  # more epochs among them
-                'metrics_size': 0 if elsewhere else state['training']['metrics_size'],
-            }
-        for latest in found.values():
-            self._check_same(latest)
+            return self._from_file(resume, overwrite)
+        found = {seed: latest for seed in self.arguments if (latest := self._latest(seed))}
+        for seed, latest in found.items():
+            self._check_same(seed, latest)
+        return found
+
+    def _from_file(self, path, overwrite):
+        """Go on from a file, as far as it and this run's flags allow, with its own folder's other seeds."""
+        state = read_state(path)
+        seed, earlier = state['config'].get('seed'), state['training']['arguments']
+        if seed not in self.arguments:
+            raise InputError(f'--resume {path} is of seed {seed}; this run has {some(map(str, self.arguments))}')
+        if differing := _differing(earlier, self.arguments[seed], FIXED_FLAGS):
+            raise InputError(
+                f'--resume {path} cannot go on with what its network, optimiser or steps do not fit: '
+                f'{"; ".join(differing)}. Use --restore-from to start from its weights.'
+            )
+        elsewhere = Path(path).resolve().parent != self.folder.resolve()
+        found = {}
+        if elsewhere:
+            self._start_over(overwrite)
+        else:
+            found = {other: latest for other in self.arguments if (latest := self._latest(other))}
+            for other in found.values():
+                other['reopened'] = True  # they go on together
+        size = 0 if elsewhere else state['training']['metrics_size']
+        found[seed] = {'path': str(path), 'reopened': True, 'elsewhere': elsewhere, 'metrics_size': size}
         return found
 
     def _latest(self, seed):
         """Where to go on from: `last`, or `previous` where `last` cannot be read; None where there is neither."""
-        broken = []
+        broken = {}
         for name in ('last', 'previous'):
             path = self.path(name, seed)
             if path.is_file():
                 try:
                     state = read_state(path)
                 except InputError as error:
-                    broken.append(str(error))
-                else:
-                    if broken:
-                        print(f'warning: {broken[0]}\nwarning: going on from {path}', flush=True)
-                    training = state['training']
-                    return {
-                        'path': str(path), 'arguments': training['arguments'], 'reopened': False,
-                        'metrics_size': training['metrics_size'],
-                    }  # fmt: skip
+                    broken[path] = error
+                    continue
+                for damaged, error in broken.items():
+                    print(f'warning: {error}\nwarning: going on from {path}', flush=True)
+                    damaged.replace(damaged.with_suffix('.damaged'))  # else it would become `previous`
+                training = state['training']
+                return {
+                    'path': str(path), 'arguments': training['arguments'], 'reopened': False, 'elsewhere': False,
+                    'metrics_size': training['metrics_size'],
+                }  # fmt: skip
         if broken:
-            raise InputError(f'{broken[0]} There is no earlier good checkpoint; --resume off --overwrite starts over.')
+            error = next(iter(broken.values()))
+            raise InputError(f'{error} There is no earlier good checkpoint; --resume off --overwrite starts over.')
         return None
 
-    def _check_same(self, found):
-        earlier = found['arguments']
-        differing = [
-            f'{name} was {earlier.get(name)}, is {self.arguments.get(name)}'
-            for name in sorted({*earlier, *self.arguments})
-            if earlier.get(name) != self.arguments.get(name)
-        ]
-        if differing:
+    def _check_same(self, seed, found):
+        if differing := _differing(found['arguments'], self.arguments[seed]):
             raise InputError(
                 f'{self.folder} holds a run with other arguments: {"; ".join(differing)}. Use another --snapshot-dir, '
                 f'--resume {found["path"]} to go on from its weights and optimiser with these arguments, or '
@@ -133,6 +147,15 @@ class Snapshots:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def _differing(earlier, now, names=None):
+    """What is not the same in a run's arguments then and now, of all names or of some."""
+    return [
+        f'{name} was {earlier.get(name)}, is {now.get(name)}'
+        for name in sorted({*earlier, *now} if names is None else names)
+        if earlier.get(name) != now.get(name)
+    ]
+
+
 def run_arguments(args, lists):
     """What a run depends on: its flags, and the contents of its lists and base network, as plain values.
 
@@ -140,9 +163,13 @@ def run_arguments(args, lists):
         args (Namespace): the flags.
         lists (dict): name -> path of a file.
     """
-    flags = {name: _plain(value) for name, value in vars(args).items() if name not in EXECUTION_FLAGS}
-    digests = {name: hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12] for name, path in lists.items()}
-    return flags | {f'content of {name}': digest for name, digest in digests.items()}
+    return {name: _plain(value) for name, value in vars(args).items() if name not in EXECUTION_FLAGS} | digests(lists)
+
+
+def digests(lists):
+    """Digests of files' contents: 'content of NAME' for each name and path."""
+    return {f'content of {name}': hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+            for name, path in lists.items()}  # fmt: skip
 
 
 def _plain(value):

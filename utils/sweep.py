@@ -16,6 +16,7 @@ import csv
 import io
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -29,10 +30,11 @@ import torch
 
 from dataset import DATASETS
 from utils import signals
-from utils.args import not_negative, positive
+from utils.args import check_folds, make_parser, not_negative, positive
 from utils.errors import InputError, exits_cleanly
 from utils.files import atomic_write, check_writable
 from utils.metrics import SUMMARY, markdown_table, mean_and_std
+from utils.parallel import usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ('base', 'novel', 'total', 'harmonic')
@@ -75,7 +77,7 @@ class Step:
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument('--data', nargs='+', required=True, metavar='DATASET=DIR', help='data sets and their folders')
     parser.add_argument('--fold', type=not_negative, nargs='+', default=(0, 1, 2, 3), help='default: 0 1 2 3')
     parser.add_argument('--shot', type=positive, nargs='+', default=(1, 5), help='default: 1 5')
@@ -107,16 +109,16 @@ def parse_args(argv=None):
     for name, folder in args.data.items():
         if name not in DATASETS or not folder:
             parser.error(f'--data {name}={folder}: expected DATASET=DIR with one of {", ".join(DATASETS)}')
-        for fold in args.fold:
-            try:
-                DATASETS[name].novel_ids(fold)
-            except ValueError as error:
-                parser.error(f'--fold: {error}')
+        check_folds(parser, DATASETS[name], args.fold)
     try:
-        pairs = [text.partition('=') for text in args.shot_flags]
-        args.shot_flags = {positive(shot): shlex.split(flags) for shot, _, flags in pairs}
+        pairs = [(positive(shot), flags) for shot, _, flags in (text.partition('=') for text in args.shot_flags)]
     except argparse.ArgumentTypeError as error:
         parser.error(f'--shot-flags: {error}')
+    args.shot_flags = {shot: [] for shot in args.shot}
+    for shot, flags in pairs:
+        if shot not in args.shot_flags:
+            parser.error(f'--shot-flags {shot}={flags}: --shot has {", ".join(map(str, args.shot))}')
+        args.shot_flags[shot] += shlex.split(flags)
     if args.train_list and len(args.data) > 1:
         parser.error('--train-list goes with one data set')
     return args
@@ -237,7 +239,7 @@ def environment(slot, jobs):
     if devices and jobs > 1:
         env['CUDA_VISIBLE_DEVICES'] = ','.join(devices[slot::jobs] or [devices[slot % len(devices)]])
     elif jobs > 1:
-        env.setdefault('OMP_NUM_THREADS', str(max(os.cpu_count() // jobs, 1)))
+        env.setdefault('OMP_NUM_THREADS', str(max(usable_cores() // jobs, 1)))
     return env
 
 
@@ -318,7 +320,7 @@ def latex_table(title, header, lines):
     """A LaTeX table (package booktabs), with a rule under each number of shots."""
 
     def escaped(text):
-        return text.replace('±', r'$\pm$').replace('%', r'\%')
+        return re.sub(r'([%_&#$])', r'\\\1', text).replace('±', r'$\pm$')
 
     body = []
     for i, line in enumerate(lines):

@@ -96,7 +96,7 @@ class Trainer:
             None
             if name == 'best'
             else {
-                'arguments': self.snapshots.arguments,
+                'arguments': self.snapshots.arguments[self.seed],
                 'optimization': self.optimization.state_dict(),
                 'progress': asdict(progress),
                 'rng': torch.get_rng_state(),

@@ -26,7 +26,8 @@ class ImageScores:
         folder (Path, optional): gets ID.png of every image, a palette PNG of class ids.
 
     Attributes:
-        scores (dict): image id -> (mean IoU in percent over the classes in truth or prediction, shows a novel class).
+        scores (dict): image id -> (mean IoU in percent over the classes in truth or prediction, shows a novel class);
+            images without a pixel that counts are left out.
     """
 
     def __init__(self, legend, folder=None):
@@ -37,8 +38,9 @@ class ImageScores:
         """Take one image's labels, integer tensors [H, W]."""
         counts = confusion_matrix(truth, prediction, len(self.legend.names)).cpu()
         prediction, truth = _array(prediction), _array(truth)
-        shows_novel = bool(np.isin(truth, list(self.legend.novel_labels)).any())
-        self.scores[image_id] = (float(np.nanmean(iou_per_class(counts))) if counts.any() else 0.0, shows_novel)
+        if counts.any():
+            shows_novel = bool(np.isin(truth, list(self.legend.novel_labels)).any())
+            self.scores[image_id] = (float(np.nanmean(iou_per_class(counts))), shows_novel)
         if self.folder:
             class_ids = np.array(self.legend.class_ids, np.uint8)[prediction]
             save_palette_png(self.folder / f'{image_id}.png', class_ids, PALETTES[self.legend.palette]())
@@ -140,7 +142,8 @@ class ValidationPanel:
     def _tile(self, picture):
         """A picture, shrunk to the side and put into a grey square."""
         factor = min(self.side / max(picture.shape[:2]), 1)
-        small = cv2.resize(picture, None, fx=factor, fy=factor, interpolation=cv2.INTER_NEAREST)
+        height, width = (max(int(factor * size), 1) for size in picture.shape[:2])
+        small = cv2.resize(picture, (width, height), interpolation=cv2.INTER_NEAREST)
         tile = np.full((self.side, self.side, 3), 128, np.uint8)
-        tile[: small.shape[0], : small.shape[1]] = small[: self.side, : self.side]
+        tile[:height, :width] = small
         return tile

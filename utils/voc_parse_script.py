@@ -8,7 +8,6 @@ dataset/list/voc/trainaug.txt (every id with a mask that is not in VOC's val lis
 are kept, so an interrupted run is simply run again.
 """
 
-import argparse
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from scipy.io import loadmat
 from dataset import DATASETS, FoldData
 from dataset.classes import LIST_ROOT
 from dataset.lists import ClassIndex, keep_or_write_ids, read_ids
-from utils.args import positive
+from utils.args import make_parser, positive
 from utils.errors import InputError, exits_cleanly, some
 from utils.files import atomic_write
 from utils.legend import voc_palette
@@ -30,7 +29,7 @@ EXPECTED = {'trainaug.txt': 10_582, 'val.txt': 1_449}
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument('--voc-root', type=Path, required=True, help='VOCdevkit/VOC2012')
     parser.add_argument('--sbd-root', type=Path, help="SBD's benchmark_RELEASE/dataset")
     parser.add_argument('--list-dir', type=Path, default=LIST_ROOT / 'voc', help='default: dataset/list/voc')
