@@ -41,7 +41,9 @@ class Conv3x3(nn.Conv2d):
     """
 
     def __init__(self, conv):
-        super().__init__(conv.in_channels, conv.out_channels, 3, 1, conv.padding, conv.dilation, bias=False)
+        channels = conv.in_channels, conv.out_channels
+        # on 'meta' no random numbers are drawn for a weight that is not used
+        super().__init__(*channels, 3, 1, conv.padding, conv.dilation, bias=False, device='meta')
         self.weight = conv.weight
 
     @staticmethod

@@ -51,6 +51,15 @@ def test_takes_over_the_convolutions_that_it_is_faster_for():
     assert not fits(stride=2) and not fits(padding=0) and not fits(groups=2) and not fits(in_channels=32)
 
 
+def test_draws_no_random_numbers():
+    conv = torch.nn.Conv2d(MIN_CHANNELS, MIN_CHANNELS, 3, padding=1, bias=False)
+    torch.manual_seed(0)
+    fast = Conv3x3(conv)
+    drawn = torch.rand(1)
+    torch.manual_seed(0)
+    assert drawn == torch.rand(1) and fast.weight is conv.weight
+
+
 def test_leaves_mixed_precision_and_small_maps_to_pytorch(monkeypatch):
     monkeypatch.setattr(winograd, '_Winograd', None)
     weight = torch.randn(MIN_CHANNELS, MIN_CHANNELS, 3, 3)
