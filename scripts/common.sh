@@ -1,7 +1,6 @@
-# Source this in an entry point: finds Python, and turns settings from the environment into flags.
+# Source this in an entry point: turns settings from the environment into flags, and finds Python.
 
-source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
-
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 NPROC=${NPROC:-1} # processes, one per GPU
 RECIPE=${RECIPE---freeze-backbone --fix-lr --update-base} # the paper's stage 2
 
@@ -13,20 +12,27 @@ need() {
     fi
 }
 
-# launch SCRIPT FLAG...: run one of the Python scripts, under torchrun where there are several processes
+if ! [[ $NPROC =~ ^[1-9][0-9]*$ ]]; then
+    echo "error: NPROC is $NPROC; expected a number of processes >= 1" >&2
+    exit 2
+fi
+
+# launch SCRIPT FLAG...: become one of the Python scripts, under torchrun where there are several processes; signals to
+# the shell's process reach it
 launch() {
     local script=$ROOT/$1
     shift
     if [ "$NPROC" -gt 1 ]; then
-        python -m torch.distributed.run --standalone --nproc_per_node "$NPROC" "$script" "$@"
+        exec python -m torch.distributed.run --standalone --nproc_per_node "$NPROC" "$script" "$@"
     else
-        python "$script" "$@"
+        exec python "$script" "$@"
     fi
 }
 
 # data_flags DATASET: flags that all three Python scripts share, into the array $shared
 data_flags() {
     need DATA_PATH "the folder of the data set"
+    source "$ROOT/scripts/setup_env.sh" # after the settings: it may have to install
     shared=(
         --dataset "$1" --data-dir "$DATA_PATH" --fold "${FOLD:-0}"
         --model "${MODEL:-pspnet_pop}" --backbone "${BACKBONE:-resnet50v2}" --os "${OS:-8}"
@@ -39,7 +45,7 @@ data_flags() {
 
 # base_stage DATASET BATCH FLAG...: stage 1 with the paper's recipe
 base_stage() {
-    need RESTORE_PATH "a file of backbone weights (resnet50_v2.pth), or imagenet with BACKBONE=resnet50"
+    need RESTORE_PATH "a file of backbone weights (resnet50_v2.pth), imagenet with BACKBONE=resnet50, or none"
     data_flags "$1"
     local batch=$2
     shift 2
@@ -77,7 +83,7 @@ evaluation() {
 # reproduce DATASET STAGE_2_FLAGS FLAG...: the whole grid with the paper's recipe
 reproduce() {
     need DATA_PATH "the folder of the data set"
-    need RESTORE_PATH "a file of backbone weights (resnet50_v2.pth), or imagenet with BACKBONE=resnet50"
+    need RESTORE_PATH "a file of backbone weights (resnet50_v2.pth), imagenet with BACKBONE=resnet50, or none"
     local dataset=$1 stage_2=$2 setting
     shift 2
     for setting in MODEL LR WD BS EPOCHS INPUT_SIZE BASE_SIZE VAL_LIST WORKERS; do
@@ -90,7 +96,9 @@ reproduce() {
     local grid=(--fold ${folds//,/ } --seed ${seeds//,/ })
     if [ -n "${SHOT:-}" ]; then set -- "$@" --shot ${SHOT//,/ }; fi
     if [ -n "${TRAIN_LIST:-}" ]; then grid+=(--train-list "$TRAIN_LIST"); fi
-    PYTHONPATH=$ROOT python -m utils.sweep --data "$dataset=$DATA_PATH" --out "${SAVE_DIR:-$ROOT/runs/$dataset}" \
+    source "$ROOT/scripts/setup_env.sh"
+    export PYTHONPATH=$ROOT
+    exec python -m utils.sweep --data "$dataset=$DATA_PATH" --out "${SAVE_DIR:-$ROOT/runs/$dataset}" \
         --nproc "$NPROC" "${grid[@]}" \
         --flags="--backbone ${BACKBONE:-resnet50v2} --os ${OS:-8} --test-batch-size ${BS_TEST:-16}" \
         --base-flags="--restore-from $(printf %q "$RESTORE_PATH")" --novel-flags="$RECIPE $stage_2" "$@"

@@ -2,6 +2,10 @@
 # The whole method on embedded data, from nothing to a table and a picture; minutes on a CPU.
 #   bash scripts/demo.sh
 set -euo pipefail
+if [ $# -gt 0 ]; then
+    echo "usage: bash scripts/demo.sh (no arguments; starts runs/demo anew)" >&2
+    exit 2
+fi
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 cd "$ROOT"
 

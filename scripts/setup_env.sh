@@ -17,7 +17,8 @@ _make_venv() {
         echo "error: no Python >= 3.10 found; install one and run this again" >&2
         return 1
     fi
-    echo "installing the requirements into $ROOT/.venv (several GB; once)"
+    echo "this Python lacks: $(python "$ROOT/scripts/check_requirements.py" 2>&1 | paste -sd ' ')"
+    echo "installing the requirements into $ROOT/.venv (several GB and minutes the first time)"
     "$base" -m venv "$ROOT/.venv" || {
         echo "error: $base cannot make virtual environments; on Debian and Ubuntu install python3-venv" >&2
         return 1

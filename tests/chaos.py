@@ -161,7 +161,7 @@ def killed(place, kills):
 
 
 def steps(lost):
-    return f'{lost} steps, done again' if lost else 'nothing'
+    return f'{lost} step{"s" if lost > 1 else ""}, done again' if lost else 'nothing'
 
 
 def asked_to_stop(place, number):

@@ -94,3 +94,33 @@ def test_the_whole_grid_starts_with_the_recipe(tmp_path):
     assert 'folder' in output and 'does not exist' in output and '1 commands failed' in output
     code, output = run(EPOCHS='1')
     assert code == 2 and 'EPOCHS is set' in output
+
+
+def test_a_signal_to_an_entry_point_reaches_the_run(tmp_path):
+    make_rectangles(tmp_path / 'data', 'voc', images=40)
+    settings = {
+        'DATA_PATH': 'data', 'TRAIN_LIST': 'data/list/trainaug.txt', 'RESTORE_PATH': 'none', 'SAVE_DIR': 'run',
+        'BS': '4', 'EPOCHS': '50', 'NPROC': '1',
+    }  # fmt: skip
+    process = subprocess.Popen(
+        ['bash', str(ROOT / 'scripts/train_voc_fold0_base.sh'), '--print-frequency', '1'], cwd=tmp_path, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, **SMALL, **settings},
+    )  # fmt: skip
+    said = ''
+    for line in process.stdout:
+        said += line
+        if ' step 2/' in line:
+            process.terminate()
+            break
+    said += process.stdout.read()
+    assert process.wait() == 143 and 'goes on from here' in said, said
+    process.stdout.close()
+
+
+def test_wrong_settings_and_arguments_are_refused_before_anything_is_done(tmp_path):
+    env = {**os.environ, 'NPROC': 'x', 'DATA_PATH': str(tmp_path), 'RESTORE_PATH': 'none'}
+    script = ROOT / 'scripts/train_voc_fold0_base.sh'
+    done = subprocess.run(['bash', str(script)], capture_output=True, text=True, env=env)
+    assert done.returncode == 2 and 'NPROC is x; expected' in done.stderr
+    done = subprocess.run(['bash', str(ROOT / 'scripts/demo.sh'), '--help'], capture_output=True, text=True)
+    assert done.returncode == 2 and 'usage' in done.stderr

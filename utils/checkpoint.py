@@ -6,6 +6,7 @@ Both hold the same keys (README.md, "Checkpoints"). Nothing but tensors and plai
 """
 
 import pickle
+import re
 import shutil
 import urllib.error
 import zipfile
@@ -119,7 +120,10 @@ def load_weights(net, path, expected=None):
         for key, value in (expected or {}).items() if key in config and config[key] != value
     ]  # fmt: skip
     if differing:
-        raise InputError(f'{path} is a checkpoint of another run: {"; ".join(differing)}')
+        raise InputError(
+            f'{path} is a checkpoint of another run: {"; ".join(differing)}. Give the flags that it was made with, or '
+            'another file.'
+        )
     added = [key for key in net.state_dict() if key.startswith(STAGE_2_PREFIXES)]
     absent = [key for key in added if key not in state]
     _load_exactly(net, state, path, may_miss=added if len(absent) == len(added) else ())
@@ -206,7 +210,8 @@ def _read(path):
     except IsADirectoryError:
         raise InputError(f'{path} is a folder; expected a checkpoint file, e.g. {path}/best.pth') from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # PyTorch's message goes on with the advice to load the file unsafely
+        reason = re.split(r'\. |\n', str(error))[0] if str(error) else type(error).__name__
         raise InputError(
             f'{path} cannot be read as a checkpoint ({reason}): it is damaged, or no file of PyTorch tensors. '
             'Copy or download it again.'

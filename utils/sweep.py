@@ -218,7 +218,8 @@ def ended_well(step, code, seconds):
         print(f'{step.name}: done in {timedelta(seconds=round(seconds))}', flush=True)
     else:
         console = step.folder / 'console.txt'
-        tail = '\n'.join(console.read_text(errors='replace').splitlines()[-5:])
+        said = console.read_text(errors='replace').rpartition(f'$ {shlex.join(step.command)}\n')[2]
+        tail = '\n'.join(said.splitlines()[-5:])
         print(f'{step.name}: FAILED with exit code {code}, see {console}\n{tail}', flush=True)
     return code == 0
 
@@ -227,6 +228,7 @@ def start(step, env):
     """Start a step's command; its output goes to console.txt."""
     step.folder.mkdir(parents=True, exist_ok=True)
     with open(step.folder / 'console.txt', 'a') as console:
+        print(f'$ {shlex.join(step.command)}', file=console, flush=True)
         return subprocess.Popen(step.command, env=env, stdout=console, stderr=subprocess.STDOUT)
 
 
