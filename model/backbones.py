@@ -107,11 +107,20 @@ def build_backbone(name, output_stride=8):
     for stage, dilation in zip(backbone.stages, DILATIONS[output_stride], strict=True):
         if dilation > 1:
             _dilate(stage, dilation)
-    for parent in list(backbone.modules()):
-        for child, conv in parent.named_children():
-            if isinstance(conv, nn.Conv2d) and Conv3x3.fits(conv):
-                setattr(parent, child, Conv3x3(conv))
+    for parent, child, conv in _convolutions(backbone):
+        if Conv3x3.fits(conv):
+            setattr(parent, child, Conv3x3(conv))
     return backbone
+
+
+def _convolutions(module):
+    """Every convolution in a module, so that it can be changed or replaced: (parent, name in parent, convolution)."""
+    return [
+        (parent, name, child)
+        for parent in module.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.Conv2d)
+    ]
 
 
 def _dilate(stage, dilation):
@@ -120,20 +129,19 @@ def _dilate(stage, dilation):
     torchvision's own `replace_stride_with_dilation` leaves the first block at the previous dilation and refuses
     BasicBlock; PSPNet's networks, which published checkpoints were trained with, dilate every block.
     """
-    for parent in list(stage.modules()):
-        for name, conv in parent.named_children():
-            if isinstance(conv, nn.Conv2d):
-                conv.stride = (1, 1)
-                if conv.kernel_size == (3, 3):
-                    conv.dilation = conv.padding = (dilation, dilation)
-                    if conv.groups == conv.in_channels:
-                        setattr(parent, name, DilatedDepthwiseConv2d(conv))
+    for parent, name, conv in _convolutions(stage):
+        conv.stride = (1, 1)
+        if conv.kernel_size == (3, 3):
+            conv.dilation = conv.padding = (dilation, dilation)
+            if conv.groups == conv.in_channels:
+                setattr(parent, name, DilatedDepthwiseConv2d(conv))
 
 
 class DilatedDepthwiseConv2d(nn.Conv2d):
     """A depthwise 3x3 convolution whose backward pass is written out for bfloat16 on the CPU.
 
-    PyTorch 2.14's own is several times slower there, and its weight gradient is wrong on feature maps of 33x33.
+    On processors with bfloat16 instructions PyTorch 2.14's own is several times slower, and its weight gradient was
+    found wrong on feature maps of 33x33.
 
     Args:
         conv (nn.Conv2d): without bias; settings and weight are taken over.

@@ -89,7 +89,7 @@ class _Winograd(torch.autograd.Function):
         ctx.dilation = dilation
         if min(weight.shape[:2]) < MIN_CHANNELS_FORWARD:
             return F.conv2d(x, weight, padding=dilation, dilation=dilation)
-        return _convolve(x, lambda i: _kernels(weight, i).permute(1, 2, 0), dilation)
+        return _convolve(x, lambda i: _kernels(weight, i).permute(1, 2, 0), len(weight), dilation)
 
     @staticmethod
     @once_differentiable
@@ -97,7 +97,8 @@ class _Winograd(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         by_x = by_weight = None
         if ctx.needs_input_grad[0]:  # the convolution with the kernel turned round
-            by_x = _convolve(gradient, lambda i: _kernels(weight, i, turned=True).transpose(0, 1), ctx.dilation)
+            kernels = lambda i: _kernels(weight, i, turned=True).transpose(0, 1)  # noqa: E731
+            by_x = _convolve(gradient, kernels, weight.shape[1], ctx.dilation)
         if ctx.needs_input_grad[1]:
             taps = [
                 KERNEL.T.to(weight.dtype) @ _correlate(some, gradient, ctx.dilation)  # [O, 9, C']
@@ -114,27 +115,33 @@ def _kernels(weight, i, turned=False):
     return matrix[4 * i : 4 * i + 4].to(weight.dtype) @ taps
 
 
-def _convolve(x, kernels, dilation):
-    """x [B, C, h, w] and `kernels`, i -> row i of the transformed kernels [4, C, O], to [B, O, h, w], channels last."""
-    y = None
-    for k, tiles in _transformed_tiles(x, dilation):  # [B, th, d, tw, d, C]
-        i, j = divmod(k, 4)
+def _convolve(x, kernels, channels, dilation):
+    """The convolution with transformed kernels.
+
+    Args:
+        x (Tensor): [B, C, h, w].
+        kernels (callable): i -> row i of the transformed kernels, [4, C, O].
+        channels (int): O.
+        dilation (int): of the kernel.
+
+    Returns:
+        Tensor: [B, O, h, w], channels last.
+    """
+    batch, _, height, width = x.shape
+    th, tw = _tile_count(height, dilation), _tile_count(width, dilation)
+    product = x.new_empty(batch, th, dilation, tw, dilation, channels)
+    across = x.new_empty(2, *product.shape)  # the two columns of outputs, of one row of positions
+    y = x.new_empty(batch, th, 2, dilation, tw, 2, dilation, channels)
+    for i, j, tiles in _transformed_tiles(x, dilation):  # [B, th, d, tw, d, C]
         if j == 0:
             row = kernels(i)
-        if y is None:
-            batch, *grid, _ = tiles.shape
-            th, _, tw, _ = grid
-            channels = row.shape[2]
-            product = x.new_empty(batch, *grid, channels)
-            across = x.new_empty(2, *product.shape)  # the two columns of outputs, of this row of positions
-            y = x.new_empty(batch, th, 2, dilation, tw, 2, dilation, channels)
         torch.mm(tiles.flatten(0, -2), row[j], out=product.flatten(0, -2))
         for b in (0, 1):
             _add_share(across[b], product, OUTPUT[b], j)
         if j == 3:
             for a in (0, 1):
                 _add_share(y[:, :, a], across.permute(1, 2, 3, 4, 0, 5, 6), OUTPUT[a], i)
-    y = y.flatten(4, 6).flatten(1, 3)[:, : x.shape[2], : x.shape[3]]  # [B, h, w, O]
+    y = y.flatten(4, 6).flatten(1, 3)[:, :height, :width]  # [B, h, w, O]
     # a copy where tiles overhang; detached as autograd takes views from inside a function for read-only
     return y.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last).detach()
 
@@ -152,13 +159,12 @@ def _correlate(x, gradient, dilation):
     by_kernels = x.new_empty(gradient.shape[1], 16, x.shape[1])
     parts = _padded_tiles(gradient, dilation, 0)  # [B, th, 2, d, tw, 2, d, O]
     rows = parts[:, :, 0], parts[:, :, 1]
-    for k, tiles in _transformed_tiles(x, dilation):
-        i, j = divmod(k, 4)
+    for i, j, tiles in _transformed_tiles(x, dilation):
         if j == 0:
             row = _shared_out(rows, i)  # [B, th, d, tw, 2, d, O]
             columns = row[:, :, :, :, 0], row[:, :, :, :, 1]
         share = _shared_out(columns, j)  # [B, th, d, tw, d, O]
-        by_kernels[:, k] = share.flatten(0, -2).T @ tiles.flatten(0, -2)
+        by_kernels[:, 4 * i + j] = share.flatten(0, -2).T @ tiles.flatten(0, -2)
     return by_kernels
 
 
@@ -177,7 +183,7 @@ def _transformed_tiles(x, dilation):
     tiled on its own.
 
     Yields:
-        tuple: 4*i + j; position (i, j) of all tiles, [B, th, d, tw, d, C].
+        tuple: i; j; position (i, j) of all tiles, [B, th, d, tw, d, C].
     """
     x = _padded_tiles(x, dilation, 1)  # [B, th+1, 2, d, tw+1, 2, d, C]
     rows = x[:, :-1, 0], x[:, :-1, 1], x[:, 1:, 0], x[:, 1:, 1]
@@ -188,7 +194,12 @@ def _transformed_tiles(x, dilation):
         torch.add(rows[above], rows[below], alpha=row_sign, out=row)
         for j, (left, right, sign) in enumerate(INPUT):
             torch.add(columns[left], columns[right], alpha=sign, out=position)
-            yield 4 * i + j, position
+            yield i, j, position
+
+
+def _tile_count(size, dilation):
+    """Tiles that one side of the feature map takes, in each of the grids of pixels `dilation` apart."""
+    return -(-size // (2 * dilation))
 
 
 def _padded_tiles(x, dilation, border):
@@ -197,7 +208,7 @@ def _padded_tiles(x, dilation, border):
     Zeros fill up what tiles need on the right and at the bottom and, with `border` 1, surround x.
     """
     batch, channels, height, width = x.shape
-    vertical, horizontal = (-(-size // (2 * dilation)) + border for size in (height, width))
+    vertical, horizontal = (_tile_count(size, dilation) + border for size in (height, width))
     padded = x.new_zeros(batch, 2 * vertical * dilation, 2 * horizontal * dilation, channels)
     start = border * dilation
     padded[:, start : start + height, start : start + width] = x.permute(0, 2, 3, 1)

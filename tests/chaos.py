@@ -77,7 +77,7 @@ class Place:
         )  # fmt: skip
         self.started.append(process)
         # a run that hangs ends all the same, and is found out by what it has not said
-        watch = threading.Timer(DEADLINE, kill, (process,))
+        watch = threading.Timer(DEADLINE, lambda: process.poll() is None and kill(process))
         watch.daemon = True
         watch.start()
         return process

@@ -25,7 +25,10 @@ FIXED_FLAGS = (
     'dataset', 'fold', 'model', 'backbone', 'os', 'shot', 'batch_size', 'fix_bn', 'freeze_backbone', 'filter_novel',
     'content of training list', 'content of base network',
 )  # fmt: skip
-RUN_FILES = ('last*.*', 'previous*.*', 'best*.pth', 'epoch_*.pth', 'metrics.jsonl', 'log.txt', 'args.json', 'tb')
+RUN_FILES = (
+    'last*.pth', 'last*.damaged', 'previous*.pth', 'best*.pth', 'epoch_*.pth', 'metrics.jsonl', 'log.txt', 'args.json',
+    'tb',
+)  # fmt: skip
 
 
 class Snapshots:
@@ -54,7 +57,7 @@ class Snapshots:
         state = read_state(found['path'])
         if found['reopened']:
             state['training']['progress']['finished'] = False
-        if found['elsewhere']:  # the best checkpoint is not in this folder
+        if not self._holds(found['path']):  # the best checkpoint is not in this folder
             state['training']['progress'] |= {'best': None, 'best_epoch': state['epoch']}
         return state
 
@@ -84,25 +87,28 @@ class Snapshots:
     def _from_file(self, path, overwrite):
         """Go on from a file, as far as it and this run's flags allow, with its own folder's other seeds."""
         state = read_state(path)
-        seed, earlier = state['config'].get('seed'), state['training']['arguments']
+        seed, training = state['config'].get('seed'), state['training']
         if seed not in self.arguments:
             raise InputError(f'--resume {path} is of seed {seed}; this run has {some(map(str, self.arguments))}')
-        if differing := _differing(earlier, self.arguments[seed], FIXED_FLAGS):
-            raise InputError(
-                f'--resume {path} cannot go on with what its network, optimiser or steps do not fit: '
-                f'{"; ".join(differing)}. Use --restore-from to start from its weights.'
-            )
-        elsewhere = Path(path).resolve().parent != self.folder.resolve()
         found = {}
-        if elsewhere:
-            self._start_over(overwrite)
-        else:
+        if self._holds(path):
             found = {other: latest for other in self.arguments if (latest := self._latest(other))}
-            for other in found.values():
-                other['reopened'] = True  # they go on together
-        size = 0 if elsewhere else state['training']['metrics_size']
-        found[seed] = {'path': str(path), 'reopened': True, 'elsewhere': elsewhere, 'metrics_size': size}
+        found[seed] = {'path': str(path), 'arguments': training['arguments'], 'metrics_size': training['metrics_size']}
+        for of_seed, latest in found.items():  # they go on together
+            latest['reopened'] = True
+            if differing := _differing(latest['arguments'], self.arguments[of_seed], FIXED_FLAGS):
+                raise InputError(
+                    f'{latest["path"]} cannot be gone on from: its network, optimiser or steps do not fit '
+                    f'({"; ".join(differing)}). Use --restore-from to start from its weights.'
+                )
+        if not self._holds(path):
+            self._start_over(overwrite)
+            found[seed]['metrics_size'] = 0
         return found
+
+    def _holds(self, path):
+        """Whether a file is directly in this folder."""
+        return Path(path).resolve().parent == self.folder.resolve()
 
     def _latest(self, seed):
         """Where to go on from: `last`, or `previous` where `last` cannot be read; None where there is neither."""
@@ -120,7 +126,7 @@ class Snapshots:
                     damaged.replace(damaged.with_suffix('.damaged'))  # else it would become `previous`
                 training = state['training']
                 return {
-                    'path': str(path), 'arguments': training['arguments'], 'reopened': False, 'elsewhere': False,
+                    'path': str(path), 'arguments': training['arguments'], 'reopened': False,
                     'metrics_size': training['metrics_size'],
                 }  # fmt: skip
         if broken:
