@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dataset.shapes import make_shapes
 
@@ -89,3 +90,60 @@ def few_shot_run(shapes, base_run, tmp_path_factory):
     )  # fmt: skip
     assert code == 0, output
     return folder
+
+
+LAUNCH = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2')
+
+
+def launcher(processes):
+    """How a script is started in so many processes, one or two."""
+    return (sys.executable,) if processes == 1 else LAUNCH
+
+
+def stage_1(shapes, folder, *flags):
+    """A command of stage 1 that saves within its two epochs."""
+    return (
+        'train_base.py', *TINY, *TINY_TRAINING, '--data-dir', shapes, '--restore-from', 'none', '--snapshot-dir',
+        folder, '--num-epoch', 2, '--batch-size', 24, '--save-every-steps', 3, *flags,
+    )  # fmt: skip
+
+
+def stage_2(shapes, base_run, folder, *flags):
+    """A command of stage 2 that saves within its two epochs, for two seeds."""
+    return (
+        'ft_pop.py', *TINY, *TINY_TRAINING, '--data-dir', shapes, '--restore-from', base_run, '--snapshot-dir',
+        folder, '--num-epoch', 2, '--random-seed', '123,234', '--update-base', '--batch-size', 4, '--save-every-steps',
+        7, *flags,
+    )  # fmt: skip
+
+
+def start(*command):
+    """Start a command in a process group of its own, whose output can be read."""
+    return subprocess.Popen(
+        [str(part) for part in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'}, start_new_session=True,
+    )  # fmt: skip
+
+
+def same_results(one, other, names):
+    """Assert that two runs ended with the same checkpoints and metrics, bit for bit."""
+    for name in names:
+        a, b = (torch.load(folder / f'{name}.pth', weights_only=True) for folder in (one, other))
+        assert all(torch.equal(a['model'][key], b['model'][key]) for key in a['model']), name
+        assert str(a['metrics']) == str(b['metrics']) and a['epoch'] == b['epoch']  # NaN is not equal to itself
+    assert (one / 'metrics.jsonl').read_bytes() == (other / 'metrics.jsonl').read_bytes()
+
+
+@pytest.fixture(scope='session')
+def whole(shapes, tmp_path_factory):
+    """Runs of stage 1 that nothing happened to, by number of processes; each made once."""
+    folders = {}
+
+    def run(processes):
+        if processes not in folders:
+            folders[processes] = tmp_path_factory.mktemp('whole')
+            code, output = run_process(*launcher(processes), *stage_1(shapes, folders[processes]))
+            assert code == 0, output
+        return folders[processes]
+
+    return run

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, TINY_TRAINING, run_process
+from conftest import TINY, TINY_TRAINING, run_process, stage_1
 
 
 @pytest.fixture
@@ -242,3 +242,18 @@ def test_a_non_finite_loss_names_the_images(train, copy, base_run, tmp_path):
 def test_a_folder_that_cannot_be_written(train, shapes, tmp_path):
     (tmp_path / 'file').write_text('')
     expect(train(shapes, '--snapshot-dir', tmp_path / 'file' / 'run'), 1, 'cannot write', 'Choose a folder')
+
+
+def test_bad_images_are_skipped_where_that_is_asked_for(run_script, shapes, tmp_path):
+    copy = tmp_path / 'data'
+    shutil.copytree(shapes, copy)
+    bad = [copy / 'JPEGImages' / f'{name}.jpg' for name in ('val_0002', *(f'train_000{i}' for i in range(10)))]
+    for path in bad:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    code, output = run_script(*stage_1(copy, tmp_path / 'run', '--num-epoch', 2, '--skip-bad-images'))
+    assert code == 0, output
+    skipped = {path for path in bad if f'skipped: image {path}' in output}
+    assert bad[0] in skipped and len(skipped) > 3
+    assert f'{len(skipped) - 1} training images were skipped' in output
+    code, output = run_script(*stage_1(copy, tmp_path / 'strict', '--num-epoch', 2))
+    assert code == 1 and 'cannot be decoded' in output and any(str(path) in output for path in bad)

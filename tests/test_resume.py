@@ -8,45 +8,15 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_TRAINING, run_process
+from conftest import launcher, run_process, same_results, stage_1, stage_2, start
 
 from utils.errors import InputError
 from utils.logger import RunLogger
 from utils.snapshots import Snapshots, locked
-
-LAUNCH = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2')
-
-
-def launcher(processes):
-    return (sys.executable,) if processes == 1 else LAUNCH
-
-
-def stage_1(shapes, folder, *flags):
-    return (
-        'train_base.py', *TINY, *TINY_TRAINING, '--data-dir', shapes, '--restore-from', 'none', '--snapshot-dir',
-        folder, '--num-epoch', 2, '--batch-size', 24, '--save-every-steps', 3, *flags,
-    )  # fmt: skip
-
-
-def stage_2(shapes, base_run, folder, *flags):
-    return (
-        'ft_pop.py', *TINY, *TINY_TRAINING, '--data-dir', shapes, '--restore-from', base_run, '--snapshot-dir',
-        folder, '--num-epoch', 2, '--random-seed', '123,234', '--update-base', '--batch-size', 4, '--save-every-steps',
-        7, *flags,
-    )  # fmt: skip
-
-
-def start(*command):
-    return subprocess.Popen(
-        [str(part) for part in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, 'OMP_NUM_THREADS': '1'}, start_new_session=True,
-    )  # fmt: skip
 
 
 def kill_when_it_prints(process, text):
@@ -57,29 +27,6 @@ def kill_when_it_prints(process, text):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     process.stdout.close()
-
-
-def same_results(one, other, names):
-    for name in names:
-        a, b = (torch.load(folder / f'{name}.pth', weights_only=True) for folder in (one, other))
-        assert all(torch.equal(a['model'][key], b['model'][key]) for key in a['model']), name
-        assert str(a['metrics']) == str(b['metrics']) and a['epoch'] == b['epoch']  # NaN is not equal to itself
-    assert (one / 'metrics.jsonl').read_bytes() == (other / 'metrics.jsonl').read_bytes()
-
-
-@pytest.fixture(scope='module')
-def whole(shapes, tmp_path_factory):
-    """Runs of stage 1 that nothing happened to, by number of processes; each made once."""
-    folders = {}
-
-    def run(processes):
-        if processes not in folders:
-            folders[processes] = tmp_path_factory.mktemp('whole')
-            code, output = run_process(*launcher(processes), *stage_1(shapes, folders[processes]))
-            assert code == 0, output
-        return folders[processes]
-
-    return run
 
 
 @pytest.mark.parametrize(
@@ -229,64 +176,3 @@ def test_saving_by_the_clock(run_script, shapes, tmp_path):
     assert code == 0, output
     progress = torch.load(tmp_path / 'previous.pth', weights_only=True)['training']['progress']
     assert progress['epoch'] == 1 and progress['step'] > 0
-
-
-def test_bad_images_are_skipped_where_that_is_asked_for(run_script, shapes, tmp_path):
-    copy = tmp_path / 'data'
-    shutil.copytree(shapes, copy)
-    bad = [copy / 'JPEGImages' / f'{name}.jpg' for name in ('val_0002', *(f'train_000{i}' for i in range(10)))]
-    for path in bad:
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    code, output = run_script(*stage_1(copy, tmp_path / 'run', '--num-epoch', 2, '--skip-bad-images'))
-    assert code == 0, output
-    skipped = {path for path in bad if f'skipped: image {path}' in output}
-    assert bad[0] in skipped and len(skipped) > 3
-    assert f'{len(skipped) - 1} training images were skipped' in output
-    code, output = run_script(*stage_1(copy, tmp_path / 'strict', '--num-epoch', 2))
-    assert code == 1 and 'cannot be decoded' in output and any(str(path) in output for path in bad)
-
-
-@pytest.mark.parametrize('stage', (1, 2))
-def test_two_processes_and_parts_follow_the_losses_of_one(shapes, base_run, few_shot_run, tmp_path, stage):
-    def curve(launch, name, *flags):
-        folder = tmp_path / name
-        if stage == 1:
-            command = stage_1(shapes, folder, '--fix-bn', '--num-epoch', 1, *flags)
-        else:
-            command = stage_2(shapes, base_run, folder, '--random-seed', 123, '--num-epoch', 1, *flags)
-        code, output = run_process(*launch, *command)
-        assert code == 0, output
-        records = map(json.loads, (folder / 'metrics.jsonl').read_text().splitlines())
-        return [record['ce'] + record['orth'] for record in records if record['kind'] == 'train']
-
-    one = curve((sys.executable,), 'one')
-    assert len(one) > 2 and len(set(one)) == len(one)
-    assert curve(LAUNCH, 'two') == pytest.approx(one, abs=1e-4)
-    assert curve((sys.executable,), 'parts', '--accumulate', 2) == pytest.approx(one, abs=1e-4)
-
-
-def test_an_error_of_one_process_ends_all_with_its_message(shapes, tmp_path):
-    copy = tmp_path / 'data'
-    shutil.copytree(shapes, copy)
-    image = copy / 'JPEGImages' / 'train_0007.jpg'
-    image.write_bytes(image.read_bytes()[:1000])  # the header is whole, so the lists are made
-    began = time.monotonic()
-    # a loader process meets the error, and must not outlive it
-    code, output = run_process(*LAUNCH, *stage_1(copy, tmp_path / 'run', '--num-workers', 1))
-    assert code == 1 and output.count(f'error: image {image} cannot be decoded') == 1, output
-    assert '[rank' not in output and time.monotonic() - began < 60, output
-
-
-def test_a_killed_process_is_restarted_and_the_run_goes_on(shapes, whole, tmp_path):
-    launch = (*LAUNCH, '--max-restarts', 2)
-    process = start(*launch, *stage_1(shapes, tmp_path))
-    for line in process.stdout:
-        if 'epoch 2/2 step 1/' in line:
-            # the processes that the launcher started
-            children = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
-            os.kill(int(children[-1]), signal.SIGKILL)
-            break
-    rest = process.stdout.read()
-    assert process.wait() == 0 and 'resumed at epoch' in rest, rest
-    process.stdout.close()
-    same_results(whole(2), tmp_path, ('best', 'last'))

@@ -4,13 +4,12 @@ import csv
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, TINY_TRAINING
+from conftest import TINY, TINY_TRAINING, start
 
 from utils import sweep
 from utils.metrics import SUMMARY, summarize
@@ -106,15 +105,8 @@ def test_a_larger_grid_leaves_what_is_there_as_it_is_and_flags_add_up(tmp_path):
 
 def test_a_killed_sweep_goes_on_and_skips_what_is_done(shapes, tmp_path):
     out = tmp_path / 'out'
-    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
-
-    def start():
-        return subprocess.Popen(
-            [sys.executable, '-m', 'utils.sweep', *command(shapes, out, '--jobs', '2')], cwd=ROOT, env=env,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        )  # fmt: skip
-
-    process = start()
+    again = (sys.executable, '-m', 'utils.sweep', *command(shapes, out, '--jobs', '2'))
+    process = start(*again)
     for line in process.stdout:
         if 'base: done' in line:
             break
@@ -127,7 +119,7 @@ def test_a_killed_sweep_goes_on_and_skips_what_is_done(shapes, tmp_path):
     before = {
         path: path.stat().st_mtime_ns for path in out.glob('*/base/best.pth') if path.parent / 'sweep.json' in done
     }
-    process = start()
+    process = start(*again)
     output = process.communicate()[0]
     assert process.returncode == 0, output
     assert '4 commands, 0 of them done' not in output and 'base: done' not in output
@@ -142,7 +134,7 @@ def test_a_killed_sweep_goes_on_and_skips_what_is_done(shapes, tmp_path):
     assert 'shapes: mIoU in %' in output
     assert r'\toprule' in (out / 'table.tex').read_text()
 
-    process = start()
+    process = start(*again)
     output = process.communicate()[0]
     assert process.returncode == 0 and '4 commands, 4 of them done before' in output, output
 

@@ -1,0 +1,58 @@
+"""Several processes: the same losses as one, and what the fault of one does to the others."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import LAUNCH, run_process, same_results, stage_1, stage_2, start
+
+
+@pytest.mark.parametrize('stage', (1, 2))
+def test_two_processes_and_parts_follow_the_losses_of_one(shapes, base_run, few_shot_run, tmp_path, stage):
+    def curve(launch, name, *flags):
+        folder = tmp_path / name
+        if stage == 1:
+            command = stage_1(shapes, folder, '--fix-bn', '--num-epoch', 1, *flags)
+        else:
+            command = stage_2(shapes, base_run, folder, '--random-seed', 123, '--num-epoch', 1, *flags)
+        code, output = run_process(*launch, *command)
+        assert code == 0, output
+        records = map(json.loads, (folder / 'metrics.jsonl').read_text().splitlines())
+        return [record['ce'] + record['orth'] for record in records if record['kind'] == 'train']
+
+    one = curve((sys.executable,), 'one')
+    assert len(one) > 2 and len(set(one)) == len(one)
+    assert curve(LAUNCH, 'two') == pytest.approx(one, abs=1e-4)
+    assert curve((sys.executable,), 'parts', '--accumulate', 2) == pytest.approx(one, abs=1e-4)
+
+
+def test_an_error_of_one_process_ends_all_with_its_message(shapes, tmp_path):
+    copy = tmp_path / 'data'
+    shutil.copytree(shapes, copy)
+    image = copy / 'JPEGImages' / 'train_0007.jpg'
+    image.write_bytes(image.read_bytes()[:1000])  # the header is whole, so the lists are made
+    began = time.monotonic()
+    # a loader process meets the error, and must not outlive it
+    code, output = run_process(*LAUNCH, *stage_1(copy, tmp_path / 'run', '--num-workers', 1))
+    assert code == 1 and output.count(f'error: image {image} cannot be decoded') == 1, output
+    assert '[rank' not in output and time.monotonic() - began < 60, output
+
+
+def test_a_killed_process_is_restarted_and_the_run_goes_on(shapes, whole, tmp_path):
+    launch = (*LAUNCH, '--max-restarts', 2)
+    process = start(*launch, *stage_1(shapes, tmp_path))
+    for line in process.stdout:
+        if 'epoch 2/2 step 1/' in line:
+            # the processes that the launcher started
+            children = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
+            os.kill(int(children[-1]), signal.SIGKILL)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 0 and 'resumed at epoch' in rest, rest
+    process.stdout.close()
+    same_results(whole(2), tmp_path, ('best', 'last'))
