@@ -100,11 +100,10 @@ class _Winograd(torch.autograd.Function):
             kernels = lambda i: _kernels(weight, i, turned=True).transpose(0, 1)  # noqa: E731
             by_x = _convolve(gradient, kernels, weight.shape[1], ctx.dilation)
         if ctx.needs_input_grad[1]:
-            taps = [
-                KERNEL.T.to(weight.dtype) @ _correlate(some, gradient, ctx.dilation)  # [O, 9, C']
-                for some in x.split(CHANNELS_AT_ONCE, dim=1)
-            ]
-            by_weight = torch.cat(taps, dim=2).unflatten(1, (3, 3)).permute(0, 3, 1, 2)  # [O, C, 3, 3], channels last
+            taps = x.new_empty(len(weight), 9, weight.shape[1])
+            for some, part in zip(x.split(CHANNELS_AT_ONCE, 1), taps.split(CHANNELS_AT_ONCE, 2), strict=True):
+                part.copy_(KERNEL.T.to(weight.dtype) @ _correlate(some, gradient, ctx.dilation))  # [O, 9, C']
+            by_weight = taps.unflatten(1, (3, 3)).permute(0, 3, 1, 2)  # [O, C, 3, 3], channels last
         return by_x, by_weight, None
 
 

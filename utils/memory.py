@@ -8,12 +8,13 @@ _libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
 
 
 def keep_freed_memory():
-    """Have a tensor's memory reused for the next one, up to 32 MB.
+    """Have a tensor's memory reused for the next one, up to 16 MB.
 
     By default large tensors are mapped anew each time, and a step on the CPU spends a tenth of its time on page faults.
+    The largest still are: of reused memory, gaps between them would remain.
     """
     if hasattr(_libc, 'mallopt'):
-        _libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that glibc allows
+        _libc.mallopt(M_MMAP_THRESHOLD, 2**24)
         _libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
