@@ -37,7 +37,7 @@ from dataset.segmentation import Samples
 from model import build_model
 from model.folding import folded
 from model.losses import pop_losses, pseudo_label
-from utils.engine import autocast, evaluate, precision, to_device
+from utils.engine import autocast, computes_in_bfloat16, evaluate, precision, to_device
 from utils.memory import keep_freed_memory, return_freed_memory
 from utils.metrics import confusion_matrix
 from utils.optim import Optimization
@@ -45,18 +45,6 @@ from utils.optim import Optimization
 SIZE = 473
 HEIGHT = 355  # of it, what a photograph of 500x375 takes
 CPU = torch.device('cpu')
-
-
-def computes_in_bfloat16():
-    """Whether the processor has instructions for it; without them bfloat16 is only slower."""
-    return re.search('avx512_bf16|amx_bf16', _cpuinfo()) is not None
-
-
-def _cpuinfo():
-    path = Path('/proc/cpuinfo')
-    return path.read_text() if path.is_file() else ''
-
-
 SIDES = ('plain', 'fp32', 'fp16') if computes_in_bfloat16() else ('plain', 'fp32')
 
 
@@ -386,7 +374,8 @@ def project(rows):
 
 def machine():
     name = platform.processor()
-    if model := re.search(r'^model name\s*: (.*)$', _cpuinfo(), re.MULTILINE):
+    info = Path('/proc/cpuinfo')
+    if info.is_file() and (model := re.search(r'^model name\s*: (.*)$', info.read_text(), re.MULTILINE)):
         name = model[1]
     return f'{name}, {os.cpu_count()} cores, PyTorch {torch.__version__}, {torch.get_num_threads()} threads'
 

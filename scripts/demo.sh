@@ -12,9 +12,7 @@ cd "$ROOT"
 run=runs/demo
 rm -rf "$run"
 data=(--dataset shapes --data-dir data/shapes --fold 0)
-network=(--backbone resnet18 --os 16 --base-size 97,97 --test-batch-size 10)
-# bfloat16 pays only where the processor computes in it
-if grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then network+=(--fp16); fi
+network=(--backbone resnet18 --os 16 --base-size 97,97 --test-batch-size 10 --fp16)
 training=(--input-size 97,97 --print-frequency 22)
 
 echo "== stage 1: base classes"

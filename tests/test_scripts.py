@@ -11,6 +11,7 @@ from conftest import TINY, TINY_TRAINING, run_process
 from PIL import Image
 
 from dataset.segmentation import read_mask
+from utils import engine
 
 
 def records(folder, kind):
@@ -68,7 +69,10 @@ def test_stage_2_changes_only_the_novel_parts(base_run, few_shot_run):
 
 
 @pytest.mark.parametrize('precision', ((), ('--fp16',)))
-def test_every_script_runs_in_both_precisions(run_script, shapes, base_run, few_shot_run, tmp_path, precision):
+def test_every_script_runs_in_both_precisions(
+    run_script, shapes, base_run, few_shot_run, tmp_path, precision, monkeypatch
+):
+    monkeypatch.setattr(engine, 'computes_in_bfloat16', lambda: True)
     # smaller still: bfloat16 takes its time on processors without instructions for it
     train = (*TINY, *TINY_TRAINING, '--input-size', '33,33', '--data-dir', shapes, '--num-epoch', 1, *precision)
     code, output = run_script(
@@ -109,6 +113,17 @@ def test_every_script_runs_in_both_precisions(run_script, shapes, base_run, few_
     )
     assert code == 0 and 'seed 123' in output
     assert {'results.json', 'results.md', 'confusion_123.npy'} <= {path.name for path in (tmp_path / 'b').iterdir()}
+
+
+def test_mixed_precision_is_float32_where_the_processor_has_no_bfloat16(monkeypatch, capsys):
+    engine._say_once.cache_clear()
+    net, image = torch.nn.Conv2d(3, 4, 1), torch.ones(1, 3, 2, 2)
+    for able, dtype in ((True, torch.bfloat16), (False, torch.float32), (False, torch.float32)):
+        monkeypatch.setattr(engine, 'computes_in_bfloat16', lambda able=able: able)
+        with engine.autocast(image.device, True):
+            assert net(image).dtype == dtype == engine.precision(image.device, True)
+    assert capsys.readouterr().out.count('no bfloat16 instructions') == 1
+    assert engine.precision(torch.device('cuda'), True) == torch.float16
 
 
 def test_evaluation_counts_every_pixel_of_the_original_masks(run_script, shapes, few_shot_run, tmp_path):

@@ -103,7 +103,11 @@ def add_model_flags(parser, models, backbones, restore_help):
     group.add_argument(
         '--device', choices=('auto', 'cpu', 'cuda'), default='auto', help='auto: CUDA where there is one (default)'
     )
-    group.add_argument('--fp16', action='store_true', help='mixed precision: float16 on CUDA, bfloat16 on the CPU')
+    group.add_argument(
+        '--fp16',
+        action='store_true',
+        help='mixed precision: float16 on CUDA, bfloat16 on CPUs with instructions for it (float32 on others)',
+    )
     group.add_argument(
         '--compile', action='store_true', help='torch.compile backbone and decoder; gains nothing on CPUs tried so far'
     )

@@ -1,5 +1,9 @@
 """What both stages and the test share: loaders, precision, evaluation."""
 
+import re
+from functools import lru_cache
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -7,12 +11,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from utils import signals
-from utils.distributed import (
-    all_sum,
-    is_main,
-    rank,
-    world_size,
-)
+from utils.distributed import all_sum, is_main, rank, world_size
 from utils.errors import InputError
 from utils.metrics import confusion_matrix
 from utils.upsampling import needed, predict
@@ -91,15 +90,34 @@ def _collate_evaluation(items):
 
 
 def precision(device, fp16):
-    """The type that convolutions run in: with mixed precision float16 on CUDA, bfloat16 on the CPU."""
+    """The type that convolutions run in: with mixed precision float16 on CUDA, bfloat16 on CPUs that compute in it."""
     if not fp16:
         return torch.float32
-    return torch.float16 if device.type == 'cuda' else torch.bfloat16
+    if device.type == 'cuda':
+        return torch.float16
+    if computes_in_bfloat16():
+        return torch.bfloat16
+    _say_once('--fp16: this processor has no bfloat16 instructions; computing in float32, which is faster here')
+    return torch.float32
+
+
+@lru_cache
+def computes_in_bfloat16():
+    """Whether the processor has instructions for bfloat16; without them PyTorch is a dozen times slower in it."""
+    processor = Path('/proc/cpuinfo')
+    return not processor.is_file() or bool(re.search(r'\b(avx512_bf16|amx_bf16|bf16)\b', processor.read_text()))
+
+
+@lru_cache
+def _say_once(text):
+    if is_main():
+        print(text, flush=True)
 
 
 def autocast(device, fp16):
-    """Mixed precision where it is asked for."""
-    return torch.autocast(device.type, precision(device, fp16), enabled=fp16)
+    """Mixed precision where it is asked for and pays."""
+    dtype = precision(device, fp16)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def compile_features(net):
