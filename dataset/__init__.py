@@ -9,11 +9,10 @@ from dataset.classes import DATASETS, DatasetSpec
 from dataset.fewshot import FewShotDataset
 from dataset.labels import label_table
 from dataset.lists import CACHE_NAME, ClassIndex, FoldLists, ensure_class_lists, read_ids
-from dataset.segmentation import Samples, SegmentationDataset
+from dataset.segmentation import Photographs, Samples, SegmentationDataset
 from dataset.shapes import ensure_shapes
 from dataset.transforms import Augmentation
 from utils.errors import InputError, some
-from utils.legend import Legend
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,7 @@ class FoldData:
     @property
     def legend(self):
         """Names and colours of the labels."""
-        class_ids = (0, *self.base_ids, *self.novel_ids)
-        return Legend(self.spec.logit_names(self.fold), class_ids, len(self.base_ids), self.spec.palette)
+        return self.spec.legend(self.fold)
 
     @property
     def lists(self):
@@ -150,4 +148,6 @@ class FoldData:
         return Samples(images, masks, label_table(self.base_ids, self.novel_ids, novel_as_background))
 
 
-__all__ = ['DATASETS', 'Augmentation', 'DatasetSpec', 'FewShotDataset', 'FoldData', 'SegmentationDataset']
+__all__ = [
+    'DATASETS', 'Augmentation', 'DatasetSpec', 'FewShotDataset', 'FoldData', 'Photographs', 'SegmentationDataset'
+]  # fmt: skip

@@ -6,6 +6,8 @@ A class id is the dataset's own (1..N; 0 is background, 255 is ignored).
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils.legend import Legend
+
 MAX_CLASSES = 253  # 0 is background, 254 and 255 mean something else (`labels`)
 LIST_ROOT = Path(__file__).parent / 'list'
 
@@ -69,6 +71,11 @@ class DatasetSpec:
         """Class names in the order of the logits: background, base, novel."""
         ids = self.base_ids(fold) + self.novel_ids(fold)
         return ('background', *(self.class_names[c - 1] for c in ids))
+
+    def legend(self, fold):
+        """Names and colours of a fold's labels."""
+        base_ids, novel_ids = self.base_ids(fold), self.novel_ids(fold)
+        return Legend(self.logit_names(fold), (0, *base_ids, *novel_ids), len(base_ids), self.palette)
 
     def list_root(self, data_dir):
         """The folder that lists live in unless --train-list says otherwise."""

@@ -11,7 +11,8 @@ from torch.utils.data import Dataset
 
 from dataset import transforms
 from dataset.labels import INVALID
-from utils.errors import InputError
+from utils.errors import InputError, some
+from utils.metrics import IGNORE_INDEX
 
 JPEG_END = b'\xff\xd9'
 ORIENTATION_TAG = 0x0112
@@ -61,6 +62,43 @@ class Samples:
                 f'0..{max(np.flatnonzero(self.table < INVALID))} and 255 (ignored). Is it a mask of this --dataset?'
             )
         return image, labels
+
+
+class Photographs:
+    """The images of a folder, of any common format and without masks; their ids are their names without suffix.
+
+    Args:
+        folder (Path): of the images.
+
+    Raises:
+        InputError: no such folder, no image in it, or two of one name.
+    """
+
+    SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff')
+
+    def __init__(self, folder):
+        if not Path(folder).is_dir():
+            raise InputError(f'folder {folder} does not exist')
+        paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in self.SUFFIXES)
+        if not paths:
+            raise InputError(f'folder {folder} holds no image; expected files named *{", *".join(self.SUFFIXES)}')
+        self._paths = {path.stem: path for path in paths}
+        if len(self._paths) < len(paths):
+            twins = [path.name for path in paths if self._paths[path.stem] != path]
+            raise InputError(f'{some(twins)} in {folder} and another image have the same name but for the suffix')
+
+    @property
+    def ids(self):
+        return list(self._paths)
+
+    def read_image(self, image_id):
+        """Read one image, RGB uint8 [H, W, 3]."""
+        return read_image(self._paths[image_id])
+
+    def read(self, image_id):
+        """Read one image, as `Samples.read`; no pixel of its mask counts."""
+        image = self.read_image(image_id)
+        return image, np.full(image.shape[:2], IGNORE_INDEX, np.uint8)
 
 
 def read_image(path):
@@ -147,7 +185,7 @@ class SegmentationDataset(Dataset):
 
     Args:
         image_ids (sequence of str): in list order.
-        samples (Samples): how to read one.
+        samples (Samples or Photographs): how to read one.
         augmentation (Augmentation, optional): training views. A training item is asked for as (epoch, index), and
             everything random about it is a function of (seed, epoch, index): neither the number of workers nor the
             epoch that training starts from changes what is drawn.

@@ -22,7 +22,9 @@ def folded(net, dtype=torch.float32):
     for part in (net.backbone, net.decoder):
         _fold(part)
         part.to(dtype, memory_format=torch.channels_last)
-    net.decoder.freeze_weights()
+        for module in part.modules():
+            if hasattr(module, 'freeze_weights'):
+                module.freeze_weights()
     return net
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.winograd import conv3x3
+from model.winograd import conv3x3, transformed
 
 
 class PSP(nn.Module):
@@ -52,6 +52,7 @@ class PSP(nn.Module):
             nn.Conv2d(channels, channels, 1),
         )
         self.register_buffer('feature_weight', None, persistent=False)
+        self.register_buffer('kernels', None, persistent=False)  # of the feature weight, transformed
 
     def forward(self, x):
         """Decode backbone features.
@@ -64,16 +65,17 @@ class PSP(nn.Module):
         """
         conv, *rest = self.bottleneck
         *pyramid, feature = self._weights()
-        y = conv3x3(x, feature, conv.bias)  # [B, C, h, w]; has a bias only where folded
+        y = conv3x3(x, feature, conv.bias, kernels=self.kernels)  # [B, C, h, w]; has a bias only where folded
         y += self._pyramid(x, pyramid)
         for layer in rest:
             y = layer(y)
         return y
 
     def freeze_weights(self):
-        """Keep the copy that the convolution makes of its part of the weight; later changes of it go unnoticed."""
+        """Keep what the convolution makes of its part of the weight; later changes of it go unnoticed."""
         *_, feature = self._weights()
         self.feature_weight = feature.contiguous(memory_format=torch.channels_last)
+        self.kernels = transformed(self.feature_weight)
 
     def _weights(self):
         """The 3x3 convolution's weight: for each scale [C, 3, 3, C], for the feature [C, Cb, 3, 3]."""

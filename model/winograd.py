@@ -45,6 +45,7 @@ class Conv3x3(nn.Conv2d):
         # on 'meta' no random numbers are drawn for a weight that is not used
         super().__init__(*channels, 3, 1, conv.padding, conv.dilation, bias=False, device='meta')
         self.weight = conv.weight
+        self.register_buffer('kernels', None, persistent=False)
 
     @staticmethod
     def fits(conv):
@@ -55,10 +56,14 @@ class Conv3x3(nn.Conv2d):
         )  # fmt: skip
 
     def forward(self, x):
-        return conv3x3(x, self.weight, self.bias, self.dilation[0])
+        return conv3x3(x, self.weight, self.bias, self.dilation[0], self.kernels)
+
+    def freeze_weights(self):
+        """Transform the kernels once for all; later changes of the weight go unnoticed."""
+        self.kernels = transformed(self.weight)
 
 
-def conv3x3(x, weight, bias=None, dilation=1):
+def conv3x3(x, weight, bias=None, dilation=1, kernels=None):
     """A 3x3 convolution of stride 1 that keeps the size, by whichever way is faster.
 
     Args:
@@ -66,6 +71,7 @@ def conv3x3(x, weight, bias=None, dilation=1):
         weight (Tensor): [O, C, 3, 3].
         bias (Tensor, optional): [O].
         dilation (int): of the kernel, and zero padding on every side.
+        kernels (Tensor, optional): `transformed(weight)`, for frozen weights and inputs without gradient.
 
     Returns:
         Tensor: [B, O, h, w].
@@ -76,8 +82,18 @@ def conv3x3(x, weight, bias=None, dilation=1):
     large = x.shape[2] * x.shape[3] >= MIN_POSITIONS and min(weight.shape[:2]) >= MIN_CHANNELS
     if not (float32_on_cpu and large):
         return F.conv2d(x, weight, bias, padding=dilation, dilation=dilation)
-    y = _Winograd.apply(x, weight, dilation)
+    if kernels is None:
+        y = _Winograd.apply(x, weight, dilation)
+    else:
+        y = _convolve(x, kernels.__getitem__, len(weight), dilation)
     return y if bias is None else y.add_(bias[:, None, None])
+
+
+def transformed(weight):
+    """The transformed kernels of a weight [O, C, 3, 3], [4, 4, C, O]; None where its convolutions are direct ones."""
+    if weight.device.type != 'cpu' or weight.dtype != torch.float32 or min(weight.shape[:2]) < MIN_CHANNELS_FORWARD:
+        return None
+    return torch.stack([_kernels(weight, i).permute(1, 2, 0) for i in range(4)])
 
 
 class _Winograd(torch.autograd.Function):
@@ -208,7 +224,10 @@ def _padded_tiles(x, dilation, border):
     """
     batch, channels, height, width = x.shape
     vertical, horizontal = (_tile_count(size, dilation) + border for size in (height, width))
-    padded = x.new_zeros(batch, 2 * vertical * dilation, 2 * horizontal * dilation, channels)
+    padded = x.new_empty(batch, 2 * vertical * dilation, 2 * horizontal * dilation, channels)
     start = border * dilation
-    padded[:, start : start + height, start : start + width] = x.permute(0, 2, 3, 1)
+    bottom, right = start + height, start + width
+    padded[:, start:bottom, start:right] = x.permute(0, 2, 3, 1)
+    for frame in (padded[:, :start], padded[:, bottom:], padded[:, :, :start], padded[:, :, right:]):
+        frame.zero_()
     return padded.view(batch, vertical, 2, dilation, horizontal, 2, dilation, channels)

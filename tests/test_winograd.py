@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from oracle import dense_psp
 
 from model import PSP, build_model, winograd
+from model.folding import folded
 from model.winograd import MIN_CHANNELS, MIN_CHANNELS_FORWARD, Conv3x3, conv3x3
 
 
@@ -83,6 +84,17 @@ def test_network_uses_it_and_computes_what_it_would_without(monkeypatch):
     # layer1: 3, layer2: 3, layer3: 6, layer4: 3, the stem's second and third, the decoder
     assert count == len(calls) == 18
     assert (fast - plain).abs().max() < 1e-4 * plain.abs().max()
+
+
+def test_frozen_networks_transform_their_kernels_once(monkeypatch):
+    torch.manual_seed(0)
+    net = build_model('resnet18', 3).eval()
+    frozen = folded(net)
+    x = torch.randn(1, 3, 233, 241)
+    with torch.no_grad():
+        expected = net(x)
+        monkeypatch.setattr(winograd, '_kernels', None)
+        assert (frozen(x) - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 @pytest.mark.parametrize('channels', [MIN_CHANNELS, MIN_CHANNELS_FORWARD])

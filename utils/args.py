@@ -77,6 +77,11 @@ def add_data_flags(parser, datasets):
     group.add_argument(
         '--filter-novel', action='store_true', help='leave out training images that contain novel classes'
     )
+    add_evaluation_flags(group)
+
+
+def add_evaluation_flags(group):
+    """How images get to the network in evaluation; `group` is a parser or a group of one."""
     group.add_argument(
         '--base-size',
         type=parse_size,
@@ -100,6 +105,14 @@ def add_model_flags(parser, models, backbones, restore_help):
     group.add_argument('--backbone', choices=list(backbones), default='resnet50v2', help='default: resnet50v2')
     group.add_argument('--os', type=int, choices=(8, 16, 32), default=8, help='output stride (default: 8)')
     group.add_argument('--restore-from', required=True, help=restore_help)
+    add_device_flags(group)
+    group.add_argument(
+        '--compile', action='store_true', help='torch.compile backbone and decoder; gains nothing on CPUs tried so far'
+    )
+
+
+def add_device_flags(group):
+    """Where and in which precision; `group` is a parser or a group of one."""
     group.add_argument(
         '--device', choices=('auto', 'cpu', 'cuda'), default='auto', help='auto: CUDA where there is one (default)'
     )
@@ -107,9 +120,6 @@ def add_model_flags(parser, models, backbones, restore_help):
         '--fp16',
         action='store_true',
         help='mixed precision: float16 on CUDA, bfloat16 on CPUs with instructions for it (float32 on others)',
-    )
-    group.add_argument(
-        '--compile', action='store_true', help='torch.compile backbone and decoder; gains nothing on CPUs tried so far'
     )
 
 

@@ -75,9 +75,12 @@ def check_split(split, data, workers):
 
 
 def check_classes(spec, pixels, shots):
-    """Classes with too few images for a shot count."""
+    """Classes with too few images for a shot count, or none, which stage 2 refuses."""
     usable = (pixels >= spec.min_pixels).sum(axis=0)
     findings = []
+    if none := [name for c, name in enumerate(spec.class_names, 1) if not usable[c]]:
+        text = f'no image shows >= {spec.min_pixels} pixels of {some(none, 8)}; add images, or lower min_pixels'
+        findings.append(('error', 'classes', text))
     for shot in shots:
         few = [f'{name} ({usable[c]})' for c, name in enumerate(spec.class_names, 1) if usable[c] < shot]
         if few:

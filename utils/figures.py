@@ -182,17 +182,28 @@ def support_figure(support, legend, shot):
     for axis in axes.flat:
         axis.set_axis_off()
     per_class = -(-shot // columns) * columns if shot > 1 else 1
-    colors = legend.colors
     for i, (image_id, image, labels) in enumerate(support):
         axis = axes.flat[i // shot * per_class + i % shot]
         label = legend.novel_labels[i // shot]
-        counted = ((labels > 0) & (labels < len(legend.names)))[:, :, None]
-        blended = np.where(counted, 0.4 * image + 0.6 * colors[labels], image).astype(np.uint8)
-        axis.imshow(blended)
+        axis.imshow(coloured(image, labels, legend))
         axis.set_title(f'{legend.names[label]}\n{image_id}', fontsize=9)
     present = sorted({k for _, _, labels in support for k in np.unique(labels) if 0 < k < len(legend.names)})
     figure.legend(handles=_patches(legend, present), loc='outside lower center', ncols=max(2, columns + 1),
                   frameon=False, fontsize=10)  # fmt: skip
+    return figure
+
+
+def coloured(image, labels, legend):
+    """An image (RGB uint8 [H, W, 3]) whose classes (labels uint8 [H, W]) shine through in their colours."""
+    shown = ((labels > 0) & (labels < len(legend.names)))[:, :, None]
+    return np.where(shown, 0.4 * image + 0.6 * legend.colors[labels], image).astype(np.uint8)
+
+
+def legend_figure(legend):
+    """The colours of all classes."""
+    count = len(legend.names) - 1
+    figure = Figure(figsize=(8, 0.6 + 0.25 * -(-count // 4)), layout='constrained')
+    figure.legend(handles=_patches(legend, range(1, count + 1)), loc='center', ncols=4, frameon=False, fontsize=10)
     return figure
 
 

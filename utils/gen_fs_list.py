@@ -54,6 +54,8 @@ def main(args):
             for c in spec.novel_ids(fold)
         }
         for shot in args.shot:
+            if few := [f'{spec.class_names[c - 1]} ({len(ids)})' for c, ids in class_lists.items() if len(ids) < shot]:
+                print(f'note: fold {fold} has fewer than {shot} images of {some(few)}; these lists repeat them')
             for seed in args.seed:
                 path = data.lists.support(shot, seed)
                 if path.is_file() and not args.overwrite:

@@ -87,7 +87,8 @@ class Trainer:
         self.progress = Progress(**training['progress'])
         torch.set_rng_state(training['rng'])
         where = f'resumed at epoch {self.progress.epoch + 1}, step {self.progress.step + 1}'
-        self.logger.info(self.who + ('finished earlier' if self.progress.finished else where))
+        done = 'finished earlier; to train on: --resume FILE with more epochs, to start anew: --resume off --overwrite'
+        self.logger.info(self.who + (done if self.progress.finished else where))
 
     def save(self, name='last'):
         """Write a checkpoint; all but `best` can be gone on from."""

@@ -18,6 +18,11 @@ def save_palette_png(path, mask, palette):
         picture.save(file, format='png')
 
 
+def save_labels(path, labels, legend):
+    """Write labels (uint8 [H, W], below 255) as a palette PNG of class ids, in the data set's colours."""
+    save_palette_png(path, np.array(legend.class_ids, np.uint8)[labels], PALETTES[legend.palette]())
+
+
 class ImageScores:
     """Takes the predictions of an evaluation: scores each image, and writes it where that is asked for.
 
@@ -42,8 +47,7 @@ class ImageScores:
             shows_novel = bool(np.isin(truth, list(self.legend.novel_labels)).any())
             self.scores[image_id] = (float(np.nanmean(iou_per_class(counts))), shows_novel)
         if self.folder:
-            class_ids = np.array(self.legend.class_ids, np.uint8)[prediction]
-            save_palette_png(self.folder / f'{image_id}.png', class_ids, PALETTES[self.legend.palette]())
+            save_labels(self.folder / f'{image_id}.png', prediction, self.legend)
 
 
 def choose_telling(scores, count):

@@ -1,0 +1,91 @@
+"""Segmenting photographs that have no masks."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, run_process
+from PIL import Image
+
+from dataset.segmentation import read_mask
+from model import build_model
+from utils.checkpoint import save_checkpoint
+from utils.legend import spread_palette
+
+
+@pytest.fixture
+def photographs(shapes, tmp_path):
+    """Two images, one under another format, and a file that is none."""
+    first, second = (shapes / 'list' / 'val.txt').read_text().split()[:2]
+    folder = tmp_path / 'photographs'
+    folder.mkdir()
+    (folder / f'{first}.JPG').write_bytes((shapes / f'JPEGImages/{first}.jpg').read_bytes())
+    picture = Image.open(shapes / f'JPEGImages/{second}.jpg')
+    picture.save(folder / f'{second}.png')
+    (folder / 'notes.txt').write_text('no image')
+    return folder, first, second
+
+
+def segment(run_script, checkpoint, folder, to):
+    return run_script(
+        'utils/predict.py', '--restore-from', checkpoint, '--images', folder, '--save-path', to, '--base-size', '65,65',
+        '--num-workers', 0,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def untrained(tmp_path):
+    """A checkpoint of a network that sees classes everywhere."""
+    torch.manual_seed(0)
+    net = build_model('resnet18', 15, 5, 32)
+    config = {'dataset': 'shapes', 'fold': 0, 'backbone': 'resnet18', 'os': 32, 'shot': 1, 'seed': 123}
+    save_checkpoint(tmp_path / 'net.pth', net, config, 1, {})
+    return tmp_path / 'net.pth'
+
+
+def test_segments_as_the_evaluation_does(run_script, shapes, untrained, photographs, tmp_path):
+    folder, first, second = photographs
+    code, output = segment(run_script, untrained, folder, tmp_path / 'out')
+    assert code == 0 and '2 images' in output, output
+    names = {f'{i}{suffix}' for i in (first, second) for suffix in ('.png', '_overlay.jpg')} | {'legend.png'}
+    assert {path.name for path in (tmp_path / 'out').iterdir()} == names
+    code, output = run_script(
+        'test.py', *TINY, '--data-dir', shapes, '--restore-from', untrained, '--save', '--save-path', tmp_path
+    )
+    assert code == 0, output
+    for image_id in (first, second):
+        ours = read_mask(tmp_path / f'out/{image_id}.png')
+        np.testing.assert_array_equal(ours, read_mask(tmp_path / f'predictions_123/{image_id}.png'))
+        image = np.array(Image.open(shapes / f'JPEGImages/{image_id}.jpg').convert('RGB'))
+        overlay = np.array(Image.open(tmp_path / f'out/{image_id}_overlay.jpg'))
+        expected = np.where(ours[..., None] > 0, 0.4 * image + 0.6 * spread_palette()[ours], image)
+        assert np.abs(overlay - expected).mean() < 12  # JPEG blurs colours at borders
+        assert len(np.unique(ours)) > 1
+
+
+def test_a_network_of_stage_1_knows_base_classes_only(run_script, base_run, photographs, tmp_path):
+    folder, first, _ = photographs
+    code, output = segment(run_script, base_run / 'best.pth', folder, tmp_path / 'out')
+    assert code == 0, output
+    assert not set(np.unique(read_mask(tmp_path / f'out/{first}.png'))) & set(range(1, 6))  # novel in fold 0
+
+
+def test_refuses_what_it_cannot_segment(run_script, few_shot_run, base_run, photographs, tmp_path):
+    folder, first, _ = photographs
+    for checkpoint, images, message in (
+        (few_shot_run, folder, 'there is no'),  # several seeds
+        (base_run, tmp_path / 'nothing', 'does not exist'),
+        (base_run, few_shot_run, 'holds no image'),
+    ):
+        code, output = segment(run_script, checkpoint, images, tmp_path / 'out')
+        assert code == 1 and message in output, output
+    (folder / f'{first}.png').write_bytes((folder / f'{first}.JPG').read_bytes())
+    code, output = segment(run_script, base_run, folder, tmp_path / 'out')
+    assert code == 1 and 'same name' in output
+    assert not (tmp_path / 'out').exists()
+
+
+def test_runs_as_a_module():
+    code, output = run_process(sys.executable, '-m', 'utils.predict', '--help')
+    assert code == 0 and 'photographs' in output

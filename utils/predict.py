@@ -1,0 +1,95 @@
+"""Segment photographs, which need no masks, with a trained network.
+
+    python -m utils.predict --restore-from runs/street_5shot/best_123.pth --images photographs --save-path segmented
+
+The checkpoint says which data set's classes and which network it is. --save-path gets, for each image ID, ID.png, a
+palette PNG of class ids at the original size, and ID_overlay.jpg, the image with its classes coloured as in legend.png.
+"""
+
+from pathlib import Path
+
+from PIL import Image
+
+from dataset import DATASETS, Photographs, SegmentationDataset
+from model import build_model
+from model.folding import folded
+from utils import args as cli
+from utils.checkpoint import count_classes, load_weights, read_checkpoint, resolve_checkpoint
+from utils.distributed import is_main, process_group
+from utils.engine import evaluate, evaluation_loader, precision
+from utils.errors import InputError, exits_cleanly
+from utils.figures import coloured, legend_figure, save_figure
+from utils.files import atomic_write, check_writable
+from utils.visualize import save_labels
+
+
+def parse_args(argv=None):
+    parser = cli.make_parser(__doc__)
+    parser.add_argument('--restore-from', required=True, help='checkpoint of either stage, e.g. best_123.pth')
+    parser.add_argument('--images', type=Path, required=True, help='folder of the photographs')
+    parser.add_argument('--save-path', type=Path, required=True, help='folder of the results')
+    cli.add_evaluation_flags(parser)
+    cli.add_device_flags(parser)
+    return parser.parse_args(argv)
+
+
+def load_network(path):
+    """The network of a checkpoint and the legend of its classes.
+
+    Raises:
+        InputError: it is of other code and does not say what it was trained on, or names an unknown data set.
+    """
+    config = read_checkpoint(path)[1]
+    if missing := {'dataset', 'fold', 'backbone', 'os'} - set(config):
+        raise InputError(
+            f'{path} does not say its {", ".join(sorted(missing))}, as checkpoints of train_base.py and ft_pop.py do; '
+            'segment with test.py --save, whose flags say it'
+        )
+    if config['dataset'] not in DATASETS:
+        raise InputError(
+            f'{path} is of the data set {config["dataset"]!r}, which has no row in dataset/classes.py; '
+            f'there are {", ".join(DATASETS)}'
+        )
+    net = build_model(config['backbone'], *count_classes(path), config['os'])
+    load_weights(net, path)
+    return net, DATASETS[config['dataset']].legend(config['fold']).cut(net.num_logits)
+
+
+class PredictionWriter:
+    """Writes the picture and the class ids of each prediction.
+
+    Args:
+        photographs (Photographs): what is segmented.
+        legend (Legend): of the labels.
+        folder (Path): of the results.
+    """
+
+    def __init__(self, photographs, legend, folder):
+        self.photographs, self.legend, self.folder = photographs, legend, folder
+
+    def __call__(self, image_id, prediction, truth):
+        """Take one image's labels, an integer tensor [H, W]; there is no truth to look at."""
+        labels = prediction.byte().cpu().numpy()
+        save_labels(self.folder / f'{image_id}.png', labels, self.legend)
+        overlay = coloured(self.photographs.read_image(image_id), labels, self.legend)
+        with atomic_write(self.folder / f'{image_id}_overlay.jpg', 'wb', sync=False) as file:
+            Image.fromarray(overlay).save(file, format='jpeg', quality=92)
+
+
+@exits_cleanly
+def main(args):
+    with process_group(args.device) as device:
+        photographs = Photographs(args.images)
+        net, legend = load_network(resolve_checkpoint(args.restore_from))
+        check_writable(args.save_path)
+        net = folded(net.to(device), precision(device, args.fp16))
+        dataset = SegmentationDataset(photographs.ids, photographs, fit_size=args.base_size)
+        loader = evaluation_loader(dataset, args.test_batch_size, args.num_workers, device)
+        evaluate(net, loader, device, args.fp16, PredictionWriter(photographs, legend, args.save_path))
+        if is_main():
+            save_figure(args.save_path / 'legend.png', legend_figure(legend))
+            print(f'{len(photographs.ids)} images segmented: {args.save_path}')
+
+
+if __name__ == '__main__':
+    main(parse_args())
