@@ -3,7 +3,7 @@
     python benchmarks/convolutions.py [--precision float32 bfloat16] [--rounds 7]
 
 For each of the network's shapes, the time of the forward pass and that of both passes, both ways in turn, medians; and
-both ways' error against float64, relative to the root mean square. The limits in `model/winograd.py` rest on this: run it
+both ways' error against float64, relative to the root mean square. `model/winograd.py` rests its limits on this: run it
 before changing them, and on processors unlike those in NOTES.md.
 """
 
