@@ -252,6 +252,12 @@ def check_folds(parser, spec, folds):
             parser.error(f'--fold: {error}')
 
 
+def fill_lists(args, spec):
+    """Where the lists of a DatasetSpec are unless --train-list and --val-list say otherwise; changes args."""
+    args.train_list = args.train_list or spec.list_root(args.data_dir) / spec.train_list
+    args.val_list = getattr(args, 'val_list', None) or args.train_list.parent / spec.val_list
+
+
 def check(parser, args, datasets):
     """Fill the defaults that depend on the dataset, and refuse values that do not go together.
 
@@ -265,8 +271,7 @@ def check(parser, args, datasets):
     """
     spec = datasets[args.dataset]
     check_folds(parser, spec, [args.fold])
-    args.train_list = args.train_list or spec.list_root(args.data_dir) / spec.train_list
-    args.val_list = args.val_list or args.train_list.parent / spec.val_list
+    fill_lists(args, spec)
     if hasattr(args, 'batch_size'):
         args.batch_size = args.batch_size or spec.batch_size
         args.scale_range = args.scale_range or spec.scale_range

@@ -15,7 +15,7 @@ import numpy as np
 
 from dataset import DATASETS, FoldData
 from dataset.lists import read_ids
-from utils.args import check_folds, make_parser, not_negative, positive
+from utils.args import check_folds, fill_lists, make_parser, not_negative, positive
 from utils.errors import InputError, exits_cleanly, some
 from utils.parallel import parallel_map
 
@@ -33,8 +33,7 @@ def parse_args(argv=None):
     spec = DATASETS[args.dataset]
     args.fold = args.fold or list(range(len(spec.folds)))
     check_folds(parser, spec, args.fold)
-    args.train_list = args.train_list or spec.list_root(args.data_dir) / spec.train_list
-    args.val_list = args.val_list or args.train_list.parent / spec.val_list
+    fill_lists(args, spec)
     return args
 
 

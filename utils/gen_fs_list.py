@@ -11,7 +11,7 @@ from pathlib import Path
 from dataset import DATASETS, FoldData
 from dataset.fewshot import draw_support
 from dataset.lists import read_ids, write_ids
-from utils.args import check_folds, make_parser, not_negative, positive
+from utils.args import check_folds, fill_lists, make_parser, not_negative, positive
 from utils.errors import InputError, exits_cleanly, some
 
 
@@ -36,17 +36,16 @@ def parse_args(argv=None):
     check_folds(parser, spec, args.fold)
     if args.data_dir is None and (args.train_list is None and spec.lists_in_data):
         parser.error(f'--data-dir is needed: {args.dataset} keeps its lists there')
-    args.train_list = args.train_list or spec.list_root(args.data_dir) / spec.train_list
+    fill_lists(args, spec)
     return args
 
 
 @exits_cleanly
 def main(args):
     spec = DATASETS[args.dataset]
-    val_list = args.train_list.parent / spec.val_list
     for fold in args.fold:
         for filtered in (False, True) if args.filter_novel else (False,):
-            data = FoldData(spec, args.data_dir, fold, args.train_list, val_list, filtered)
+            data = FoldData(spec, args.data_dir, fold, args.train_list, args.val_list, filtered)
             if args.data_dir:
                 data.ensure_lists(args.overwrite)
         class_lists = {
