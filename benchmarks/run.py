@@ -171,7 +171,7 @@ PATHS = {
     'confusion_matrix': (confusion, ('81',)),
 }
 CONVOLVING = ('stage1_step', 'stage2_step', 'inference')  # what convolutions bound
-SCALE = (15, 60, 200, 1000)
+MANY = (200, 1000)  # classes, beyond those of the table
 EPOCHS = 500  # of stage 2
 PROTOCOLS = {  # stage 2 with 1 shot: setting, steps of an epoch, validation images
     'VOC': ('15+5', 15, 1449),
@@ -198,7 +198,7 @@ class Side:
     """
 
     def __init__(self, path, setting, side):
-        context = multiprocessing.get_context('spawn')  # nothing inherited: neither memory nor settings
+        context = multiprocessing.get_context('forkserver')  # inherits imports, but neither memory nor settings
         self.pipe, far_end = context.Pipe()
         self.process = context.Process(target=_serve, args=(far_end, path, setting, side), daemon=True)
         self.process.start()
@@ -206,7 +206,7 @@ class Side:
         self.pipe.recv()  # warm; sides that warmed up at the same time would hinder each other
 
     def ask(self, what):
-        """'time': seconds of one call; 'memory': peak resident memory so far in MB; 'flop': operations of a call."""
+        """'time': seconds of one call; 'memory': peak resident memory so far in MB; 'flop': operations of the first."""
         self.pipe.send(what)
         return self.pipe.recv()
 
@@ -219,9 +219,9 @@ def _serve(pipe, path, setting, side):
     if side != 'plain':
         keep_freed_memory()  # as the scripts do
     run = case(path, setting, side)
-    run()
+    flop = operations(run)
     pipe.send('warm')
-    answers = {'time': lambda: clock(run), 'memory': peak_memory, 'flop': lambda: operations(run)}
+    answers = {'time': lambda: clock(run), 'memory': peak_memory, 'flop': lambda: flop}
     while (what := pipe.recv()) in answers:
         pipe.send(answers[what]())
 
@@ -232,17 +232,17 @@ def peak_memory():
     return int(status.split('VmHWM:')[1].split()[0]) / 1024
 
 
-def measure(path, setting, sides, rounds):
+def measure(path, setting, sides, rounds, turn=0.2):
     """Median seconds and peak memory in MB of one call of each side, and the operations of ours.
 
-    The sides take turns; calls that are short are made more often.
+    The sides take turns, in which they make calls for `turn` seconds, at least one.
     """
     processes = {side: Side(path, setting, side) for side in sides}
     seconds = {side: [] for side in sides}
     for _ in range(rounds):
         for side, process in processes.items():
             spent = 0
-            while spent < 0.2:
+            while spent < turn:
                 seconds[side].append(process.ask('time'))
                 spent += seconds[side][-1]
     result = {
@@ -259,7 +259,7 @@ def measure(path, setting, sides, rounds):
 def best_convolution_rate(dtype):
     """Best floating-point rate of forward convolutions of the network's shapes, channels last."""
     best = 0
-    for batch_size in (1, 4):
+    for batch_size in (1, 2):
         for channels, kernel in ((512, 3), (2048, 3), (2048, 1)):
             x = torch.randn(batch_size, channels, 60, 60, dtype=dtype).to(memory_format=torch.channels_last)
             weight = torch.randn(512, channels, kernel, kernel, dtype=dtype).to(memory_format=torch.channels_last)
@@ -300,10 +300,12 @@ def compare(paths, quick):
     """The rows of the main table."""
     rows = []
     for path in paths:
-        rounds = (1 if path == 'stage1_step' else 2) if quick else 5
+        # the plain side's steps of stage 1 take most of the time
+        once = quick and path == 'stage1_step'
+        rounds, turn = (1, 15) if once else (2 if quick else 5, 0.2)
         sides = SIDES[:2] if path == 'confusion_matrix' else SIDES  # counting has no precision
         for setting in PATHS[path][1]:
-            plain_side, *ours = measure(path, setting, sides, rounds).items()
+            plain_side, *ours = measure(path, setting, sides, rounds, turn).items()
             for side, values in ours:
                 rows.append({
                     'path': path, 'setting': setting, 'precision': side,
@@ -322,16 +324,19 @@ def line(row):
     )
 
 
-def scale(quick):
-    """Our step of stage 1 against the number of classes."""
-    rows = []
+def scale(rows, quick):
+    """Our step of stage 1 against the number of classes; goes on from the rows of the main table."""
     side = SIDES[-1]
+    known = {int(row['setting'][3:]): row for row in rows if row['path'] == 'stage1_step' and row['precision'] == side}
+    points = [{'classes': k, 'precision': side, 'ours_s': row['ours_s'], 'ours_mb': row['ours_mb']}
+              for k, row in known.items()]  # fmt: skip
+    for num_base in MANY[-1:] if quick else MANY:
+        ours = measure('stage1_step', f'Kb={num_base}', (side,), 2 if quick else 5)[side]
+        points.append({'classes': num_base, 'precision': side, 'ours_s': ours['s'], 'ours_mb': ours['mb']})
     print(f'\nstage 1 step, batch 2, {side}, against the number of classes')
-    for num_base in (SCALE[0], SCALE[-1]) if quick else SCALE:
-        ours = measure('stage1_step', f'Kb={num_base}', (side,), 1 if quick else 3)[side]
-        rows.append({'classes': num_base, 'precision': side, 'ours_s': ours['s'], 'ours_mb': ours['mb']})
-        print(f'{num_base:5} classes {ours["s"]:8.3f} s {ours["mb"]:7.0f} MB', flush=True)
-    return rows
+    for point in points:
+        print(f'{point["classes"]:5} classes {point["ours_s"]:8.3f} s {point["ours_mb"]:7.0f} MB', flush=True)
+    return points
 
 
 def toward_the_limit(rows):
@@ -395,7 +400,7 @@ def main():
     )
     result = {'machine': machine(), 'rows': compare(args.only or PATHS, args.quick)}
     if not args.only:
-        result['scale'] = scale(args.quick)
+        result['scale'] = scale(result['rows'], args.quick)
         result['images_per_second_per_core'] = loading_speed()
         for kind, speed in result['images_per_second_per_core'].items():
             print(f'data loading, {kind}: {speed:.0f} images/s on one core')
