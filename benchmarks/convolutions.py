@@ -3,8 +3,8 @@
     python benchmarks/convolutions.py [--precision float32 bfloat16] [--rounds 7]
 
 For each of the network's shapes, the time of the forward pass and that of both passes, both ways in turn, medians; and
-both ways' error against float64, relative to the root mean square. `model/winograd.py` rests its limits on this: run it
-before changing them, and on processors unlike those in NOTES.md.
+both ways' error against float64, relative to the root mean square. Where a shape has fewer channels than
+`MIN_CHANNELS_FORWARD`, both ways are the same forward. For processors unlike those in NOTES.md.
 """
 
 import argparse

@@ -32,7 +32,7 @@ class PlainPOP(nn.Module):
         self.net = net
         for module in net.backbone.modules():
             if isinstance(module, Conv3x3):
-                module.__class__ = nn.Conv2d  # which it differs from by its forward pass alone
+                module.__class__ = nn.Conv2d  # whose forward pass it has from then on
 
     def forward(self, images):
         features = dense_psp(self.net.decoder, self.net.backbone(images))

@@ -79,7 +79,8 @@ class Photographs:
     def __init__(self, folder):
         if not Path(folder).is_dir():
             raise InputError(f'folder {folder} does not exist')
-        paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in self.SUFFIXES)
+        files = (path for path in Path(folder).iterdir() if path.is_file() and not path.name.startswith('.'))
+        paths = sorted(path for path in files if path.suffix.lower() in self.SUFFIXES)
         if not paths:
             raise InputError(f'folder {folder} holds no image; expected files named *{", *".join(self.SUFFIXES)}')
         self._paths = {path.stem: path for path in paths}

@@ -22,7 +22,7 @@ def folded(net, dtype=torch.float32):
     for part in (net.backbone, net.decoder):
         _fold(part)
         part.to(dtype, memory_format=torch.channels_last)
-        for module in part.modules():
+        for module in part.modules():  # after the conversion, which would reorder what they keep
             if hasattr(module, 'freeze_weights'):
                 module.freeze_weights()
     return net

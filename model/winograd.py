@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-# with less of them, the transforms cost what the products save (measured in benchmarks/NOTES.md); the choice does not
+# with fewer of them, the transforms cost what the products save (measured in benchmarks/NOTES.md); the choice does not
 # depend on the batch size, so that an image's prediction does not depend on the others in its batch
 MIN_POSITIONS = 800  # h*w
 MIN_CHANNELS = 64
@@ -52,7 +52,8 @@ class Conv3x3(nn.Conv2d):
         """Whether a convolution is one that this class computes faster."""
         return (
             conv.kernel_size == (3, 3) and conv.stride == (1, 1) and conv.padding == conv.dilation
-            and conv.groups == 1 and conv.bias is None and min(conv.in_channels, conv.out_channels) >= MIN_CHANNELS
+            and conv.dilation[0] == conv.dilation[1] and conv.padding_mode == 'zeros' and conv.groups == 1
+            and conv.bias is None and min(conv.in_channels, conv.out_channels) >= MIN_CHANNELS
         )  # fmt: skip
 
     def forward(self, x):
@@ -71,7 +72,7 @@ def conv3x3(x, weight, bias=None, dilation=1, kernels=None):
         weight (Tensor): [O, C, 3, 3].
         bias (Tensor, optional): [O].
         dilation (int): of the kernel, and zero padding on every side.
-        kernels (Tensor, optional): `transformed(weight)`, for frozen weights and inputs without gradient.
+        kernels (Tensor, optional): `transformed(weight)` of a frozen weight.
 
     Returns:
         Tensor: [B, O, h, w].
@@ -82,7 +83,7 @@ def conv3x3(x, weight, bias=None, dilation=1, kernels=None):
     large = x.shape[2] * x.shape[3] >= MIN_POSITIONS and min(weight.shape[:2]) >= MIN_CHANNELS
     if not (float32_on_cpu and large):
         return F.conv2d(x, weight, bias, padding=dilation, dilation=dilation)
-    if kernels is None:
+    if kernels is None or (torch.is_grad_enabled() and x.requires_grad):
         y = _Winograd.apply(x, weight, dilation)
     else:
         y = _convolve(x, kernels.__getitem__, len(weight), dilation)

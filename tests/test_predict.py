@@ -1,5 +1,6 @@
 """Segmenting photographs that have no masks."""
 
+import re
 import sys
 
 import numpy as np
@@ -10,7 +11,9 @@ from PIL import Image
 
 from dataset.segmentation import read_mask
 from model import build_model
+from utils import predict
 from utils.checkpoint import save_checkpoint
+from utils.errors import InputError
 from utils.legend import spread_palette
 
 
@@ -27,10 +30,10 @@ def photographs(shapes, tmp_path):
     return folder, first, second
 
 
-def segment(run_script, checkpoint, folder, to):
+def segment(run_script, checkpoint, folder, to, *flags):
     return run_script(
         'utils/predict.py', '--restore-from', checkpoint, '--images', folder, '--save-path', to, '--base-size', '65,65',
-        '--num-workers', 0,
+        '--num-workers', 0, *flags,
     )  # fmt: skip
 
 
@@ -48,7 +51,7 @@ def test_segments_as_the_evaluation_does(run_script, shapes, untrained, photogra
     folder, first, second = photographs
     code, output = segment(run_script, untrained, folder, tmp_path / 'out')
     assert code == 0 and '2 images' in output, output
-    names = {f'{i}{suffix}' for i in (first, second) for suffix in ('.png', '_overlay.jpg')} | {'legend.png'}
+    names = {f'{i}{suffix}' for i in (first, second) for suffix in ('.png', '_overlay.jpg')} | {'legend.svg'}
     assert {path.name for path in (tmp_path / 'out').iterdir()} == names
     code, output = run_script(
         'test.py', *TINY, '--data-dir', shapes, '--restore-from', untrained, '--save', '--save-path', tmp_path
@@ -84,6 +87,40 @@ def test_refuses_what_it_cannot_segment(run_script, few_shot_run, base_run, phot
     code, output = segment(run_script, base_run, folder, tmp_path / 'out')
     assert code == 1 and 'same name' in output
     assert not (tmp_path / 'out').exists()
+
+
+def test_never_writes_over_photographs(run_script, untrained, photographs):
+    folder = photographs[0]
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    code, output = segment(run_script, untrained, folder, folder / '..' / folder.name)
+    assert code == 2 and 'overwritten' in output
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(('change', 'message'), (
+    ({'dataset': 'street'}, 'no row in dataset/classes.py'),
+    ({'fold': 7}, 'fold 7 not supported'),
+    ({'backbone': 'vgg'}, "backbone 'vgg' not supported"),
+    ({'fold': -1}, '15 base and 5 novel classes; fold -1'),
+    (None, 'does not say its backbone, dataset, fold, os'),
+))  # fmt: skip
+def test_refuses_checkpoints_of_other_classes(untrained, change, message):
+    content = torch.load(untrained, weights_only=True)
+    content = content['model'] if change is None else content | {'config': content['config'] | change}
+    torch.save(content, untrained)
+    with pytest.raises(InputError, match=re.escape(message)):
+        predict.load_network(untrained)
+
+
+def test_goes_on_without_images_that_cannot_be_read(run_script, untrained, photographs, tmp_path):
+    folder, first, second = photographs
+    (folder / f'{first}.JPG').write_bytes(b'no picture')
+    (folder / f'._{second}.jpg').write_bytes(b'what some systems leave beside a file')
+    code, output = segment(run_script, untrained, folder, tmp_path / 'out')
+    assert code == 1 and 'cannot be decoded' in output
+    code, output = segment(run_script, untrained, folder, tmp_path / 'out', '--skip-bad-images')
+    assert code == 0 and 'skipped' in output
+    assert (tmp_path / f'out/{second}.png').is_file() and not (tmp_path / f'out/{first}.png').exists()
 
 
 def test_runs_as_a_module():

@@ -126,6 +126,12 @@ def test_mixed_precision_is_float32_where_the_processor_has_no_bfloat16(monkeypa
     assert engine.precision(torch.device('cuda'), True) == torch.float16
 
 
+def test_knows_processors_with_bfloat16():
+    assert engine.names_bfloat16('flags : fpu avx512f avx512_bf16 avx512_fp16\n')
+    assert engine.names_bfloat16('flags : amx_bf16 amx_tile\n') and engine.names_bfloat16('Features : i8mm bf16 dgh\n')
+    assert not engine.names_bfloat16('flags : fpu avx avx2 f16c avx512f avx512_vnni\n')
+
+
 def test_evaluation_counts_every_pixel_of_the_original_masks(run_script, shapes, few_shot_run, tmp_path):
     code, output = run_script(
         'test.py', *TINY, '--data-dir', shapes, '--restore-from', few_shot_run / 'best.pth', '--random-seed', '123,234',

@@ -49,6 +49,7 @@ def test_takes_over_the_convolutions_that_it_is_faster_for():
         return Conv3x3.fits(torch.nn.Conv2d(in_channels, MIN_CHANNELS, 3, **({'bias': False, 'padding': 1} | settings)))
 
     assert fits() and fits(padding=2, dilation=2)
+    assert not fits(padding=(1, 2), dilation=(1, 2)) and not fits(padding_mode='reflect')
     assert not fits(stride=2) and not fits(padding=0) and not fits(groups=2) and not fits(in_channels=32)
 
 
@@ -95,6 +96,16 @@ def test_frozen_networks_transform_their_kernels_once(monkeypatch):
         expected = net(x)
         monkeypatch.setattr(winograd, '_kernels', None)
         assert (frozen(x) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_frozen_convolutions_have_gradients_by_their_input():
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(MIN_CHANNELS_FORWARD, MIN_CHANNELS_FORWARD, 3, padding=2, dilation=2, bias=False)
+    frozen = Conv3x3(conv).requires_grad_(False)
+    frozen.freeze_weights()
+    x = torch.randn(1, MIN_CHANNELS_FORWARD, 29, 31, requires_grad=True)
+    ours, theirs = (torch.autograd.grad(form(x).square().sum(), x)[0] for form in (frozen, conv))
+    assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
 
 
 @pytest.mark.parametrize('channels', [MIN_CHANNELS, MIN_CHANNELS_FORWARD])

@@ -81,7 +81,7 @@ def check_classes(spec, pixels, shots):
         text = f'no image shows >= {spec.min_pixels} pixels of {some(none, 8)}; add images, or lower min_pixels'
         findings.append(('error', 'classes', text))
     for shot in shots:
-        few = [f'{name} ({usable[c]})' for c, name in enumerate(spec.class_names, 1) if usable[c] < shot]
+        few = [f'{name} ({usable[c]})' for c, name in enumerate(spec.class_names, 1) if 0 < usable[c] < shot]
         if few:
             text = f'{len(few)} classes have fewer than {shot} images with >= {spec.min_pixels} pixels: {some(few, 8)}'
             findings.append(('note', f'{shot}-shot', text))
@@ -118,8 +118,9 @@ def main(args):
         findings.append(
             ('error', 'lists', f'{len(shared)} ids are in both lists, training on test images: {some(shared)}')
         )
+    readable = not any(severity == 'error' for severity, *_ in findings)
     findings += check_classes(spec, pixels, args.shot)
-    if not any(severity == 'error' for severity, *_ in findings):  # lists are checked against masks that can be read
+    if readable:  # lists are checked against masks that can be read
         for fold in args.fold:
             findings += check_lists(FoldData(spec, args.data_dir, fold, args.train_list, args.val_list), args.shot)
     errors = sum(severity == 'error' for severity, *_ in findings)

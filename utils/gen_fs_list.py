@@ -53,8 +53,10 @@ def main(args):
             for c in spec.novel_ids(fold)
         }
         for shot in args.shot:
-            if few := [f'{spec.class_names[c - 1]} ({len(ids)})' for c, ids in class_lists.items() if len(ids) < shot]:
-                print(f'note: fold {fold} has fewer than {shot} images of {some(few)}; these lists repeat them')
+            if few := [
+                f'{spec.class_names[c - 1]} ({len(ids)})' for c, ids in class_lists.items() if 0 < len(ids) < shot
+            ]:
+                print(f'note: fold {fold} has fewer than {shot} images of {some(few)}; lists repeat them')
             for seed in args.seed:
                 path = data.lists.support(shot, seed)
                 if path.is_file() and not args.overwrite:

@@ -3,7 +3,7 @@
     python -m utils.predict --restore-from runs/street_5shot/best_123.pth --images photographs --save-path segmented
 
 The checkpoint says which data set's classes and which network it is. --save-path gets, for each image ID, ID.png, a
-palette PNG of class ids at the original size, and ID_overlay.jpg, the image with its classes coloured as in legend.png.
+palette PNG of class ids at the original size, and ID_overlay.jpg, the image with its classes coloured as in legend.svg.
 """
 
 from pathlib import Path
@@ -27,32 +27,49 @@ def parse_args(argv=None):
     parser = cli.make_parser(__doc__)
     parser.add_argument('--restore-from', required=True, help='checkpoint of either stage, e.g. best_123.pth')
     parser.add_argument('--images', type=Path, required=True, help='folder of the photographs')
-    parser.add_argument('--save-path', type=Path, required=True, help='folder of the results')
+    parser.add_argument('--save-path', type=Path, required=True, help='folder of the results, another one')
+    parser.add_argument('--skip-bad-images', action='store_true', help='go on without images that cannot be read')
     cli.add_evaluation_flags(parser)
     cli.add_device_flags(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.save_path.resolve() == args.images.resolve():
+        parser.error(f'--save-path {args.save_path} is the folder of --images, whose files would be overwritten')
+    return args
 
 
 def load_network(path):
     """The network of a checkpoint and the legend of its classes.
 
     Raises:
-        InputError: it is of other code and does not say what it was trained on, or names an unknown data set.
+        InputError: it is of other code and does not say what it was trained on, or dataset/classes.py has no data set
+            with these classes.
     """
     config = read_checkpoint(path)[1]
     if missing := {'dataset', 'fold', 'backbone', 'os'} - set(config):
         raise InputError(
-            f'{path} does not say its {", ".join(sorted(missing))}, as checkpoints of train_base.py and ft_pop.py do; '
-            'segment with test.py --save, whose flags say it'
+            f'{path} does not say its {", ".join(sorted(missing))}; expected a checkpoint that train_base.py or '
+            'ft_pop.py of this project wrote. Others can be evaluated, on images with masks, by test.py.'
         )
     if config['dataset'] not in DATASETS:
         raise InputError(
             f'{path} is of the data set {config["dataset"]!r}, which has no row in dataset/classes.py; '
             f'there are {", ".join(DATASETS)}'
         )
-    net = build_model(config['backbone'], *count_classes(path), config['os'])
+    counts = count_classes(path)
+    try:
+        legend = DATASETS[config['dataset']].legend(config['fold'])
+        net = build_model(config['backbone'], *counts, config['os'])
+    except ValueError as error:
+        raise InputError(f'{path}: {error}') from error
+    expected = legend.num_base, len(legend.novel_labels)
+    if counts not in (expected, (legend.num_base, 0)):
+        raise InputError(
+            f'{path} has {counts[0]} base and {counts[1]} novel classes; fold {config["fold"]} of '
+            f'{config["dataset"]!r} in dataset/classes.py has {expected[0]} and {expected[1]}. '
+            'Has its row changed since the training?'
+        )
     load_weights(net, path)
-    return net, DATASETS[config['dataset']].legend(config['fold']).cut(net.num_logits)
+    return net, legend.cut(net.num_logits)
 
 
 class PredictionWriter:
@@ -83,11 +100,13 @@ def main(args):
         net, legend = load_network(resolve_checkpoint(args.restore_from))
         check_writable(args.save_path)
         net = folded(net.to(device), precision(device, args.fp16))
-        dataset = SegmentationDataset(photographs.ids, photographs, fit_size=args.base_size)
+        dataset = SegmentationDataset(
+            photographs.ids, photographs, fit_size=args.base_size, skip_bad=args.skip_bad_images
+        )
         loader = evaluation_loader(dataset, args.test_batch_size, args.num_workers, device)
         evaluate(net, loader, device, args.fp16, PredictionWriter(photographs, legend, args.save_path))
         if is_main():
-            save_figure(args.save_path / 'legend.png', legend_figure(legend))
+            save_figure(args.save_path / 'legend.svg', legend_figure(legend))
             print(f'{len(photographs.ids)} images segmented: {args.save_path}')
 
 
