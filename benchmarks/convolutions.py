@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from run import clock
+from sides import clock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model.winograd import _Winograd
+from utils.args import positive
 from utils.memory import keep_freed_memory
 
 SHAPES = {  # batch 2 in training, 1 in the forward pass alone: input and output channels, size, dilation
@@ -68,7 +69,7 @@ def tensors(shape, dtype):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--precision', nargs='+', choices=('float32', 'bfloat16'), default=['float32'])
-    parser.add_argument('--rounds', type=int, default=7)
+    parser.add_argument('--rounds', type=positive, default=7)
     args = parser.parse_args()
     keep_freed_memory()
     print(f'{"":9} {"layer":8} {"forward, batch 1, ms":>22} {"both passes, batch 2, ms":>28} {"error":>21}')

@@ -13,21 +13,19 @@ and the achieved floating-point rate.
 import argparse
 import functools
 import json
-import multiprocessing
 import os
 import platform
 import re
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import plain
 import torch
 import torch.nn.functional as F
 from class_index import make_samples
-from torch.utils.flop_counter import FlopCounterMode
+from sides import clock, measure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -181,79 +179,14 @@ PROTOCOLS = {  # stage 2 with 1 shot: setting, steps of an epoch, validation ima
 
 def case(path, setting, side):
     """The call to be timed; the setting's numbers are its class counts."""
+    if side != 'plain':
+        keep_freed_memory()  # as the scripts do
     return PATHS[path][0](side, *map(int, re.findall(r'\d+', setting)))
 
 
-def clock(run):
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-class Side:
-    """A process that makes one call again and again when told to.
-
-    Args:
-        path, setting, side (str): names of the call.
-    """
-
-    def __init__(self, path, setting, side):
-        context = multiprocessing.get_context('forkserver')  # inherits imports, but neither memory nor settings
-        self.pipe, far_end = context.Pipe()
-        self.process = context.Process(target=_serve, args=(far_end, path, setting, side), daemon=True)
-        self.process.start()
-        far_end.close()  # so that a process that dies is noticed
-        self.pipe.recv()  # warm; sides that warmed up at the same time would hinder each other
-
-    def ask(self, what):
-        """'time': seconds of one call; 'memory': peak resident memory so far in MB; 'flop': operations of the first."""
-        self.pipe.send(what)
-        return self.pipe.recv()
-
-    def end(self):
-        self.pipe.send('end')
-        self.process.join()
-
-
-def _serve(pipe, path, setting, side):
-    if side != 'plain':
-        keep_freed_memory()  # as the scripts do
-    run = case(path, setting, side)
-    flop = operations(run)
-    pipe.send('warm')
-    answers = {'time': lambda: clock(run), 'memory': peak_memory, 'flop': lambda: flop}
-    while (what := pipe.recv()) in answers:
-        pipe.send(answers[what]())
-
-
-def peak_memory():
-    """Peak resident memory of this process in MB."""
-    status = Path('/proc/self/status').read_text()
-    return int(status.split('VmHWM:')[1].split()[0]) / 1024
-
-
-def measure(path, setting, sides, rounds, turn=0.2):
-    """Median seconds and peak memory in MB of one call of each side, and the operations of ours.
-
-    The sides take turns, in which they make calls for `turn` seconds, at least one.
-    """
-    processes = {side: Side(path, setting, side) for side in sides}
-    seconds = {side: [] for side in sides}
-    for _ in range(rounds):
-        for side, process in processes.items():
-            spent = 0
-            while spent < turn:
-                seconds[side].append(process.ask('time'))
-                spent += seconds[side][-1]
-    result = {
-        side: {'s': statistics.median(seconds[side]), 'mb': process.ask('memory')}
-        for side, process in processes.items()
-    }
-    for side, process in processes.items():
-        if side != 'plain':
-            result[side]['flop'] = process.ask('flop')
-        process.end()
-    return result
+def measure_sides(path, setting, sides, rounds, turn=0.2):
+    """`measure` of one row's sides, by name."""
+    return measure({side: functools.partial(case, path, setting, side) for side in sides}, rounds, turn)
 
 
 def best_convolution_rate(dtype):
@@ -268,12 +201,6 @@ def best_convolution_rate(dtype):
             seconds = statistics.median(clock(run) for _ in range(7))
             best = max(best, 2 * batch_size * 3600 * 512 * channels * kernel**2 / seconds)
     return best
-
-
-def operations(run):
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
 
 
 def loading_speed():
@@ -300,12 +227,12 @@ def compare(paths, quick):
     """The rows of the main table."""
     rows = []
     for path in paths:
-        # the plain side's steps of stage 1 take most of the time
-        once = quick and path == 'stage1_step'
-        rounds, turn = (1, 15) if once else (2 if quick else 5, 0.2)
+        rounds, turn = (2 if quick else 5), 0.2
+        if quick and path == 'stage1_step':  # the plain side's steps take most of the time: one, and more of ours
+            rounds, turn = 1, 15
         sides = SIDES[:2] if path == 'confusion_matrix' else SIDES  # counting has no precision
         for setting in PATHS[path][1]:
-            plain_side, *ours = measure(path, setting, sides, rounds, turn).items()
+            plain_side, *ours = measure_sides(path, setting, sides, rounds, turn).items()
             for side, values in ours:
                 rows.append({
                     'path': path, 'setting': setting, 'precision': side,
@@ -331,7 +258,7 @@ def scale(rows, quick):
     points = [{'classes': k, 'precision': side, 'ours_s': row['ours_s'], 'ours_mb': row['ours_mb']}
               for k, row in known.items()]  # fmt: skip
     for num_base in MANY[-1:] if quick else MANY:
-        ours = measure('stage1_step', f'Kb={num_base}', (side,), 2 if quick else 5)[side]
+        ours = measure_sides('stage1_step', f'Kb={num_base}', (side,), 2 if quick else 5)[side]
         points.append({'classes': num_base, 'precision': side, 'ours_s': ours['s'], 'ours_mb': ours['mb']})
     print(f'\nstage 1 step, batch 2, {side}, against the number of classes')
     for point in points:

@@ -12,6 +12,8 @@ convolutions are direct; cuDNN has Winograd's already.
 Dimensions: B batch, C input channels, O output channels, h x w feature size, T tiles.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -94,7 +96,7 @@ def transformed(weight):
     """The transformed kernels of a weight [O, C, 3, 3], [4, 4, C, O]; None where its convolutions are direct ones."""
     if weight.device.type != 'cpu' or weight.dtype != torch.float32 or min(weight.shape[:2]) < MIN_CHANNELS_FORWARD:
         return None
-    return torch.stack([_kernels(weight, i).permute(1, 2, 0) for i in range(4)])
+    return torch.stack([_kernels(weight, i) for i in range(4)])
 
 
 class _Winograd(torch.autograd.Function):
@@ -106,7 +108,7 @@ class _Winograd(torch.autograd.Function):
         ctx.dilation = dilation
         if min(weight.shape[:2]) < MIN_CHANNELS_FORWARD:
             return F.conv2d(x, weight, padding=dilation, dilation=dilation)
-        return _convolve(x, lambda i: _kernels(weight, i).permute(1, 2, 0), len(weight), dilation)
+        return _convolve(x, partial(_kernels, weight), len(weight), dilation)
 
     @staticmethod
     @once_differentiable
@@ -114,8 +116,7 @@ class _Winograd(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         by_x = by_weight = None
         if ctx.needs_input_grad[0]:  # the convolution with the kernel turned round
-            kernels = lambda i: _kernels(weight, i, turned=True).transpose(0, 1)  # noqa: E731
-            by_x = _convolve(gradient, kernels, weight.shape[1], ctx.dilation)
+            by_x = _convolve(gradient, partial(_kernels, weight, turned=True), weight.shape[1], ctx.dilation)
         if ctx.needs_input_grad[1]:
             taps = x.new_empty(len(weight), 9, weight.shape[1])
             for some, part in zip(x.split(CHANNELS_AT_ONCE, 1), taps.split(CHANNELS_AT_ONCE, 2), strict=True):
@@ -125,10 +126,14 @@ class _Winograd(torch.autograd.Function):
 
 
 def _kernels(weight, i, turned=False):
-    """Row i of the transformed kernels of a weight [O, C, 3, 3], or of the kernels turned round: [O, 4, C]."""
+    """Row i of the transformed kernels of a weight [O, C, 3, 3], [4, C, O].
+
+    With `turned`, of the convolution with the kernel turned round, from O channels to C: [4, O, C].
+    """
     taps = weight.permute(0, 2, 3, 1).flatten(1, 2)  # [O, 9, C]; no copy where channels are last
     matrix = KERNEL.flip(1) if turned else KERNEL
-    return matrix[4 * i : 4 * i + 4].to(weight.dtype) @ taps
+    row = matrix[4 * i : 4 * i + 4].to(weight.dtype) @ taps  # [O, 4, C]
+    return row.transpose(0, 1) if turned else row.permute(1, 2, 0)
 
 
 def _convolve(x, kernels, channels, dilation):

@@ -1,6 +1,8 @@
 """The benchmark compares forms that compute the same, and runs at all (here on small images)."""
 
 import sys
+import time
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / 'benchmarks'))
 
 import run
+from sides import measure
 
 from model.winograd import Conv3x3
 
@@ -52,6 +55,14 @@ def test_the_plain_side_has_pytorchs_own_convolutions():
     net = run.network(3)
     assert any(isinstance(module, Conv3x3) for module in net.modules())
     assert not any(isinstance(module, Conv3x3) for module in run.plain.PlainPOP(net).modules())
+
+
+def test_sides_take_turns_in_processes_of_their_own():
+    make = partial(partial, time.sleep)
+    times = {name: partial(make, seconds) for name, seconds in (('quick', 0.02), ('slow', 0.2))}
+    sides = measure(times, rounds=2, turn=0.1)
+    assert 0.02 <= sides['quick']['s'] < 0.2 <= sides['slow']['s']
+    assert all(side['mb'] > 10 and side['flop'] == 0 for side in sides.values())
 
 
 def test_projections_add_up(capsys):

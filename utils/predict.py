@@ -8,8 +8,6 @@ palette PNG of class ids at the original size, and ID_overlay.jpg, the image wit
 
 from pathlib import Path
 
-from PIL import Image
-
 from dataset import DATASETS, Photographs, SegmentationDataset
 from model import build_model
 from model.folding import folded
@@ -18,9 +16,9 @@ from utils.checkpoint import count_classes, load_weights, read_checkpoint, resol
 from utils.distributed import is_main, process_group
 from utils.engine import evaluate, evaluation_loader, precision
 from utils.errors import InputError, exits_cleanly
-from utils.figures import coloured, legend_figure, save_figure
-from utils.files import atomic_write, check_writable
-from utils.visualize import save_labels
+from utils.figures import legend_figure, save_figure
+from utils.files import check_writable
+from utils.visualize import OverlayWriter
 
 
 def parse_args(argv=None):
@@ -72,27 +70,6 @@ def load_network(path):
     return net, legend.cut(net.num_logits)
 
 
-class PredictionWriter:
-    """Writes the picture and the class ids of each prediction.
-
-    Args:
-        photographs (Photographs): what is segmented.
-        legend (Legend): of the labels.
-        folder (Path): of the results.
-    """
-
-    def __init__(self, photographs, legend, folder):
-        self.photographs, self.legend, self.folder = photographs, legend, folder
-
-    def __call__(self, image_id, prediction, truth):
-        """Take one image's labels, an integer tensor [H, W]; there is no truth to look at."""
-        labels = prediction.byte().cpu().numpy()
-        save_labels(self.folder / f'{image_id}.png', labels, self.legend)
-        overlay = coloured(self.photographs.read_image(image_id), labels, self.legend)
-        with atomic_write(self.folder / f'{image_id}_overlay.jpg', 'wb', sync=False) as file:
-            Image.fromarray(overlay).save(file, format='jpeg', quality=92)
-
-
 @exits_cleanly
 def main(args):
     with process_group(args.device) as device:
@@ -104,7 +81,8 @@ def main(args):
             photographs.ids, photographs, fit_size=args.base_size, skip_bad=args.skip_bad_images
         )
         loader = evaluation_loader(dataset, args.test_batch_size, args.num_workers, device)
-        evaluate(net, loader, device, args.fp16, PredictionWriter(photographs, legend, args.save_path))
+        writer = OverlayWriter(legend, photographs.read_image, args.save_path)
+        evaluate(net, loader, device, args.fp16, writer)
         if is_main():
             save_figure(args.save_path / 'legend.svg', legend_figure(legend))
             print(f'{len(photographs.ids)} images segmented: {args.save_path}')

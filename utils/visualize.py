@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from utils.figures import panel_figure, save_figure
+from utils.figures import coloured, panel_figure, save_figure
 from utils.files import atomic_write
 from utils.legend import PALETTES
 from utils.metrics import confusion_matrix, iou_per_class
@@ -107,6 +107,27 @@ class PanelWriter:
         title = f'{image_id} ({self.chosen[image_id].rstrip("0123456789")}): mIoU {self.scores[image_id][0]:.1f} %'
         figure = panel_figure(self.read_image(image_id), truth, prediction, self.legend, title)
         save_figure(self.path(image_id), figure)
+
+
+class OverlayWriter:
+    """Writes the class ids of each prediction, ID.png, and its image with the classes coloured, ID_overlay.jpg.
+
+    Args:
+        legend (Legend): of the labels.
+        read_image (callable): image id -> RGB uint8 [H, W, 3].
+        folder (Path): of the pictures.
+    """
+
+    def __init__(self, legend, read_image, folder):
+        self.legend, self.read_image, self.folder = legend, read_image, folder
+
+    def __call__(self, image_id, prediction, truth):
+        """Take one image's labels, an integer tensor [H, W]; the truth is not looked at."""
+        labels = _array(prediction)
+        save_labels(self.folder / f'{image_id}.png', labels, self.legend)
+        overlay = Image.fromarray(coloured(self.read_image(image_id), labels, self.legend))
+        with atomic_write(self.folder / f'{image_id}_overlay.jpg', 'wb', sync=False) as file:
+            overlay.save(file, format='jpeg', quality=92)
 
 
 class ValidationPanel:
