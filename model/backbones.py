@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from torchvision import models
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from model.pointwise import Conv1x1
 from model.winograd import Conv3x3
 
 
@@ -108,8 +109,9 @@ def build_backbone(name, output_stride=8):
         if dilation > 1:
             _dilate(stage, dilation)
     for parent, child, conv in _convolutions(backbone):
-        if Conv3x3.fits(conv):
-            setattr(parent, child, Conv3x3(conv))
+        for faster in (Conv3x3, Conv1x1):
+            if faster.fits(conv):
+                setattr(parent, child, faster(conv))
     return backbone
 
 

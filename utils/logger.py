@@ -30,10 +30,13 @@ class RunLogger:
             self._folder = Path(folder)
             with atomic_write(self._folder / 'args.json') as file:
                 json.dump(arguments, file, indent=2, default=str)
-            with open(self._folder / 'metrics.jsonl', 'a') as file:
-                if file.tell() < metrics_size:
+            with open(self._folder / 'metrics.jsonl', 'ab+') as file:
+                file.seek(0)
+                known = file.read(metrics_size)
+                whole = known.rfind(b'\n') + 1
+                if whole < metrics_size:
                     print(f'warning: {file.name} lacks records of what was done before', flush=True)
-                file.truncate(min(metrics_size, file.tell()))
+                file.truncate(whole)
             self._tensorboard = SummaryWriter(str(self._folder / 'tb'))
             self.info(f'{time.strftime("%Y-%m-%d %H:%M:%S")}  {" ".join(sys.argv)}')
 

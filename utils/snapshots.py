@@ -25,6 +25,7 @@ FIXED_FLAGS = (
     'dataset', 'fold', 'model', 'backbone', 'os', 'shot', 'batch_size', 'fix_bn', 'freeze_backbone', 'filter_novel',
     'content of training list', 'content of base network',
 )  # fmt: skip
+CHECKPOINTS = ('last', 'previous', 'best')  # with the seed behind it in stage 2
 RUN_FILES = (
     'last*.pth', 'last*.damaged', 'previous*.pth', 'best*.pth', 'epoch_*.pth', 'metrics.jsonl', 'log.txt', 'args.json',
     'tb',
@@ -42,7 +43,7 @@ class Snapshots:
         overwrite (bool): unless 'auto': remove an earlier run.
 
     Raises:
-        InputError: the folder holds another run, or one that is not to be continued, or the file is of another run.
+        InputError: the folder holds another run or stage, or one that is not to be continued, or the file is of another run.
     """
 
     def __init__(self, folder, arguments, resume, overwrite=False):
@@ -74,6 +75,7 @@ class Snapshots:
         return max((found['metrics_size'] for found in self._found.values()), default=0)
 
     def _find(self, resume, overwrite):
+        self._check_stage()
         if resume == 'off':
             self._start_over(overwrite)
             return {}
@@ -83,6 +85,17 @@ class Snapshots:
         for seed, latest in found.items():
             self._check_same(seed, latest)
         return found
+
+    def _check_stage(self):
+        """Refuse, also with --overwrite, a folder of the other stage, whose log and curves this run would replace."""
+        one, two = ({path.name for name in CHECKPOINTS for path in self.folder.glob(f'{name}{seed}.pth')}
+                    for seed in ('', '_[0-9]*'))  # fmt: skip
+        stage, others = (2, one) if None not in self.arguments else (1, two)
+        if others:
+            raise InputError(
+                f'{self.folder} holds a run of stage {3 - stage} ({some(sorted(others))}); this one is of stage {stage}. '
+                'Give it a --snapshot-dir of its own.'
+            )
 
     def _from_file(self, path, overwrite):
         """Go on from a file, as far as it and this run's flags allow, with its own folder's other seeds."""

@@ -1,0 +1,64 @@
+"""1x1 convolutions whose gradients are two matrix products, for float32 on the CPU.
+
+On features [h*w, C] with channels last, a 1x1 convolution is the product X W^T. Its gradients are G W and G^T X, which
+PyTorch's matrix products compute faster than its convolutions' backward pass once there are many channels.
+
+Dimensions: B batch, C input channels, O output channels, h x w feature size.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+MIN_CHANNELS = 1024  # the larger of C and O; below, nothing is gained (measured in benchmarks/NOTES.md)
+
+
+class Conv1x1(nn.Conv2d):
+    """A 1x1 convolution of stride 1.
+
+    Args:
+        conv (nn.Conv2d): without bias; its weight is taken over.
+    """
+
+    def __init__(self, conv):
+        # on 'meta' no random numbers are drawn for a weight that is not used
+        super().__init__(conv.in_channels, conv.out_channels, 1, bias=False, device='meta')
+        self.weight = conv.weight
+
+    @staticmethod
+    def fits(conv):
+        """Whether a convolution is one that this class computes faster."""
+        return (
+            conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
+            and conv.bias is None and max(conv.in_channels, conv.out_channels) >= MIN_CHANNELS
+        )  # fmt: skip
+
+    def forward(self, x):
+        float32_on_cpu = x.device.type == 'cpu' and x.dtype == self.weight.dtype == torch.float32
+        trained = torch.is_grad_enabled() and self.weight.requires_grad and self.bias is None
+        if float32_on_cpu and trained and not torch.is_autocast_enabled('cpu'):
+            return _Pointwise.apply(x, self.weight)
+        return super().forward(x)
+
+
+class _Pointwise(torch.autograd.Function):
+    """x [B, C, h, w] and weight [O, C, 1, 1] to [B, O, h, w]."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        by_x = by_weight = None
+        rows = gradient.permute(0, 2, 3, 1)  # [B, h, w, O]; no copy where channels are last
+        if ctx.needs_input_grad[0]:
+            by_x = (rows @ weight.flatten(1)).permute(0, 3, 1, 2)
+        if ctx.needs_input_grad[1]:
+            by_weight = rows.flatten(0, 2).T @ x.permute(0, 2, 3, 1).flatten(0, 2)  # [O, C]
+            by_weight = by_weight.view_as(weight)
+        return by_x, by_weight
