@@ -18,13 +18,14 @@ from model.losses import pop_losses, pseudo_label
 from utils import args as cli
 from utils import signals
 from utils.cache import cache_features
-from utils.checkpoint import count_classes, load_backbone, load_weights, network_config, resolve_checkpoint
+from utils.checkpoint import imagenet_checkpoint, network_config, read_checkpoint, resolve_checkpoint
 from utils.distributed import is_main, main_first, parallel, process_group
 from utils.engine import (
     autocast,
     compile_features,
     evaluate,
     evaluation_loader,
+    name_of,
     precision,
     to_device,
     training_loader,
@@ -92,28 +93,32 @@ def restore(args, data, device, snapshots):
     torch.manual_seed(args.random_seed[0])
     base = build_model(args.backbone, len(data.base_ids), output_stride=args.os)
     earlier = snapshots.any_path()
+    stage_2 = read_checkpoint(earlier) if earlier else None
     if args.start_epoch and not earlier:
-        earlier = stage_2_checkpoint(args, args.random_seed[0])
-    if earlier:
+        stage_2 = stage_2_checkpoint(args, args.random_seed[0])
+    config = network_config(args, data.legend)
+    if stage_2:
         net = build_model(args.backbone, len(data.base_ids), len(data.novel_ids), args.os)
-        load_weights(net, earlier, network_config(args))
+        stage_2.load_into(net, config)
         base.load_state_dict({key: value for key, value in net.state_dict().items() if key in base.state_dict()})
     elif args.restore_from == 'imagenet':
-        load_backbone(base, 'imagenet', args.backbone)
+        imagenet_checkpoint(args.backbone).load_backbone_into(base)
     elif args.restore_from != 'none':
-        path = resolve_checkpoint(args.restore_from)
-        if count_classes(path)[1]:
-            raise InputError(f'{path} has novel classes already; expected a checkpoint of stage 1 (train_base.py)')
-        load_weights(base, path, network_config(args))
+        stage_1 = read_checkpoint(resolve_checkpoint(args.restore_from))
+        if stage_1.class_counts[1]:
+            raise InputError(
+                f'{stage_1.path} has novel classes already; expected a checkpoint of stage 1 (train_base.py)'
+            )
+        stage_1.load_into(base, config)
     return base.to(device, memory_format=torch.channels_last)
 
 
 def stage_2_checkpoint(args, seed):
-    """The file that --start-epoch goes on from."""
-    path = resolve_checkpoint(args.restore_from, 'last', seed)
-    if not count_classes(path)[1]:
-        raise InputError(f'--start-epoch goes on from a stage-2 checkpoint; {path} has no novel classes')
-    return path
+    """The checkpoint that --start-epoch goes on from."""
+    checkpoint = read_checkpoint(resolve_checkpoint(args.restore_from, 'last', seed))
+    if not checkpoint.class_counts[1]:
+        raise InputError(f'--start-epoch goes on from a stage-2 checkpoint; {checkpoint.path} has no novel classes')
+    return checkpoint
 
 
 def improves(metrics, best):
@@ -124,7 +129,7 @@ def improves(metrics, best):
     return gain >= 0 and (gain > 0.1 or metrics['novel'] >= best['novel'])
 
 
-def update_novel(args, data, seed, base, frozen, val_batches, snapshots, logger):
+def update_novel(args, data, seed, base, frozen, dtype, val_batches, snapshots, logger):
     """Run stage 2 for one seed.
 
     Args:
@@ -133,6 +138,7 @@ def update_novel(args, data, seed, base, frozen, val_batches, snapshots, logger)
         seed (int): of the support draw and all else.
         base (POP): the network to start from.
         frozen (POP): its folded copy, whose features training and validation use.
+        dtype (torch.dtype): that convolutions run in.
         val_batches (iterable): validation images or their features.
         snapshots (Snapshots): the run's folder.
         logger (RunLogger): of this run.
@@ -151,11 +157,14 @@ def update_novel(args, data, seed, base, frozen, val_batches, snapshots, logger)
 
     net = build_model(args.backbone, len(data.base_ids), len(data.novel_ids), args.os)
     net.start_from(base)
+    config = network_config(args, data.legend, seed)
     if args.start_epoch:
-        path = stage_2_checkpoint(args, seed)
-        load_weights(net, path, network_config(args, seed))
+        earlier = stage_2_checkpoint(args, seed)
+        earlier.load_into(net, config)
         if any(not torch.equal(net.state_dict()[key], value.cpu()) for key, value in base.state_dict().items()):
-            raise InputError(f'{path} rests on another base network than the checkpoint of seed {args.random_seed[0]}')
+            raise InputError(
+                f'{earlier.path} rests on another base network than the checkpoint of seed {args.random_seed[0]}'
+            )
     net.freeze_base()
     net.to(device, memory_format=torch.channels_last)
     fast = net.on_features_of(frozen)
@@ -165,7 +174,7 @@ def update_novel(args, data, seed, base, frozen, val_batches, snapshots, logger)
         support, base = batch['support'], batch['base']
         images = to_device(torch.cat([support['image'], base['image']]), device)  # [2B, 3, H, W]
         masks = torch.cat([support['mask'], base['mask']]).to(device, non_blocking=True).long()  # [2B, H, W]
-        with autocast(device, args.fp16):
+        with autocast(device, dtype):
             logits = parallel_net(images)  # [2B, 1 + Kb + Kn, h, w]
         count = len(support['image'])
         base_masks = pseudo_label(masks[count:], logits[count:], net.num_base)
@@ -174,9 +183,8 @@ def update_novel(args, data, seed, base, frozen, val_batches, snapshots, logger)
     panel = ValidationPanel(data.legend, data.samples('val', False).read_image)
 
     def validate():
-        return evaluate(fast, val_batches, device, args.fp16, panel if is_main() else None)
+        return evaluate(fast, val_batches, device, dtype, panel if is_main() else None)
 
-    config = network_config(args, seed)
     return Trainer(
         losses, validate, panel, net, parallel_net, train_loader, args, config, improves, snapshots, logger, seed,
         patience=args.num_epoch // 4,
@@ -199,7 +207,8 @@ def main(args):
         lists |= {f'list of base class {class_id}': data.lists.base_class(class_id) for class_id in data.base_ids}
         if args.restore_from not in ('none', 'imagenet') and not args.start_epoch:
             lists['base network'] = resolve_checkpoint(args.restore_from)
-        common = run_arguments(args, lists)
+        dtype = precision(device, args.fp16)
+        common = run_arguments(args, dtype, lists)
         arguments = {
             seed: common | {'random_seed': seed} | digests({'support list': data.lists.support(args.shot, seed)})
             for seed in args.random_seed
@@ -211,16 +220,19 @@ def main(args):
             val_set, args.test_batch_size, args.num_workers, device, keep_workers=args.val_cache == 'off'
         )
         base = restore(args, data, device, snapshots)
-        frozen = folded(base, precision(device, args.fp16))
+        frozen = folded(base, dtype)
         if args.compile:
             compile_features(frozen)
         logger = RunLogger(args.snapshot_dir, vars(args), snapshots.metrics_size())
-        logger.info(f'{args.shot}-shot, novel classes {data.novel_ids}, {len(val_set)} validation images')
-        val_batches = cache_features(frozen, val_loader, args.base_size, device, args, logger)
+        logger.info(
+            f'{args.shot}-shot, novel classes {data.novel_ids}, {len(val_set)} validation images; '
+            f'computing in {name_of(dtype)}'
+        )
+        val_batches = cache_features(frozen, val_loader, args.base_size, device, dtype, args, logger)
 
         rows = {}
         for seed in args.random_seed:
-            results = update_novel(args, data, seed, base, frozen, val_batches, snapshots, logger)
+            results = update_novel(args, data, seed, base, frozen, dtype, val_batches, snapshots, logger)
             for which, metrics in results.items():
                 mark = ' (selected)' if which == args.select else ''
                 rows[f'seed {seed}, {which}{mark}'] = metrics

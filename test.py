@@ -21,9 +21,9 @@ from dataset import DATASETS, FoldData
 from model import BACKBONES, MODELS, build_model
 from model.folding import folded
 from utils import args as cli
-from utils.checkpoint import count_classes, load_backbone, load_weights, network_config, resolve_checkpoint
+from utils.checkpoint import imagenet_checkpoint, network_config, read_checkpoint, resolve_checkpoint
 from utils.distributed import gathered, is_main, main_first, process_group, shared
-from utils.engine import compile_features, evaluate, evaluation_loader, precision
+from utils.engine import compile_features, evaluate, evaluation_loader, name_of, precision
 from utils.errors import InputError, exits_cleanly, some
 from utils.figures import confusion_figure, iou_figure, save_figure, similarity_figure, support_figure
 from utils.files import atomic_write, check_writable, json_ready
@@ -79,13 +79,17 @@ def load_network(args, data, seed):
         torch.manual_seed(seed)
         net = build_model(args.backbone, len(data.base_ids), len(data.novel_ids), args.os)
         if args.restore_from == 'imagenet':
-            load_backbone(net, 'imagenet', args.backbone)
+            imagenet_checkpoint(args.backbone).load_backbone_into(net)
         return net, None
-    path = resolve_checkpoint(args.restore_from, args.select, seed)
-    num_novel = len(data.novel_ids) if count_classes(path)[1] else 0
+    checkpoint = read_checkpoint(resolve_checkpoint(args.restore_from, args.select, seed))
+    num_novel = len(data.novel_ids) if checkpoint.class_counts[1] else 0
     net = build_model(args.backbone, len(data.base_ids), num_novel, args.os)
-    load_weights(net, path, network_config(args, seed))
-    return net, path
+    checkpoint.load_into(net, network_config(args, data.legend, seed))
+    trained_at = checkpoint.config.get('base_size', list(args.base_size))
+    if trained_at != list(args.base_size) and is_main():
+        height, width = trained_at
+        print(f'note: {checkpoint.path} was validated with --base-size {height},{width} while it was trained')
+    return net, checkpoint.path
 
 
 def refuse_one_file_for_several_seeds(args):
@@ -100,26 +104,26 @@ def refuse_one_file_for_several_seeds(args):
         )
 
 
-def evaluate_seed(args, data, seed, device, folder):
+def evaluate_seed(args, data, seed, device, dtype, folder):
     """Evaluate one seed's network; writes its confusion matrix and pictures.
 
     Returns:
         dict: 'checkpoint', the keys of `SUMMARY`, and 'iou' by class name, in percent.
     """
     net, path = load_network(args, data, seed)
-    net = folded(net.to(device), precision(device, args.fp16))
+    net = folded(net.to(device), dtype)
     if args.compile:
         compile_features(net)
     val_set = data.validation(args.base_size, with_novel=net.num_novel > 0, original_size=True)
     loader = evaluation_loader(val_set, args.test_batch_size, args.num_workers, device)
     legend = data.legend.cut(net.num_logits)
     scores = ImageScores(legend, folder / f'predictions_{seed}' if args.save else None)
-    confusion = evaluate(net, loader, device, args.fp16, scores if args.save or args.overlay else None)
+    confusion = evaluate(net, loader, device, dtype, scores if args.save or args.overlay else None)
     if is_main():
         with atomic_write(folder / f'confusion_{seed}.npy', 'wb') as file:
             np.save(file, confusion)
     if args.overlay:
-        draw_overlays(args, net, val_set, scores, folder / f'overlay_{seed}', device)
+        draw_overlays(args, net, val_set, scores, folder / f'overlay_{seed}', device, dtype)
     if args.plots and is_main():
         draw_plots(args, data, net, legend, confusion, folder / 'plots', seed)
     return {
@@ -129,7 +133,7 @@ def evaluate_seed(args, data, seed, device, folder):
     }
 
 
-def draw_overlays(args, net, val_set, scores, folder, device):
+def draw_overlays(args, net, val_set, scores, folder, device, dtype):
     """Segment telling images once more, and draw them."""
     all_scores = {image_id: score for part in gathered(scores.scores) for image_id, score in part.items()}
     chosen = choose_telling(all_scores, args.overlay)
@@ -137,7 +141,7 @@ def draw_overlays(args, net, val_set, scores, folder, device):
     panels = PanelWriter(scores.legend, val_set.samples.read_image, folder, chosen, all_scores)
     indices = {image_id: i for i, image_id in enumerate(val_set.image_ids)}
     subset = Subset(val_set, [indices[image_id] for image_id in chosen])
-    evaluate(net, evaluation_loader(subset, 1, 0, device), device, args.fp16, panels)
+    evaluate(net, evaluation_loader(subset, 1, 0, device), device, dtype, panels)
     if is_main():
         print(''.join(f'picture: {panels.path(image_id)}\n' for image_id in chosen), end='')
 
@@ -166,7 +170,7 @@ def draw_plots(args, data, net, legend, confusion, folder, seed):
         print(f'picture: {folder / name}_{seed}.png')
 
 
-def report(args, data, results, folder):
+def report(args, data, results, dtype, folder):
     """Print the tables of all seeds and write results.md and results.json."""
     rows = {f'seed {seed}': result for seed, result in results.items()}
     columns = {key: [result[key] for result in results.values()] for key in SUMMARY}
@@ -192,7 +196,7 @@ def report(args, data, results, folder):
         file.write(text)
     summary = {
         'dataset': args.dataset, 'fold': args.fold, 'shot': args.shot if legend.novel_labels else None,
-        'weights': weights,
+        'weights': weights, 'precision': name_of(dtype),
     }  # fmt: skip
     with atomic_write(folder / 'results.json') as file:
         json.dump(json_ready(summary | {'seeds': results, 'mean': mean, 'std': std}), file, indent=2)
@@ -214,9 +218,10 @@ def main(args):
         source = Path(args.restore_from)
         folder = args.save_path or (source if source.is_dir() else source.parent)
         check_writable(folder)
-        results = {seed: evaluate_seed(args, data, seed, device, folder) for seed in args.random_seed}
+        dtype = precision(device, args.fp16)
+        results = {seed: evaluate_seed(args, data, seed, device, dtype, folder) for seed in args.random_seed}
         if is_main():
-            report(args, data, results, folder)
+            report(args, data, results, dtype, folder)
 
 
 if __name__ == '__main__':

@@ -17,9 +17,18 @@ from model import BACKBONES, MODELS, build_model
 from model.losses import pop_losses
 from utils import args as cli
 from utils import signals
-from utils.checkpoint import holds_network, load_backbone, load_weights, network_config, resolve_checkpoint
+from utils.checkpoint import imagenet_checkpoint, network_config, read_checkpoint, resolve_checkpoint
 from utils.distributed import is_main, main_first, parallel, process_group, world_size
-from utils.engine import autocast, compile_features, evaluate, evaluation_loader, to_device, training_loader
+from utils.engine import (
+    autocast,
+    compile_features,
+    evaluate,
+    evaluation_loader,
+    name_of,
+    precision,
+    to_device,
+    training_loader,
+)
 from utils.errors import InputError, exits_cleanly
 from utils.logger import RunLogger
 from utils.memory import return_freed_memory
@@ -60,19 +69,20 @@ def parse_args(argv=None):
     return args
 
 
-def restore(net, args):
-    """Load what --restore-from names: nothing, a backbone, or a whole stage-1 network."""
-    if args.restore_from in ('none', 'imagenet'):
-        path, whole = args.restore_from, False
-    else:
-        path = resolve_checkpoint(args.restore_from, 'last')
-        whole = holds_network(path)
+def restore(net, args, config):
+    """Load what --restore-from names: nothing, a backbone, or a whole stage-1 network, of this `network_config`."""
+    source = None
+    if args.restore_from == 'imagenet':
+        source = imagenet_checkpoint(args.backbone)
+    elif args.restore_from != 'none':
+        source = read_checkpoint(resolve_checkpoint(args.restore_from, 'last'))
+    whole = source is not None and source.holds_network
     if args.start_epoch and not whole:
         raise InputError(f'--start-epoch goes on from a stage-1 checkpoint; --restore-from {args.restore_from} is none')
     if whole:
-        load_weights(net, path, network_config(args))
-    elif path != 'none':
-        load_backbone(net, path, args.backbone)
+        source.load_into(net, config)
+    elif source is not None:
+        source.load_backbone_into(net)
 
 
 @exits_cleanly
@@ -87,7 +97,8 @@ def main(args):
         main_first(data.ensure_lists)
         main_first(data.check_validation_masks)
         lists = {'training list': data.lists.train, 'validation list': data.val_list}
-        snapshots = Snapshots(args.snapshot_dir, {None: run_arguments(args, lists)}, args.resume, args.overwrite)
+        dtype = precision(device, args.fp16)
+        snapshots = Snapshots(args.snapshot_dir, {None: run_arguments(args, dtype, lists)}, args.resume, args.overwrite)
         train_set = data.base_training(Augmentation(args.input_size, args.scale_range), args.random_seed)
         val_set = data.validation(args.base_size, with_novel=False, limit=args.val_limit)
         train_loader = training_loader(
@@ -95,9 +106,10 @@ def main(args):
         )
         val_loader = evaluation_loader(val_set, args.test_batch_size, args.num_workers, device)
 
+        config = network_config(args, data.legend)
         net = build_model(args.backbone, len(data.base_ids), output_stride=args.os)
         if not snapshots.any_path():
-            restore(net, args)
+            restore(net, args, config)
         if args.freeze_backbone:
             net.backbone.requires_grad_(False)
         if args.fix_bn:
@@ -107,12 +119,15 @@ def main(args):
             compile_features(net)
         parallel_net = parallel(net, device, args.sync_bn)
         logger = RunLogger(args.snapshot_dir, vars(args), snapshots.metrics_size())
-        logger.info(f'{len(train_set)} training and {len(val_set)} validation images, base classes {data.base_ids}')
+        logger.info(
+            f'{len(train_set)} training and {len(val_set)} validation images, base classes {data.base_ids}; '
+            f'computing in {name_of(dtype)}'
+        )
 
         def losses(batch, share):
             images = to_device(batch['image'], device)  # [B, 3, H, W]
             masks = batch['mask'].to(device, non_blocking=True).long()  # [B, H, W]
-            with autocast(device, args.fp16):
+            with autocast(device, dtype):
                 logits = parallel_net(images)  # [B, 1 + Kb, h, w]
             return_freed_memory(device)
             return pop_losses(logits, masks, net.base_emb, **share)
@@ -120,12 +135,11 @@ def main(args):
         panel = ValidationPanel(data.legend.cut(net.num_logits), val_set.samples.read_image)
 
         def validate():
-            return evaluate(net, val_loader, device, args.fp16, panel if is_main() else None)
+            return evaluate(net, val_loader, device, dtype, panel if is_main() else None)
 
         def improves(metrics, best):
             return best is None or metrics['base'] >= best['base']
 
-        config = network_config(args)
         Trainer(
             losses, validate, panel, net, parallel_net, train_loader, args, config, improves, snapshots, logger
         ).fit()

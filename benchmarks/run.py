@@ -35,7 +35,7 @@ from dataset.segmentation import Samples
 from model import build_model
 from model.folding import folded
 from model.losses import pop_losses, pseudo_label
-from utils.engine import autocast, computes_in_bfloat16, evaluate, precision, to_device
+from utils.engine import autocast, computes_in_bfloat16, evaluate, to_device
 from utils.memory import keep_freed_memory, return_freed_memory
 from utils.metrics import confusion_matrix
 from utils.optim import Optimization
@@ -43,6 +43,7 @@ from utils.optim import Optimization
 SIZE = 473
 HEIGHT = 355  # of it, what a photograph of 500x375 takes
 CPU = torch.device('cpu')
+DTYPES = {'plain': torch.float32, 'fp32': torch.float32, 'fp16': torch.bfloat16}
 SIDES = ('plain', 'fp32', 'fp16') if computes_in_bfloat16() else ('plain', 'fp32')
 
 
@@ -69,7 +70,7 @@ def stage1_step(side, num_base, size=2):
     optimization = Optimization(net, 1e-3, 0.9, 1e-4, 1000)
 
     def step():
-        with autocast(CPU, side == 'fp16'):
+        with autocast(CPU, DTYPES[side]):
             logits = net(to_device(images, CPU))
         return_freed_memory(CPU)
         optimization.backward(sum(pop_losses(logits, mask, net.base_emb).values()))
@@ -91,11 +92,11 @@ def stage2_step(side, num_base, num_novel):
             return plain.loss(logits, labels, net.novel_emb, net.base_emb)
 
         return plain_step(plain.PlainPOP(net), loss, images)
-    fast = net.on_features_of(folded(net, precision(CPU, side == 'fp16')))
+    fast = net.on_features_of(folded(net, DTYPES[side]))
     optimization = Optimization(net, 1e-3, 0.9, 1e-4, 1000)
 
     def step():
-        with autocast(CPU, side == 'fp16'):
+        with autocast(CPU, DTYPES[side]):
             logits = fast(to_device(images, CPU))
         labels = torch.cat([mask[:1], pseudo_label(mask[1:], logits[1:], num_base)])
         optimization.backward(sum(pop_losses(logits, labels, net.novel_emb, net.base_emb).values()))
@@ -121,11 +122,11 @@ def inference(side, num_base, num_novel):
     """Logits of one image."""
     net = network(num_base, num_novel, channels_last=side != 'plain').eval()
     images, _ = batch(1, 2)
-    net = plain.PlainPOP(net) if side == 'plain' else folded(net, precision(CPU, side == 'fp16'))
+    net = plain.PlainPOP(net) if side == 'plain' else folded(net, DTYPES[side])
 
     @torch.no_grad()
     def run():
-        with autocast(CPU, side == 'fp16'):
+        with autocast(CPU, DTYPES[side]):
             return net(images if side == 'plain' else to_device(images, CPU))
 
     return run
@@ -145,10 +146,10 @@ def cached_validation(side, num_base, num_novel):
             return plain.confusion_matrix(mask.numpy(), prediction.numpy(), net.num_logits)
 
         return run
-    with torch.no_grad(), autocast(CPU, side == 'fp16'):
+    with torch.no_grad(), autocast(CPU, DTYPES[side]):
         features = net.features(to_device(images, CPU)).half()
     item = {'features': features, 'mask': [mask.byte()], 'canvas': [(SIZE, SIZE)], 'id': ['']}
-    return lambda: evaluate(net, [item], CPU, side == 'fp16')
+    return lambda: evaluate(net, [item], CPU, DTYPES[side])
 
 
 def confusion(side, num_classes):
@@ -271,8 +272,7 @@ def toward_the_limit(rows):
     rows = [row for row in rows if row['path'] in CONVOLVING]
     if not rows:
         return []
-    dtypes = {'fp32': torch.float32, 'fp16': torch.bfloat16}
-    rates = {side: best_convolution_rate(dtypes[side]) for side in SIDES[1:]}
+    rates = {side: best_convolution_rate(DTYPES[side]) for side in SIDES[1:]}
     limits = []
     print('\nfloating-point operations of a call, rate, share of the best convolution rate')
     for row in rows:

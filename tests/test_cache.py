@@ -17,6 +17,7 @@ from utils.engine import evaluate, evaluation_loader
 from utils.errors import InputError
 
 CPU = torch.device('cpu')
+WHERE = CPU, torch.float32  # and in which precision
 SIZE = (65, 129)  # wider than the images, so that there is padding
 
 
@@ -45,15 +46,13 @@ def loader(shapes):
 
 
 def flags(folder, **changes):
-    return argparse.Namespace(
-        **{'val_cache': 'auto', 'val_cache_gb': 1, 'snapshot_dir': folder, 'fp16': False} | changes
-    )
+    return argparse.Namespace(**{'val_cache': 'auto', 'val_cache_gb': 1, 'snapshot_dir': folder} | changes)
 
 
 @pytest.mark.parametrize('place', ('memory', 'disk'))
 def test_every_pass_counts_what_the_network_counts_and_runs_the_backbone_once(network, loader, tmp_path, place):
     expected = evaluate(network, loader, CPU)
-    batches = cache_features(network, loader, SIZE, CPU, flags(tmp_path, val_cache=place), Log())
+    batches = cache_features(network, loader, SIZE, *WHERE, flags(tmp_path, val_cache=place), Log())
     images = []
     network.backbone.register_forward_hook(lambda module, inputs, output: images.append(len(inputs[0])))
     first, second = evaluate(network, batches, CPU), evaluate(network, batches, CPU)
@@ -64,7 +63,7 @@ def test_every_pass_counts_what_the_network_counts_and_runs_the_backbone_once(ne
 
 
 def test_a_pass_that_is_broken_off_is_made_again(network, loader, tmp_path):
-    batches = cache_features(network, loader, SIZE, CPU, flags(tmp_path), Log())
+    batches = cache_features(network, loader, SIZE, *WHERE, flags(tmp_path), Log())
     for _ in zip(batches, range(2), strict=False):
         pass
     assert not batches.complete
@@ -74,7 +73,7 @@ def test_a_pass_that_is_broken_off_is_made_again(network, loader, tmp_path):
 
 
 def test_only_the_image_is_classified_not_its_padding(network, loader, tmp_path, monkeypatch):
-    batches = cache_features(network, loader, SIZE, CPU, flags(tmp_path), Log())
+    batches = cache_features(network, loader, SIZE, *WHERE, flags(tmp_path), Log())
     widths = []
     classify = network.classify
     monkeypatch.setattr(network, 'classify', lambda q, scores: widths.append(q.shape[-1]) or classify(q, scores))
@@ -87,21 +86,21 @@ def test_only_the_image_is_classified_not_its_padding(network, loader, tmp_path,
 
 def test_the_place_follows_the_budget_and_a_shortage_is_told(network, loader, tmp_path, monkeypatch):
     log = Log()
-    made = cache_features(network, loader, SIZE, CPU, flags(tmp_path, val_cache_gb=0), log)
+    made = cache_features(network, loader, SIZE, *WHERE, flags(tmp_path, val_cache_gb=0), log)
     assert isinstance(made, FeatureCache) and 'kept in disk' in log.lines[-1]
     monkeypatch.setattr(cache, 'SPARE_DISK', 10**18)
-    assert cache_features(network, loader, SIZE, CPU, flags(tmp_path, val_cache_gb=0), log) is loader
+    assert cache_features(network, loader, SIZE, *WHERE, flags(tmp_path, val_cache_gb=0), log) is loader
     assert 'need 0.0 GB' in log.lines[-1] and '--val-limit' in log.lines[-1]
     for place in ('memory', 'disk'):
         with pytest.raises(InputError, match=f'--val-cache {place}.*need'):
-            cache_features(network, loader, SIZE, CPU, flags(tmp_path, val_cache=place, val_cache_gb=0), log)
-    assert cache_features(network, loader, SIZE, CPU, flags(tmp_path, val_cache='off'), log) is loader
+            cache_features(network, loader, SIZE, *WHERE, flags(tmp_path, val_cache=place, val_cache_gb=0), log)
+    assert cache_features(network, loader, SIZE, *WHERE, flags(tmp_path, val_cache='off'), log) is loader
 
 
 def test_features_that_half_precision_cannot_hold_are_refused(network, loader, tmp_path):
     with torch.no_grad():
         network.decoder.bottleneck[3].weight.mul_(1e7)
-    batches = cache_features(network, loader, SIZE, CPU, flags(tmp_path), Log())
+    batches = cache_features(network, loader, SIZE, *WHERE, flags(tmp_path), Log())
     with pytest.raises(InputError, match='--val-cache off'):
         evaluate(network, batches, CPU)
 

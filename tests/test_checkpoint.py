@@ -7,8 +7,6 @@ from torchvision import models
 
 from model import build_model
 from utils.checkpoint import (
-    load_backbone,
-    load_weights,
     read_checkpoint,
     resolve_checkpoint,
     save_checkpoint,
@@ -42,7 +40,7 @@ def test_published_files_load_unchanged(tmp_path, backbone, num_novel, prefix):
     theirs = perturbed(backbone, 15, num_novel)
     published(theirs, tmp_path / 'their.pth', prefix)
     ours = build_model(backbone, 15, num_novel)
-    assert load_weights(ours, tmp_path / 'their.pth') == []
+    assert read_checkpoint(tmp_path / 'their.pth').load_into(ours) == []
     assert equal_states(ours, theirs)
 
 
@@ -65,7 +63,7 @@ def test_a_stage_1_file_starts_stage_2_with_phi_n_from_phi(tmp_path):
     published(theirs, tmp_path / 'base.pth')
     net = build_model('resnet18', 15, 5)
     novel = net.novel_emb.clone()
-    kept = load_weights(net, tmp_path / 'base.pth')
+    kept = read_checkpoint(tmp_path / 'base.pth').load_into(net)
     assert sorted(kept) == [f'classifier_n.{i}.weight' for i in (0, 2, 4)] + ['novel_emb']
     assert torch.equal(net.novel_emb, novel)
     assert torch.equal(net.classifier_n[2].weight, theirs.classifier[2].weight)
@@ -86,7 +84,7 @@ def test_files_for_another_network_fail_by_key(tmp_path, kind):
     net = build_model('resnet18', 15, 0)
     before = {key: value.clone() for key, value in net.state_dict().items()}
     with pytest.raises(InputError, match=words):
-        load_weights(net, tmp_path / 'wrong.pth')
+        read_checkpoint(tmp_path / 'wrong.pth').load_into(net)
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
 
 
@@ -98,7 +96,7 @@ def test_missing_and_strange_keys_are_named(tmp_path, key, num_novel):
     strange = {**{k: v for k, v in state.items() if k != key}, 'aux.weight': torch.zeros(1)}
     torch.save(strange, tmp_path / 'strange.pth')
     with pytest.raises(InputError) as error:
-        load_weights(net, tmp_path / 'strange.pth')
+        read_checkpoint(tmp_path / 'strange.pth').load_into(net)
     assert f'missing: {key}' in str(error.value) and 'unexpected: aux.weight' in str(error.value)
 
 
@@ -106,7 +104,7 @@ def test_half_of_the_parts_that_stage_2_adds_is_a_damaged_file(tmp_path):
     net = build_model('resnet18', 15, 5)
     torch.save({k: v for k, v in net.state_dict().items() if k != 'novel_emb'}, tmp_path / 'half.pth')
     with pytest.raises(InputError, match='missing: novel_emb'):
-        load_weights(net, tmp_path / 'half.pth')
+        read_checkpoint(tmp_path / 'half.pth').load_into(net)
 
 
 @pytest.mark.parametrize('damage', ('truncated', 'zeros', 'text', 'empty'))
@@ -120,7 +118,7 @@ def test_damaged_files_are_recognised(tmp_path, damage, zipped):
         'truncated': content[: size // 2], 'zeros': bytes(size), 'text': b'hello\n' * 100, 'empty': b''
     }[damage])  # fmt: skip
     with pytest.raises(InputError, match=r'file\.pth'):
-        load_weights(build_model('mobilenet_v2', 2), path)
+        read_checkpoint(path).load_into(build_model('mobilenet_v2', 2))
 
 
 def test_loading_never_runs_code_from_the_file(tmp_path):
@@ -137,9 +135,9 @@ def test_loading_never_runs_code_from_the_file(tmp_path):
 def test_our_checkpoints_say_what_they_are_for(tmp_path):
     net = build_model('resnet18', 15)
     save_checkpoint(tmp_path / 'c.pth', net, {'fold': 0, 'dataset': 'voc'}, 3, {'base': 50.0})
-    assert load_weights(build_model('resnet18', 15), tmp_path / 'c.pth', {'fold': 0, 'shot': 5}) == []
+    assert read_checkpoint(tmp_path / 'c.pth').load_into(build_model('resnet18', 15), {'fold': 0, 'shot': 5}) == []
     with pytest.raises(InputError, match='fold is 0, expected 1'):
-        load_weights(build_model('resnet18', 15), tmp_path / 'c.pth', {'fold': 1})
+        read_checkpoint(tmp_path / 'c.pth').load_into(build_model('resnet18', 15), {'fold': 1})
 
 
 @pytest.mark.parametrize('backbone', ('resnet18', 'resnet50', 'mobilenet_v2'))
@@ -148,7 +146,7 @@ def test_backbone_files_with_their_classifier_load(tmp_path, backbone, prefix):
     theirs = getattr(models, backbone)()
     published(theirs, tmp_path / 'imagenet.pth', prefix)
     net = build_model(backbone, 2)
-    load_backbone(net, tmp_path / 'imagenet.pth', backbone)
+    read_checkpoint(tmp_path / 'imagenet.pth').load_backbone_into(net)
     loaded = net.backbone.state_dict()
     assert all(torch.equal(value, loaded[key]) for key, value in theirs.state_dict().items() if key in loaded)
 
@@ -159,17 +157,17 @@ def test_deep_stem_files_of_old_pytorch_load(tmp_path):
     state = {k: v + 1 for k, v in theirs.state_dict().items() if 'num_batches' not in k}
     torch.save({**state, 'fc.weight': torch.zeros(1000, 2048), 'fc.bias': torch.zeros(1000)}, tmp_path / 'v2.pth')
     net = build_model('resnet50v2', 2)
-    load_backbone(net, tmp_path / 'v2.pth', 'resnet50v2')
+    read_checkpoint(tmp_path / 'v2.pth').load_backbone_into(net)
     assert torch.equal(net.backbone.conv3.weight, state['conv3.weight'])
     with pytest.raises(InputError, match=r'unexpected: .*conv2|of another shape: conv1'):
-        load_backbone(build_model('resnet50', 2), tmp_path / 'v2.pth', 'resnet50')
+        read_checkpoint(tmp_path / 'v2.pth').load_backbone_into(build_model('resnet50', 2))
 
 
 def test_the_real_imagenet_weights_load():
     path = ROOT.parent / 'shared' / 'weights' / 'mobilenet_v2-imagenet.pth'
     if not path.is_file():
         pytest.skip(f'{path} is not there: weights are not part of the project')
-    load_backbone(build_model('mobilenet_v2', 15), path, 'mobilenet_v2')
+    read_checkpoint(path).load_backbone_into(build_model('mobilenet_v2', 15))
 
 
 def test_resolving_a_restore_from(tmp_path):

@@ -9,10 +9,11 @@ import torch
 from conftest import TINY, run_process
 from PIL import Image
 
+from dataset import DATASETS
 from dataset.segmentation import read_mask
 from model import build_model
 from utils import predict
-from utils.checkpoint import save_checkpoint
+from utils.checkpoint import read_checkpoint, save_checkpoint
 from utils.errors import InputError
 from utils.legend import spread_palette
 
@@ -42,7 +43,8 @@ def untrained(tmp_path):
     """A checkpoint of a network that sees classes everywhere."""
     torch.manual_seed(0)
     net = build_model('resnet18', 15, 5, 32)
-    config = {'dataset': 'shapes', 'fold': 0, 'backbone': 'resnet18', 'os': 32, 'shot': 1, 'seed': 123}
+    network = {'backbone': 'resnet18', 'os': 32, 'base_size': [65, 65]}
+    config = {'dataset': 'shapes', 'fold': 0, 'shot': 1, 'seed': 123} | network
     save_checkpoint(tmp_path / 'net.pth', net, config, 1, {})
     return tmp_path / 'net.pth'
 
@@ -109,7 +111,32 @@ def test_refuses_checkpoints_of_other_classes(untrained, change, message):
     content = content['model'] if change is None else content | {'config': content['config'] | change}
     torch.save(content, untrained)
     with pytest.raises(InputError, match=re.escape(message)):
-        predict.load_network(untrained)
+        predict.load_network(read_checkpoint(untrained))
+
+
+@pytest.mark.parametrize(('change', 'message'), (
+    (lambda c: [[i, {'plain disc': 'striped disc'}.get(n, n)] for i, n in c], '1 is striped disc, expected plain disc'),
+    (lambda c: c[5:] + c[:5], 'base and novel ids are [11,'),
+))  # fmt: skip
+def test_refuses_classes_that_a_row_names_otherwise_now(untrained, change, message):
+    content = torch.load(untrained, weights_only=True)
+    content['config']['classes'] = DATASETS['shapes'].legend(0).classes
+    torch.save(content, untrained)
+    assert predict.load_network(read_checkpoint(untrained))[1].num_base == 15
+    content['config']['classes'] = change(content['config']['classes'])
+    torch.save(content, untrained)
+    with pytest.raises(InputError, match=f'{re.escape(message)}.*Undo the change'):
+        predict.load_network(read_checkpoint(untrained))
+
+
+def test_photographs_are_fitted_to_the_size_of_the_training(run_script, untrained, photographs, tmp_path):
+    folder, first, _ = photographs
+    flags = ('--restore-from', untrained, '--images', folder, '--num-workers', 0, '--save-path')
+    for name, more in (('default', ()), ('same', ('--base-size', '65,65')), ('other', ('--base-size', '257,257'))):
+        code, output = run_script('utils/predict.py', *flags, tmp_path / name, *more)
+        assert code == 0, output
+    default, same, other = ((tmp_path / name / f'{first}.png').read_bytes() for name in ('default', 'same', 'other'))
+    assert default == same != other
 
 
 def test_goes_on_without_images_that_cannot_be_read(run_script, untrained, photographs, tmp_path):

@@ -137,7 +137,7 @@ def test_a_file_is_gone_on_from_only_where_it_fits(whole, tmp_path):
         with pytest.raises(InputError, match=f'{name} was {arguments[name]}, is {value}.*--restore-from'):
             Snapshots(run, {None: arguments | other}, str(run / 'last.pth'))
     with pytest.raises(InputError, match='is of seed None'):
-        Snapshots(run, {123: arguments}, str(run / 'last.pth'))
+        Snapshots(tmp_path / 'new', {123: arguments}, str(run / 'last.pth'))
     # another run's folder is left alone
     other = tmp_path / 'other'
     shutil.copytree(whole(1), other)
@@ -155,6 +155,24 @@ def test_lost_records_are_not_made_up(tmp_path, capsys):
     (tmp_path / 'metrics.jsonl').write_text('{}\n')
     RunLogger(tmp_path, {}, metrics_size=100).close()
     assert (tmp_path / 'metrics.jsonl').read_bytes() == b'{}\n' and 'lacks records' in capsys.readouterr().out
+
+
+def test_records_are_cut_off_between_lines(tmp_path):
+    (tmp_path / 'metrics.jsonl').write_text('{"a": 1}\n{"b": 2}\n')  # not what the checkpoint has seen
+    RunLogger(tmp_path, {}, metrics_size=12).close()
+    assert (tmp_path / 'metrics.jsonl').read_text() == '{"a": 1}\n'
+
+
+@pytest.mark.parametrize('overwrite', ((), ('--resume', 'off', '--overwrite')))
+def test_the_folder_of_the_other_stage_is_left_alone(run_script, shapes, base_run, few_shot_run, overwrite):
+    for folder, command in (
+        (base_run, stage_2(shapes, base_run, base_run, *overwrite)),
+        (few_shot_run, stage_1(shapes, few_shot_run, *overwrite)),
+    ):
+        before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != '.lock'}
+        code, output = run_script(*command)
+        assert code == 1 and f'holds a run of stage {1 if folder == base_run else 2}' in output, output
+        assert before == {path: path.read_bytes() for path in before}
 
 
 def test_where_nothing_can_be_read_the_run_is_refused(tmp_path):

@@ -115,8 +115,8 @@ def test_a_run_keeps_best_and_last_and_stops_early(tmp_path, monkeypatch, val_ev
     monkeypatch.setattr(Trainer, 'train_epoch', lambda self: None)
     net = POP(nn.Conv2d(3, 8, 1), PSP(8, 16), 1)
     args = argparse.Namespace(
-        snapshot_dir=tmp_path, start_epoch=0, num_epoch=8, val_every=val_every, save_pred_every=3, print_frequency=1,
-        fp16=False, learning_rate=1e-3, momentum=0.9, weight_decay=0.0, power=0.9, fix_lr=True,
+        snapshot_dir=tmp_path, base_size=(65, 65), start_epoch=0, num_epoch=8, val_every=val_every, save_pred_every=3,
+        print_frequency=1, fp16=False, learning_rate=1e-3, momentum=0.9, weight_decay=0.0, power=0.9, fix_lr=True,
     )  # fmt: skip
     loader = training_loader(range(4), 2, 0, 0, torch.device('cpu'))
     panel = ValidationPanel(Legend(('background', 'thing'), (0, 1), 1, 'voc'), read_image=None)

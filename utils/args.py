@@ -7,6 +7,8 @@ from pathlib import Path
 
 from utils.distributed import world_size
 
+BASE_SIZE = (473, 473)
+
 
 def parse_switch(text):
     """0/1, false/true, no/yes: the published scripts write `--save 0`."""
@@ -85,9 +87,9 @@ def add_evaluation_flags(group):
     group.add_argument(
         '--base-size',
         type=parse_size,
-        default=(473, 473),
+        default=BASE_SIZE,
         metavar='H,W',
-        help='evaluation: images are resized to fit (default: 473,473)',
+        help='evaluation: images are resized to fit (default: 473,473; for photographs what the training had)',
     )
     group.add_argument('--test-batch-size', type=positive, default=1, help='per process (default: 1)')
     group.add_argument(

@@ -15,16 +15,16 @@ GB = 10**9
 SPARE_DISK = 2 * GB  # left free for checkpoints and logs
 
 
-def cache_features(net, loader, size, device, args, logger):
+def cache_features(net, loader, size, device, dtype, args, logger):
     """Wrap a validation loader so that a frozen network's features are computed in its first pass only.
 
     Args:
         net (POP): what makes the features; only its head may change from now on.
         loader (DataLoader): from `engine.evaluation_loader`.
         size ((int, int)): (H, W) of the images and, at most, of the masks.
-        device (torch.device): of the network.
+        device (torch.device), dtype (torch.dtype): where and in which precision the network runs.
         args (Namespace): val_cache ('auto', 'memory', 'disk' or 'off'), val_cache_gb (of all processes of a host
-            together), snapshot_dir, fp16.
+            together), snapshot_dir.
         logger (RunLogger): is told where the features are, or why they are not kept.
 
     Returns:
@@ -35,7 +35,7 @@ def cache_features(net, loader, size, device, args, logger):
     """
     if args.val_cache == 'off':
         return loader
-    with torch.no_grad(), autocast(device, args.fp16):
+    with torch.no_grad(), autocast(device, dtype):
         shape = net.features(to_device(torch.zeros(1, 3, *size), device)).shape[1:]
     count = -(-len(loader.dataset) // world_size())
     need = count * (2 * int(np.prod(shape)) + int(np.prod(size))) * local_world_size()
@@ -58,21 +58,20 @@ def cache_features(net, loader, size, device, args, logger):
         return loader
     logger.info(f'validation features: {len(loader.dataset)} images, {need / GB:.2f} GB, kept in {place}')
     folder = args.snapshot_dir if place == 'disk' else None
-    return FeatureCache(net, loader, (count, *shape), (count, *size), device, args.fp16, folder)
+    return FeatureCache(net, loader, (count, *shape), (count, *size), device, dtype, folder)
 
 
 class FeatureCache:
     """Batches of one image with 'features' in place of 'image'; the first pass fills the cache.
 
     Args:
-        net, loader, device: as in `cache_features`.
+        net, loader, device, dtype: as in `cache_features`.
         features_shape, masks_shape (tuple of int): [N, C, h, w], kept in float16, and [N, H, W], kept in uint8.
-        fp16 (bool): mixed precision.
         folder (Path, optional): keep them in files there; without it, in memory.
     """
 
-    def __init__(self, net, loader, features_shape, masks_shape, device, fp16, folder=None):
-        self.net, self.loader, self.device, self.fp16 = net, loader, device, fp16
+    def __init__(self, net, loader, features_shape, masks_shape, device, dtype, folder=None):
+        self.net, self.loader, self.device, self.dtype = net, loader, device, dtype
         self.features = _allocate(features_shape, torch.float16, folder)
         self.masks = _allocate(masks_shape, torch.uint8, folder)
         self.notes = []  # per image: mask shape, canvas, id
@@ -95,7 +94,7 @@ class FeatureCache:
                 yield {'mask': [], 'skipped': batch['skipped']}
             if not batch['mask']:
                 continue
-            with torch.no_grad(), autocast(self.device, self.fp16):
+            with torch.no_grad(), autocast(self.device, self.dtype):
                 features = self.net.features(to_device(batch['image'], self.device))
             for i, mask in enumerate(batch['mask']):
                 k = len(self.notes)

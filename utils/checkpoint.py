@@ -10,6 +10,7 @@ import re
 import shutil
 import urllib.error
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -73,17 +74,113 @@ def read_state(path):
     return content
 
 
-def network_config(args, seed=None):
-    """What a checkpoint must agree with to be loaded: dataset, fold and network; for stage 2 also shot and seed."""
-    config = {'dataset': args.dataset, 'fold': args.fold, 'backbone': args.backbone, 'os': args.os}
+def network_config(args, legend, seed=None):
+    """What a checkpoint must agree with to be loaded: dataset, fold, classes and network; for stage 2 shot and seed."""
+    config = {
+        'dataset': args.dataset, 'fold': args.fold, 'backbone': args.backbone, 'os': args.os, 'classes': legend.classes
+    }  # fmt: skip
     return config if seed is None else config | {'shot': args.shot, 'seed': seed}
+
+
+def check_config(path, config, expected):
+    """Compare what a checkpoint is for with what is expected of it, where it says so.
+
+    Args:
+        path (str or Path): for the message.
+        config (dict): the checkpoint's.
+        expected (dict): entries of `network_config`.
+
+    Raises:
+        InputError: they differ.
+    """
+    differing = [
+        f'{key} is {config[key]}, expected {value}'
+        for key, value in expected.items() if key in config and config[key] != value and key != 'classes'
+    ]  # fmt: skip
+    if differing:
+        raise InputError(
+            f'{path} is a checkpoint of another run: {"; ".join(differing)}. Give the flags that it was made with, or '
+            'another file.'
+        )
+    theirs, ours = (dict(each.get('classes', ())) for each in (config, expected))
+    changed = [f'{c} is {theirs.get(c, "no class")}, expected {ours.get(c, "none")}'
+               for c in sorted({*theirs, *ours}) if theirs.get(c) != ours.get(c)]  # fmt: skip
+    if theirs and ours and (changed or list(theirs) != list(ours)):
+        what = some(changed) if changed else f'base and novel ids are {list(theirs)}, expected {list(ours)}'
+        raise InputError(
+            f'{path} is of other classes than the row of {expected.get("dataset", config.get("dataset"))!r} in '
+            f'dataset/classes.py has now: {what}. Undo the change of that row, or train anew.'
+        )
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file holds.
+
+    Attributes:
+        path: of the file, or another name of the source for messages.
+        state: parameter name -> tensor, without any `module.` prefix.
+        config: what the network is for (`network_config`) and the 'base_size' that it was validated at; empty for
+            files of other code.
+    """
+
+    path: Path | str
+    state: dict
+    config: dict
+
+    @property
+    def holds_network(self):
+        """Whether this is a whole POP network rather than a bare backbone."""
+        return any(key.startswith(('backbone.', 'decoder.', 'base_emb')) for key in self.state)
+
+    @property
+    def class_counts(self):
+        """(Kb, Kn); Kn is 0 for stage 1.
+
+        Raises:
+            InputError: there are no base prototypes.
+        """
+        if 'base_emb' not in self.state:
+            raise InputError(
+                f'{self.path} is no checkpoint of a POP network: it has no base_emb, but {some(self.state)}'
+            )
+        return len(self.state['base_emb']), len(self.state.get('novel_emb', ()))
+
+    def load_into(self, net, expected=None):
+        """Load a checkpoint of ours or of the published code into a POP network.
+
+        Args:
+            net (POP): changed in place.
+            expected (dict, optional): config entries that the file must agree with where it has them.
+
+        Returns:
+            list of str: parameters that the file does not hold and that keep their values: the parts that stage 2
+            adds, when a stage-1 checkpoint is loaded into a network with novel classes. `classifier_n` then starts
+            from `classifier`.
+
+        Raises:
+            InputError: a key is missing or unexpected, a shape differs, or the file is for something else.
+        """
+        check_config(self.path, self.config, expected or {})
+        added = [key for key in net.state_dict() if key.startswith(STAGE_2_PREFIXES)]
+        absent = [key for key in added if key not in self.state]
+        _load_exactly(net, self.state, self.path, may_miss=added if len(absent) == len(added) else ())
+        if absent:
+            net.start_novel_classifier()
+        return absent
+
+    def load_backbone_into(self, net):
+        """Load the weights of a classification network or bare backbone into the backbone of a POP network.
+
+        Raises:
+            InputError: the keys do not fit.
+        """
+        state = {key: value for key, value in self.state.items() if not key.startswith(CLASSIFIER_PREFIXES)}
+        _load_exactly(net.backbone, state, self.path)
 
 
 def read_checkpoint(path):
     """Read a checkpoint file onto the CPU.
-
-    Returns:
-        tuple: state dict without any `module.` prefix, and config (empty for files of other code).
 
     Raises:
         InputError: missing, damaged or foreign file.
@@ -95,74 +192,30 @@ def read_checkpoint(path):
             content = content[wrapper]
     if not isinstance(content, dict) or not content or not all(torch.is_tensor(v) for v in content.values()):
         raise InputError(f'{path} holds no state dict; expected parameter names with tensors')
-    return {key.removeprefix('module.'): value for key, value in content.items()}, config
+    return Checkpoint(path, {key.removeprefix('module.'): value for key, value in content.items()}, config)
 
 
-def load_weights(net, path, expected=None):
-    """Load a checkpoint of ours or of the published code into a POP network.
-
-    Args:
-        net (POP): changed in place.
-        path (str or Path): the file.
-        expected (dict, optional): config entries that the file must agree with where it has them.
-
-    Returns:
-        list of str: parameters that the file does not hold and that keep their values: the parts that stage 2 adds,
-        when a stage-1 checkpoint is loaded into a network with novel classes. `classifier_n` then starts from
-        `classifier`.
+def imagenet_checkpoint(backbone):
+    """torchvision's ImageNet weights of a backbone, downloaded where they are not there yet.
 
     Raises:
-        InputError: a key is missing or unexpected, a shape differs, or the file is for something else.
+        InputError: no such weights, or no network to download them through.
     """
-    state, config = read_checkpoint(path)
-    differing = [
-        f'{key} is {config[key]}, expected {value}'
-        for key, value in (expected or {}).items() if key in config and config[key] != value
-    ]  # fmt: skip
-    if differing:
+    try:
+        weights = models.get_model_weights(backbone)
+    except ValueError:
         raise InputError(
-            f'{path} is a checkpoint of another run: {"; ".join(differing)}. Give the flags that it was made with, or '
-            'another file.'
-        )
-    added = [key for key in net.state_dict() if key.startswith(STAGE_2_PREFIXES)]
-    absent = [key for key in added if key not in state]
-    _load_exactly(net, state, path, may_miss=added if len(absent) == len(added) else ())
-    if absent:
-        net.start_novel_classifier()
-    return absent
-
-
-def load_backbone(net, source, backbone):
-    """Load ImageNet weights into the backbone of a POP network.
-
-    Args:
-        net (POP): changed in place.
-        source (str or Path): 'imagenet' for torchvision's weights, or a file with a state dict of this backbone.
-        backbone (str): its name.
-
-    Raises:
-        InputError: no such weights, no network to download them through, or keys that do not fit.
-    """
-    state = _torchvision_weights(backbone) if str(source) == 'imagenet' else read_checkpoint(source)[0]
-    state = {key: value for key, value in state.items() if not key.startswith(CLASSIFIER_PREFIXES)}
-    _load_exactly(net.backbone, state, source)
-
-
-def holds_network(path):
-    """Whether a file holds a whole POP network rather than a bare backbone."""
-    return any(key.startswith(('backbone.', 'decoder.', 'base_emb')) for key in read_checkpoint(path)[0])
-
-
-def count_classes(path):
-    """(Kb, Kn) of a checkpoint; Kn is 0 for stage 1.
-
-    Raises:
-        InputError: the file has no base prototypes.
-    """
-    state, _ = read_checkpoint(path)
-    if 'base_emb' not in state:
-        raise InputError(f'{path} is no checkpoint of a POP network: it has no base_emb, but {some(state)}')
-    return len(state['base_emb']), len(state.get('novel_emb', ()))
+            f'torchvision has no ImageNet weights for {backbone}. Give the path of a file with --restore-from (for '
+            'resnet50v2: the resnet50_v2.pth that PSPNet and PFENet use), or use --backbone resnet50.'
+        ) from None
+    try:
+        state = weights.IMAGENET1K_V1.get_state_dict(progress=is_main(), check_hash=True)
+    except (urllib.error.URLError, OSError) as error:
+        raise InputError(
+            f'cannot download {weights.IMAGENET1K_V1.url} ({error}). Download it elsewhere and give its path with '
+            '--restore-from.'
+        ) from error
+    return Checkpoint('imagenet', state, {})
 
 
 def resolve_checkpoint(source, select='best', seed=None):
@@ -239,20 +292,3 @@ def _load_exactly(module, state, path, may_miss=()):
             'Check --backbone, --dataset and --fold, and that the file is of the right stage.'
         )
     module.load_state_dict(state, strict=False)
-
-
-def _torchvision_weights(backbone):
-    try:
-        weights = models.get_model_weights(backbone)
-    except ValueError:
-        raise InputError(
-            f'torchvision has no ImageNet weights for {backbone}. Give the path of a file with --restore-from (for '
-            'resnet50v2: the resnet50_v2.pth that PSPNet and PFENet use), or use --backbone resnet50.'
-        ) from None
-    try:
-        return weights.IMAGENET1K_V1.get_state_dict(progress=is_main(), check_hash=True)
-    except (urllib.error.URLError, OSError) as error:
-        raise InputError(
-            f'cannot download {weights.IMAGENET1K_V1.url} ({error}). Download it elsewhere and give its path with '
-            '--restore-from.'
-        ) from error

@@ -97,8 +97,14 @@ def precision(device, fp16):
         return torch.float16
     if computes_in_bfloat16():
         return torch.bfloat16
-    _say_once('--fp16: this processor has no bfloat16 instructions; computing in float32, which is faster here')
+    if is_main():
+        print('--fp16: this processor has no bfloat16 instructions; computing in float32, which is faster', flush=True)
     return torch.float32
+
+
+def name_of(dtype):
+    """'float32', 'float16' or 'bfloat16'."""
+    return str(dtype).removeprefix('torch.')
 
 
 @lru_cache
@@ -116,15 +122,8 @@ def names_bfloat16(cpuinfo):
     return re.search(r'\b(avx512_bf16|amx_bf16|bf16)\b', cpuinfo) is not None
 
 
-@lru_cache
-def _say_once(text):
-    if is_main():
-        print(text, flush=True)
-
-
-def autocast(device, fp16):
-    """Mixed precision where it is asked for and pays."""
-    dtype = precision(device, fp16)
+def autocast(device, dtype):
+    """Have convolutions run in what `precision` chose."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
@@ -140,13 +139,13 @@ def to_device(images, device):
 
 
 @torch.no_grad()
-def evaluate(net, batches, device, fp16=False, on_prediction=None):
+def evaluate(net, batches, device, dtype=torch.float32, on_prediction=None):
     """Segment images and compare with their masks.
 
     Args:
         net (POP): put into eval mode.
         batches (iterable of dict): from `evaluation_loader`, or with 'features' in place of 'image' (`cache`).
-        device (torch.device), fp16 (bool): where and in which precision the network runs.
+        device (torch.device), dtype (torch.dtype): where and in which precision the network runs (`precision`).
         on_prediction (callable, optional): called with (id, prediction, mask) of each image, tensors [h, w].
 
     Returns:
@@ -163,18 +162,18 @@ def evaluate(net, batches, device, fp16=False, on_prediction=None):
         if 'features' in batch:
             features = batch['features']
         elif 'image' in batch:
-            with autocast(device, fp16):
+            with autocast(device, dtype):
                 features = net.features(to_device(batch['image'], device))
         for i, mask in enumerate(batch['mask']):
             mask = mask.to(device, non_blocking=True)
-            prediction = segment(net, features[i : i + 1], scores, batch['canvas'][i], mask.shape, fp16)
+            prediction = segment(net, features[i : i + 1], scores, batch['canvas'][i], mask.shape, dtype)
             confusion += confusion_matrix(mask, prediction, net.num_logits)
             if on_prediction:
                 on_prediction(batch['id'][i], prediction, mask)
     return all_sum(confusion).cpu().numpy()
 
 
-def segment(net, features, scores, canvas, shape, fp16=False):
+def segment(net, features, scores, canvas, shape, dtype=torch.float32):
     """Labels of one image from its features; what only shows padding is not computed.
 
     Args:
@@ -183,14 +182,14 @@ def segment(net, features, scores, canvas, shape, fp16=False):
         scores (tuple): the network's `score_prototypes()`.
         canvas ((int, int)): size that the whole feature map is upsampled to.
         shape ((int, int)): (H, W) of the top left part that shows the image.
-        fp16 (bool): mixed precision.
+        dtype (torch.dtype): of convolutions.
 
     Returns:
         Tensor: int64 [H, W].
     """
     sizes = features.shape[-2:]
     rows, columns = (needed(*sides) for sides in zip(shape, canvas, sizes, strict=True))
-    with autocast(features.device, fp16):
+    with autocast(features.device, dtype):
         logits = net.classify(features[:, :, :rows, :columns], scores)
     logits = F.pad(logits, (0, sizes[1] - columns, 0, sizes[0] - rows))
     return predict(logits, canvas, shape)[0]

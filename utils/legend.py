@@ -55,6 +55,11 @@ class Legend:
         """The labels of novel classes."""
         return range(self.num_base + 1, len(self.names))
 
+    @property
+    def classes(self):
+        """[class id, name] of each class in the order of the labels, as checkpoints keep them."""
+        return [list(pair) for pair in zip(self.class_ids, self.names, strict=True)][1:]
+
     @functools.cached_property
     def colors(self):
         """Label -> colour, uint8 [256, 3]; white where a pixel is not counted."""

@@ -12,7 +12,7 @@ from dataset import DATASETS, Photographs, SegmentationDataset
 from model import build_model
 from model.folding import folded
 from utils import args as cli
-from utils.checkpoint import count_classes, load_weights, read_checkpoint, resolve_checkpoint
+from utils.checkpoint import read_checkpoint, resolve_checkpoint
 from utils.distributed import is_main, process_group
 from utils.engine import evaluate, evaluation_loader, precision
 from utils.errors import InputError, exits_cleanly
@@ -29,20 +29,21 @@ def parse_args(argv=None):
     parser.add_argument('--skip-bad-images', action='store_true', help='go on without images that cannot be read')
     cli.add_evaluation_flags(parser)
     cli.add_device_flags(parser)
+    parser.set_defaults(base_size=None)
     args = parser.parse_args(argv)
     if args.save_path.resolve() == args.images.resolve():
         parser.error(f'--save-path {args.save_path} is the folder of --images, whose files would be overwritten')
     return args
 
 
-def load_network(path):
-    """The network of a checkpoint and the legend of its classes.
+def load_network(checkpoint):
+    """The network of a Checkpoint and the legend of its classes.
 
     Raises:
         InputError: it is of other code and does not say what it was trained on, or dataset/classes.py has no data set
             with these classes.
     """
-    config = read_checkpoint(path)[1]
+    path, config = checkpoint.path, checkpoint.config
     if missing := {'dataset', 'fold', 'backbone', 'os'} - set(config):
         raise InputError(
             f'{path} does not say its {", ".join(sorted(missing))}; expected a checkpoint that train_base.py or '
@@ -53,7 +54,7 @@ def load_network(path):
             f'{path} is of the data set {config["dataset"]!r}, which has no row in dataset/classes.py; '
             f'there are {", ".join(DATASETS)}'
         )
-    counts = count_classes(path)
+    counts = checkpoint.class_counts
     try:
         legend = DATASETS[config['dataset']].legend(config['fold'])
         net = build_model(config['backbone'], *counts, config['os'])
@@ -66,7 +67,7 @@ def load_network(path):
             f'{config["dataset"]!r} in dataset/classes.py has {expected[0]} and {expected[1]}. '
             'Has its row changed since the training?'
         )
-    load_weights(net, path)
+    checkpoint.load_into(net, {'dataset': config['dataset'], 'classes': legend.classes})
     return net, legend.cut(net.num_logits)
 
 
@@ -74,15 +75,16 @@ def load_network(path):
 def main(args):
     with process_group(args.device) as device:
         photographs = Photographs(args.images)
-        net, legend = load_network(resolve_checkpoint(args.restore_from))
+        checkpoint = read_checkpoint(resolve_checkpoint(args.restore_from))
+        net, legend = load_network(checkpoint)
         check_writable(args.save_path)
-        net = folded(net.to(device), precision(device, args.fp16))
-        dataset = SegmentationDataset(
-            photographs.ids, photographs, fit_size=args.base_size, skip_bad=args.skip_bad_images
-        )
+        dtype = precision(device, args.fp16)
+        net = folded(net.to(device), dtype)
+        size = args.base_size or tuple(checkpoint.config.get('base_size', cli.BASE_SIZE))
+        dataset = SegmentationDataset(photographs.ids, photographs, fit_size=size, skip_bad=args.skip_bad_images)
         loader = evaluation_loader(dataset, args.test_batch_size, args.num_workers, device)
         writer = OverlayWriter(legend, photographs.read_image, args.save_path)
-        evaluate(net, loader, device, args.fp16, writer)
+        evaluate(net, loader, device, dtype, writer)
         if is_main():
             save_figure(args.save_path / 'legend.svg', legend_figure(legend))
             print(f'{len(photographs.ids)} images segmented: {args.save_path}')

@@ -10,13 +10,14 @@ from pathlib import Path
 
 from utils.checkpoint import read_state
 from utils.distributed import is_main, shared
+from utils.engine import name_of
 from utils.errors import InputError, some
 from utils.files import check_writable
 
 # flags that say how a run is carried out, and that may change when it goes on; what comes of it depends on the others
 # (batch statistics of parts, the cache's half precision and images that are skipped aside)
 EXECUTION_FLAGS = {
-    'accumulate', 'compile', 'data_dir', 'device', 'num_workers', 'overwrite', 'print_frequency', 'resume',
+    'accumulate', 'compile', 'data_dir', 'device', 'fp16', 'num_workers', 'overwrite', 'print_frequency', 'resume',
     'save_every_minutes', 'save_every_steps', 'save_pred_every', 'select', 'skip_bad_images', 'snapshot_dir',
     'test_batch_size', 'timeout_minutes', 'train_list', 'val_cache', 'val_cache_gb', 'val_list',
 }  # fmt: skip
@@ -43,7 +44,8 @@ class Snapshots:
         overwrite (bool): unless 'auto': remove an earlier run.
 
     Raises:
-        InputError: the folder holds another run or stage, or one that is not to be continued, or the file is of another run.
+        InputError: the folder holds another run, one of the other stage, or one that is not to be continued, or the
+            file is of another run.
     """
 
     def __init__(self, folder, arguments, resume, overwrite=False):
@@ -93,8 +95,8 @@ class Snapshots:
         stage, others = (2, one) if None not in self.arguments else (1, two)
         if others:
             raise InputError(
-                f'{self.folder} holds a run of stage {3 - stage} ({some(sorted(others))}); this one is of stage {stage}. '
-                'Give it a --snapshot-dir of its own.'
+                f'{self.folder} holds a run of stage {3 - stage} ({some(sorted(others))}); this one is of stage '
+                f'{stage}. Give it a --snapshot-dir of its own.'
             )
 
     def _from_file(self, path, overwrite):
@@ -175,14 +177,16 @@ def _differing(earlier, now, names=None):
     ]
 
 
-def run_arguments(args, lists):
-    """What a run depends on: its flags, and the contents of its lists and base network, as plain values.
+def run_arguments(args, dtype, lists):
+    """What a run depends on: its flags, precision, and the contents of its lists and base network, as plain values.
 
     Args:
         args (Namespace): the flags.
+        dtype (torch.dtype): that --fp16 comes to on this processor.
         lists (dict): name -> path of a file.
     """
-    return {name: _plain(value) for name, value in vars(args).items() if name not in EXECUTION_FLAGS} | digests(lists)
+    flags = {name: _plain(value) for name, value in vars(args).items() if name not in EXECUTION_FLAGS}
+    return flags | {'precision': name_of(dtype)} | digests(lists)
 
 
 def digests(lists):

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from utils import signals
-from utils.checkpoint import save_checkpoint
+from utils.checkpoint import check_config, save_checkpoint
 from utils.distributed import agreed, is_main, mean_over_processes, share_buffers, sum_over_processes, world_size
 from utils.errors import InputError
 from utils.figures import similarity_picture
@@ -80,7 +80,8 @@ class Trainer:
             self.resume(state)
 
     def resume(self, state):
-        """Go on from what `save` stored."""
+        """Go on from what `save` stored; InputError where it is for other classes."""
+        check_config(self.snapshots.folder, state['config'], self.config)
         self.net.load_state_dict(state['model'])
         training = state['training']
         self.optimization.load_state_dict(training['optimization'])
@@ -105,7 +106,8 @@ class Trainer:
             }
         )
         save_checkpoint(
-            self.snapshots.path(name, self.seed), self.net, self.config, progress.epoch, progress.last,
+            self.snapshots.path(name, self.seed), self.net,
+            self.config | {'base_size': list(self.args.base_size)}, progress.epoch, progress.last,
             training,
             self.snapshots.path('previous', self.seed) if name == 'last' else None,
         )  # fmt: skip
