@@ -49,10 +49,8 @@ def parse_args(argv=None):
         parser,
         batch_size=1,
         num_epoch=500,
-        seed_type=cli.parse_seeds,
-        seed=(123,),
-        seed_help='seeds of the support draws, one run each, e.g. 123,234 (default: 123)',
     )
+    cli.add_seeds(parser, '--random-seed', 'seeds of the support draws, one run each, e.g. 123,234 (default: 123)')
     cli.add_process_flags(parser)
     cli.add_few_shot_flags(parser)
     parser.add_argument('--update-base', action='store_true', help='draw new base images as training goes on')
@@ -199,10 +197,9 @@ def main(args):
         data = FoldData(
             spec, args.data_dir, args.fold, args.train_list, args.val_list, args.filter_novel, args.skip_bad_images
         )
-        main_first(data.ensure_lists)
+        note = main_first(data.ensure_lists)
         main_first(data.check_validation_masks)
-        for seed in args.random_seed:  # a list that does not fit ends the run before the first seed is trained
-            data.support_ids(args.shot, seed)
+        data.check_support(args.shot, args.random_seed)
         lists = {'validation list': data.val_list}
         lists |= {f'list of base class {class_id}': data.lists.base_class(class_id) for class_id in data.base_ids}
         if args.restore_from not in ('none', 'imagenet') and not args.start_epoch:
@@ -224,6 +221,10 @@ def main(args):
         if args.compile:
             compile_features(frozen)
         logger = RunLogger(args.snapshot_dir, vars(args), snapshots.metrics_size())
+        if note:
+            logger.info(f'note: {note}')
+        if args.restore_from == 'none' and not args.start_epoch:
+            logger.info('note: --restore-from none: the base network is random and stays so')
         logger.info(
             f'{args.shot}-shot, novel classes {data.novel_ids}, {len(val_set)} validation images; '
             f'computing in {name_of(dtype)}'

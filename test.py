@@ -42,9 +42,7 @@ def parse_args(argv=None):
     )  # fmt: skip
     cli.add_process_flags(parser)
     cli.add_few_shot_flags(parser)
-    parser.add_argument(
-        '--random-seed', type=cli.parse_seeds, default=(123,), help='one row each, e.g. 123,234 (default: 123)'
-    )
+    cli.add_seeds(parser, '--random-seed', 'one row each, e.g. 123,234 (default: 123)')
     parser.add_argument(
         '--save',
         type=cli.parse_switch,

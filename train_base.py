@@ -48,9 +48,9 @@ def parse_args(argv=None):
         parser,
         batch_size=None,
         num_epoch=50,
-        seed_type=cli.not_negative,
-        seed=123,
-        seed_help='of every random choice (default: 123)',
+    )
+    parser.add_argument(
+        '--random-seed', type=cli.not_negative, default=123, help='of every random choice (default: 123)'
     )
     cli.add_process_flags(parser)
     parser.add_argument(
@@ -94,7 +94,7 @@ def main(args):
         data = FoldData(
             spec, args.data_dir, args.fold, args.train_list, args.val_list, args.filter_novel, args.skip_bad_images
         )
-        main_first(data.ensure_lists)
+        note = main_first(data.ensure_lists)
         main_first(data.check_validation_masks)
         lists = {'training list': data.lists.train, 'validation list': data.val_list}
         dtype = precision(device, args.fp16)
@@ -119,6 +119,8 @@ def main(args):
             compile_features(net)
         parallel_net = parallel(net, device, args.sync_bn)
         logger = RunLogger(args.snapshot_dir, vars(args), snapshots.metrics_size())
+        if note:
+            logger.info(f'note: {note}')
         logger.info(
             f'{len(train_set)} training and {len(val_set)} validation images, base classes {data.base_ids}; '
             f'computing in {name_of(dtype)}'

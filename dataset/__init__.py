@@ -59,9 +59,19 @@ class FoldData:
             ensure_shapes(self.data_dir)
 
     def ensure_lists(self, overwrite=False):
-        """Make the fold's class lists where they are missing, and check them where they are there."""
+        """Make the fold's class lists where they are missing, and check them where they are there.
+
+        Returns:
+            str: a note on lists that are kept as they are though this data gives others; empty where there are none.
+        """
         self.ensure_images()
-        ensure_class_lists(self.spec, self.samples('train', True), self.train_list, self.lists, overwrite)
+        differing = ensure_class_lists(self.spec, self.samples('train', True), self.train_list, self.lists, overwrite)
+        if not differing:
+            return ''
+        return (
+            f'{len(differing)} lists of fold {self.fold} are taken as they are, though this data and min_pixels '
+            f'{self.spec.min_pixels} give others: {some(path.name for path in differing)}; {self._mend_lists}'
+        )
 
     def check_validation_masks(self):
         """Read every validation mask once, so that a bad one ends a run before its first epoch rather than after."""
@@ -85,13 +95,25 @@ class FoldData:
         )
         return FewShotDataset(support, base, class_lists, shot, seed, redraw_every)
 
+    def check_support(self, shot, seeds):
+        """InputError where the support list of one of the seeds is missing or does not fit."""
+        missing = [seed for seed in seeds if not self.lists.support(shot, seed).is_file()]
+        if missing:
+            paths = ', '.join(str(self.lists.support(shot, seed)) for seed in missing)
+            raise InputError(f'list {paths} does not exist; make it with: {self._support_command(shot, *missing)}')
+        for seed in seeds:
+            self.support_ids(shot, seed)
+
+    def _support_command(self, shot, *seeds):
+        return (
+            f'python -m utils.gen_fs_list --dataset {self.spec.name} --data-dir {self.data_dir} --train-list '
+            f'{self.train_list} --fold {self.fold} --shot {shot} --seed {" ".join(map(str, seeds))}'
+        )
+
     def support_ids(self, shot, seed):
         """The support images of a draw, K per novel class; InputError where the list is of another fold or shot."""
         path = self.lists.support(shot, seed)
-        mend = (
-            f'make it with: python -m utils.gen_fs_list --dataset {self.spec.name} --data-dir {self.data_dir} '
-            f'--train-list {self.train_list} --fold {self.fold} --shot {shot} --seed {seed}'
-        )
+        mend = f'make it with: {self._support_command(shot, seed)}'
         ids = read_ids(path, mend, allow_repeats=True)
         if len(ids) != shot * len(self.novel_ids):
             raise InputError(

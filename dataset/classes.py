@@ -1,4 +1,4 @@
-"""What distinguishes one dataset from another: a row of `DATASETS`. The only place that knows which classes are novel.
+"""What distinguishes one dataset from another: a row of `ROWS`. The only place that knows which classes are novel.
 
 A class id is the dataset's own (1..N; 0 is background, 255 is ignored).
 """
@@ -44,11 +44,23 @@ class DatasetSpec:
     min_pixels: int = 16 * 32 * 32
     palette: str = 'spread'
     lists_in_data: bool = False
-    mend: str = ''
+    mend: str = 'see "Your own data" in README.md'
 
     def __post_init__(self):
-        if self.num_classes > MAX_CLASSES:
-            raise ValueError(f'{self.name} has {self.num_classes} classes; masks of 8 bits hold {MAX_CLASSES}')
+        if not isinstance(self.class_names, tuple) or not 0 < self.num_classes <= MAX_CLASSES:
+            raise ValueError(
+                f'{self.name}: class_names is {self.class_names!r}; expected a tuple of 1 to {MAX_CLASSES} names, e.g. '
+                "('car', 'tree'): masks hold 8 bits"
+            )
+        if repeated := {name for name in self.class_names if self.class_names.count(name) > 1}:
+            raise ValueError(f'{self.name}: class_names has {", ".join(repeated)} more than once')
+        for fold, ids in enumerate(self.folds):
+            known = range(1, self.num_classes + 1)
+            if not isinstance(ids, tuple) or list(ids) != [c for c in known if c in ids] or len(ids) == len(known):
+                raise ValueError(
+                    f'{self.name}: fold {fold} is {ids!r}; expected a tuple of ascending class ids of '
+                    f'1..{self.num_classes} that leaves some classes to the base, e.g. folds=((1, 2), (3, 4))'
+                )
 
     @property
     def num_classes(self):
@@ -115,8 +127,8 @@ _FILLS = (
 # Novel classes of a fold are new combinations of known parts: their fills occur in base classes of the other outline.
 SHAPES = tuple((outline, fill) for outline in ('disc', 'star') for fill in _FILLS)
 
-DATASETS = {
-    'voc': DatasetSpec(
+ROWS = (
+    DatasetSpec(
         name='voc',
         class_names=_VOC_NAMES,
         folds=_blocks(20),
@@ -124,7 +136,7 @@ DATASETS = {
         palette='voc',
         mend='make it with: python -m utils.voc_parse_script --voc-root VOC2012 --sbd-root SBD (README.md, "Data")',
     ),
-    'coco': DatasetSpec(
+    DatasetSpec(
         name='coco',
         class_names=_COCO_NAMES,
         folds=_interleaved(80),
@@ -137,7 +149,7 @@ DATASETS = {
         batch_size=16,
         mend='make it with: python -m utils.coco_parse_script --coco-root COCO (README.md, "Data")',
     ),
-    'shapes': DatasetSpec(
+    DatasetSpec(
         name='shapes',
         class_names=tuple(f'{fill} {outline}' for outline, fill in SHAPES),
         folds=_blocks(20),
@@ -146,4 +158,5 @@ DATASETS = {
         lists_in_data=True,
         mend='make it with: python -m dataset.shapes --data-dir DIR',
     ),
-}
+)
+DATASETS = {row.name: row for row in ROWS}

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.segmentation import check_same_size, image_size, open_mask
+from dataset.segmentation import check_same_size, open_mask, read_header
 from utils.errors import InputError, some
 from utils.files import atomic_write
 from utils.parallel import parallel_map
@@ -68,7 +68,7 @@ def read_ids(path, mend, allow_empty=False, allow_repeats=False):
         allow_repeats (bool): support lists of classes with few images may repeat.
 
     Raises:
-        InputError: missing, empty or doubled.
+        InputError: missing, empty, doubled, or file names rather than ids.
     """
     try:
         ids = Path(path).read_text().split()
@@ -76,6 +76,11 @@ def read_ids(path, mend, allow_empty=False, allow_repeats=False):
         raise InputError(f'list {path} does not exist; {mend}') from None
     if not ids and not allow_empty:
         raise InputError(f'list {path} is empty; {mend}')
+    if named := [image_id for image_id in ids if image_id.lower().endswith(('.jpg', '.jpeg', '.png'))]:
+        raise InputError(
+            f'list {path} names files ({some(named)}); expected ids, which are the names without their suffix: '
+            f"sed -i 's/\\.[a-zA-Z]*$//' {path}"
+        )
     repeated = [image_id for image_id, count in Counter(ids).items() if count > 1]
     if repeated and not allow_repeats:
         raise InputError(f'list {path} names {some(repeated)} more than once; remove the repeats')
@@ -166,7 +171,7 @@ def _count_pixels(paths):
     """Histogram of a mask, after a look at the size in its image's header."""
     image_path, mask_path = paths
     with open_mask(mask_path) as mask:
-        check_same_size(image_path, image_size(image_path), mask_path, mask.size)
+        check_same_size(image_path, read_header(image_path)[0], mask_path, mask.size)
         return mask.histogram()
 
 
@@ -212,6 +217,9 @@ def ensure_class_lists(spec, samples, train_list, lists, overwrite=False):
         lists (FoldLists): which fold, and where its lists are.
         overwrite (bool): make them anew.
 
+    Returns:
+        list of Path: lists that were there and that this data and `min_pixels` would not give.
+
     Raises:
         InputError: something is wrong with a mask, or a list does not fit the fold.
     """
@@ -220,10 +228,16 @@ def ensure_class_lists(spec, samples, train_list, lists, overwrite=False):
     base, novel = spec.base_ids(lists.fold), spec.novel_ids(lists.fold)
     training = index.without(novel) if lists.filter_novel else index
 
+    differing = []
+
     def ensure(path, made, allowed):
         if overwrite or not path.is_file():
             write_ids(path, made)
-        elif strangers := sorted(set(read_ids(path, '', allow_empty=True)) - set(allowed)):
+            return
+        present = read_ids(path, '', allow_empty=True)
+        if present != made:
+            differing.append(path)
+        if strangers := sorted(set(present) - set(allowed)):
             raise InputError(
                 f'list {path} names {some(strangers)}, which in this data do not belong there: it is a list of another '
                 f'fold or of other data. Remove {path.parent} to have its lists made anew.'
@@ -235,3 +249,4 @@ def ensure_class_lists(spec, samples, train_list, lists, overwrite=False):
         made = training.covering(class_id, spec.min_pixels)
         ensure(lists.base_class(class_id), made, training.containing([class_id]))
     ensure(lists.train, training.containing(base), training.containing(base))
+    return differing

@@ -65,10 +65,10 @@ class Samples:
 
 
 class Photographs:
-    """The images of a folder, of any common format and without masks; their ids are their names without suffix.
+    """One image or those of a folder, of any common format and without masks; ids are their names without suffix.
 
     Args:
-        folder (Path): of the images.
+        folder (Path): of the images, or the image itself.
 
     Raises:
         InputError: no such folder, no image in it, or two of one name.
@@ -77,12 +77,14 @@ class Photographs:
     SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff')
 
     def __init__(self, folder):
-        if not Path(folder).is_dir():
-            raise InputError(f'folder {folder} does not exist')
-        files = (path for path in Path(folder).iterdir() if path.is_file() and not path.name.startswith('.'))
+        if not Path(folder).exists():
+            raise InputError(f'{folder} does not exist; expected an image, or a folder of images')
+        files = [Path(folder)]
+        if Path(folder).is_dir():
+            files = (path for path in Path(folder).iterdir() if path.is_file() and not path.name.startswith('.'))
         paths = sorted(path for path in files if path.suffix.lower() in self.SUFFIXES)
         if not paths:
-            raise InputError(f'folder {folder} holds no image; expected files named *{", *".join(self.SUFFIXES)}')
+            raise InputError(f'{folder} holds no image; expected files named *{", *".join(self.SUFFIXES)}')
         self._paths = {path.stem: path for path in paths}
         if len(self._paths) < len(paths):
             twins = [path.name for path in paths if self._paths[path.stem] != path]
@@ -123,12 +125,17 @@ def _decodes_strictly(content):
     return True
 
 
-def image_size(path):
-    """(width, height) from an image file's header, as displayed (the orientation that cameras note is applied)."""
+def read_header(path):
+    """What an image file's header says.
+
+    Returns:
+        tuple: (width, height) as displayed, that is with the orientation applied which cameras note; and that
+        orientation, 1 where the image is displayed as it is stored (EXIF).
+    """
     try:
         with Image.open(path) as image:
-            turned = image.getexif().get(ORIENTATION_TAG, 1) >= 5
-            return image.size[::-1] if turned else image.size
+            orientation = image.getexif().get(ORIENTATION_TAG, 1)
+            return image.size[::-1] if orientation >= 5 else image.size, orientation
     except (OSError, SyntaxError) as error:
         raise _unreadable(path, 'image') from error
 
@@ -136,9 +143,15 @@ def image_size(path):
 def check_same_size(image_path, image_size, mask_path, mask_size):
     """InputError where an image and its mask differ in (width, height)."""
     if tuple(image_size) != tuple(mask_size):
+        mend = 'Replace whichever was resized.'
+        if tuple(image_size) == tuple(mask_size)[::-1] and read_header(image_path)[1] >= 5:
+            mend = (
+                'The image is displayed turned by a quarter (EXIF orientation), which its mask must be too: turn the '
+                'mask, or write the image anew as it is displayed.'
+            )
         raise InputError(
             f'{mask_path} is {mask_size[0]}x{mask_size[1]}, its image {image_path} is {image_size[0]}x{image_size[1]}; '
-            'an image and its mask must have the same size. Replace whichever was resized.'
+            f'an image and its mask must have the same size. {mend}'
         )
 
 
@@ -162,6 +175,8 @@ def open_mask(path):
         mask.load()
     except (OSError, SyntaxError) as error:  # Pillow reports some broken PNGs as SyntaxError
         raise _unreadable(path, 'mask') from error
+    if mask.mode.startswith('I'):
+        raise InputError(f'{path} has 16 or 32 bits a pixel; expected 8. Save its class ids as an 8-bit greyscale PNG.')
     if mask.mode not in ('L', 'P'):
         raise InputError(
             f'{path} is a colour-coded mask (mode {mask.mode}); expected one 8-bit channel or a palette whose values '

@@ -108,6 +108,12 @@ def test_empty_and_doubled_lists(train, copy):
     expect(train(copy), 1, str(path), 'val_0001', 'more than once')
 
 
+def test_lists_of_file_names(train, copy):
+    path = copy / 'list' / 'val.txt'
+    path.write_text('val_0001.jpg\nval_0002.jpg\n')
+    expect(train(copy), 1, str(path), 'names files (val_0001.jpg, val_0002.jpg)', 'without their suffix')
+
+
 def test_missing_images_and_masks(train, copy):
     (copy / 'JPEGImages' / 'val_0002.jpg').unlink()
     expect(train(copy), 1, 'val_0002.jpg', 'missing', '--data-dir')
@@ -148,6 +154,12 @@ def test_ids_out_of_range(train, copy):
     expect(train(copy), 1, str(path), '33', '0..20')
 
 
+def test_a_mask_of_16_bits(train, copy):
+    path = copy / 'SegmentationClassAug' / 'train_0006.png'
+    cv2.imwrite(str(path), np.zeros((100, 100), np.uint16))
+    expect(train(copy), 1, str(path), '16 or 32 bits', '8-bit')
+
+
 def test_a_colour_coded_mask(train, copy):
     path = copy / 'SegmentationClassAug' / 'train_0006.png'
     cv2.imwrite(str(path), np.zeros((100, 100, 3), np.uint8))
@@ -176,6 +188,8 @@ def test_few_shot_lists_that_are_missing_or_of_another_shot_or_fold(
     lists = copy / 'list' / 'fold0'
     result = few_shot(run_script, copy, base_run, tmp_path / 'r', '--random-seed', 999)
     expect(result, 1, 'fold0_1shot_seed999.txt does not exist', 'python -m utils.gen_fs_list', '--seed 999')
+    result = few_shot(run_script, copy, base_run, tmp_path / 'r', '--random-seed', '998', '999')
+    expect(result, 1, 'seed998.txt, ', '--seed 998 999')  # all at once
     for name, words in (('fold0_2shot_seed123.txt', ('names 10 images', 'another shot')),):
         shutil.copy(shapes / 'list/fold0' / name, lists / 'fold0_1shot_seed123.txt')
         expect(few_shot(run_script, copy, base_run, tmp_path / 'r'), 1, *words)
@@ -188,7 +202,7 @@ def test_checkpoints_of_something_else(run_script, shapes, base_run, few_shot_ru
     def run(*flags):
         return few_shot(run_script, shapes, base_run, tmp_path / 'r', *flags)
 
-    expect(run('--restore-from', few_shot_run), 1, 'best_123.pth', 'no ')  # no best.pth there
+    expect(run('--restore-from', few_shot_run), 1, 'means several files', 'best_123.pth')
     expect(run('--restore-from', few_shot_run / 'best_123.pth'), 1, 'novel classes already', 'stage 1')
     expect(run('--backbone', 'mobilenet_v2'), 1, 'backbone is resnet18, expected mobilenet_v2')
     code, output = run_script('test.py', *TINY, '--data-dir', shapes, '--restore-from', base_run, '--fold', 1)

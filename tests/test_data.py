@@ -1,5 +1,6 @@
 """Folds, labels, masks, views, lists and draws."""
 
+import dataclasses
 import io
 import itertools
 import os
@@ -11,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset import DATASETS, Augmentation, FoldData
+from dataset import DATASETS, Augmentation, DatasetSpec, FoldData
 from dataset.classes import SHAPES
 from dataset.fewshot import draw_base, draw_support
 from dataset.labels import INVALID, label_table
@@ -44,6 +45,24 @@ def test_folds_of_pascal_5i_and_coco_20i():
         with pytest.raises(ValueError, match=r'folds 0\.\.3'):
             spec.novel_ids(4)
     assert len(set(SHAPES)) == 20
+
+
+@pytest.mark.parametrize(('change', 'words'), (
+    ({'folds': (4, 5)}, r'fold 0 is 4; expected a tuple'),
+    ({'folds': ((2, 6),)}, r'1\.\.5'),
+    ({'folds': ((0, 1),)}, r'1\.\.5'),
+    ({'folds': ((3, 2),)}, 'ascending'),
+    ({'folds': ((2, 2),)}, 'ascending'),
+    ({'folds': ((1, 2, 3, 4, 5),)}, 'leaves some classes'),
+    ({'class_names': 'crack'}, 'tuple of 1 to 253 names'),
+    ({'class_names': ()}, 'tuple of 1 to 253 names'),
+    ({'class_names': ('a', 'b', 'a', 'c', 'd')}, 'has a more than once'),
+))  # fmt: skip
+def test_rows_that_cannot_be_meant_are_refused(change, words):
+    row = {'name': 'street', 'class_names': tuple('abcde'), 'folds': ((4, 5),), 'train_list': 'train.txt'}
+    assert DatasetSpec(**row).base_ids(0) == (1, 2, 3)
+    with pytest.raises(ValueError, match=f'street: .*{words}'):
+        DatasetSpec(**(row | change))
 
 
 def test_label_table_of_both_stages():
@@ -293,6 +312,9 @@ def test_lists_that_were_brought_along_are_kept_but_checked(tmp_path):
     ensure_class_lists(DATASETS['voc'], samples, train, lists)
     assert lists.train.read_text() == 'b\nd\n'
     assert lists.base_class(6).read_text() == 'd\n'  # the others are made
+    assert ensure_class_lists(DATASETS['voc'], samples, train, lists) == [lists.train]  # made of this: d, a, b
+    few = dataclasses.replace(DATASETS['voc'], min_pixels=16383)
+    assert ensure_class_lists(few, samples, train, lists) == [lists.base_class(6), lists.train]
     write_ids(lists.train, ['b', 'c'])  # c shows novel classes of fold 0 only: a list of another fold
     with pytest.raises(InputError, match='names c, which in this data do not belong there: it is a list of another'):
         ensure_class_lists(DATASETS['voc'], samples, train, lists)

@@ -79,7 +79,7 @@ def test_a_network_of_stage_1_knows_base_classes_only(run_script, base_run, phot
 def test_refuses_what_it_cannot_segment(run_script, few_shot_run, base_run, photographs, tmp_path):
     folder, first, _ = photographs
     for checkpoint, images, message in (
-        (few_shot_run, folder, 'there is no'),  # several seeds
+        (few_shot_run, folder, 'means several files'),  # several seeds
         (base_run, tmp_path / 'nothing', 'does not exist'),
         (base_run, few_shot_run, 'holds no image'),
     ):
@@ -89,6 +89,18 @@ def test_refuses_what_it_cannot_segment(run_script, few_shot_run, base_run, phot
     code, output = segment(run_script, base_run, folder, tmp_path / 'out')
     assert code == 1 and 'same name' in output
     assert not (tmp_path / 'out').exists()
+
+
+def test_takes_one_photograph_and_the_only_seed_of_a_folder(run_script, untrained, photographs, tmp_path):
+    folder, first, _ = photographs
+    untrained.rename(tmp_path / 'best_123.pth')
+    code, output = segment(run_script, tmp_path, folder / f'{first}.JPG', tmp_path / 'out')
+    assert code == 0 and '1 images' in output, output
+    assert {path.name for path in (tmp_path / 'out').iterdir()} == {
+        f'{first}.png', f'{first}_overlay.jpg', 'legend.svg'
+    }  # fmt: skip
+    code, output = segment(run_script, tmp_path, folder / f'{first}.JPG', folder)
+    assert code == 2 and 'overwritten' in output
 
 
 def test_never_writes_over_photographs(run_script, untrained, photographs):

@@ -1,5 +1,6 @@
 """From official downloads to lists: hand-made miniatures of VOC + SBD and of COCO, and real annotations."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,11 +13,13 @@ import cv2
 import numpy as np
 import pytest
 from conftest import ROOT, SHARED, run_process
+from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from scipy.io import savemat
 
-from dataset.segmentation import read_mask
+from dataset import DATASETS
+from dataset.segmentation import ORIENTATION_TAG, read_mask
 from utils.coco_parse_script import rasterize, read_annotations
 from utils.legend import voc_palette
 from utils.visualize import save_palette_png
@@ -298,6 +301,37 @@ def test_everything_wrong_is_found_in_one_pass(checked):
     assert '1 show background only: train_0008' in output
     assert '1 ids are in both lists' in output and 'train_0009' in output
     assert 'classes have fewer than 50 images' in output
+
+
+def test_photographs_that_are_displayed_turned_are_told(checked):
+    folder, check = checked
+    shutil.rmtree(folder / 'list/fold0', ignore_errors=True)  # made of other masks
+    for image_id, orientation in (('train_0001', 3), ('train_0002', 6)):  # upside down, and by a quarter
+        path = folder / f'JPEGImages/{image_id}.jpg'
+        with Image.open(path) as picture:
+            exif = picture.getexif()
+            exif[ORIENTATION_TAG] = orientation
+            stored = picture.resize((60, 40))
+            stored.save(path, exif=exif)
+        mask = np.ones((40, 60), np.uint8)
+        cv2.imwrite(str(folder / f'SegmentationClassAug/{image_id}.png'), mask)
+    code, output = check('--shot', 1)
+    assert code == 1 and 'is 60x40, its image' in output and 'turned by a quarter (EXIF orientation)' in output, output
+    assert '1 have an EXIF orientation, so that their masks must fit them as displayed: train_0001' in output
+    cv2.imwrite(str(folder / 'SegmentationClassAug/train_0002.png'), mask.T)
+    code, output = check('--shot', 1)
+    assert code == 0 and '2 have an EXIF orientation' in output, output
+
+
+def test_lists_made_with_another_min_pixels_are_told(checked, monkeypatch, run_script):
+    folder, _ = checked
+    lists = ('utils/gen_fs_list.py', '--dataset', 'shapes', '--data-dir', folder, '--shot', 1, '--seed')
+    assert run_script(*lists, '1,2', '3')[0] == 0
+    assert len(list((folder / 'list/fold0').glob('*seed[123].txt'))) == 3
+    row = dataclasses.replace(DATASETS['shapes'], min_pixels=2000)
+    monkeypatch.setitem(DATASETS, 'shapes', row)
+    code, output = run_script(*lists, '123')
+    assert code == 0 and 'lists of fold 0 are taken as they are, though this data and min_pixels 2000' in output, output
 
 
 def test_lists_that_do_not_fit_are_found(checked, few_shot_run, shapes):

@@ -28,10 +28,24 @@ def parse_range(text):
     return _numbers(text, float, 'LO,HI with 0 < LO <= HI, e.g. 0.9,1.1', 2, lambda low, high: 0 < low <= high)
 
 
-def parse_seeds(text):
-    """'123,234' to (123, 234)."""
-    distinct = lambda *seeds: len(set(seeds)) == len(seeds) and min(seeds) >= 0  # noqa: E731
-    return _numbers(text, int, 'different whole numbers >= 0, e.g. 123,234', None, distinct)
+class _Seeds(argparse.Action):
+    """'123,234' or '123' '234' to (123, 234)."""
+
+    def __call__(self, parser, args, values, option_string=None):
+        try:
+            seeds = _numbers(','.join(values), int, 'different whole numbers >= 0, e.g. 123,234', None, _are_seeds)
+        except argparse.ArgumentTypeError as error:
+            parser.error(f'argument {option_string}: {error}')
+        setattr(args, self.dest, seeds)
+
+
+def _are_seeds(*numbers):
+    return len(set(numbers)) == len(numbers) and min(numbers) >= 0
+
+
+def add_seeds(group, name, text):
+    """A flag of one or more seeds."""
+    group.add_argument(name, action=_Seeds, nargs='+', default=(123,), metavar='SEED', help=text)
 
 
 def _numbers(text, kind, expected, count, valid):
@@ -59,9 +73,16 @@ def rate(text):
     return _numbers(text, float, 'a finite number >= 0', 1, lambda x: 0 <= x < math.inf)[0]
 
 
+class _Parser(argparse.ArgumentParser):
+    """Ends on an error with its message, not with all flags above it."""
+
+    def error(self, message):
+        self.exit(2, f'{self.prog}: error: {message}\n({self.prog} --help lists the flags)\n')
+
+
 def make_parser(doc):
     """A parser that shows the script's docstring."""
-    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def add_data_flags(parser, datasets):
@@ -125,7 +146,7 @@ def add_device_flags(group):
     )
 
 
-def add_training_flags(parser, batch_size, num_epoch, seed_type, seed, seed_help):
+def add_training_flags(parser, batch_size, num_epoch):
     """The recipe. Defaults are the paper's."""
     group = parser.add_argument_group('training')
     group.add_argument(
@@ -159,7 +180,6 @@ def add_training_flags(parser, batch_size, num_epoch, seed_type, seed, seed_help
         default=0,
         help='start the schedule and the random draws here, from the weights of --restore-from',
     )
-    group.add_argument('--random-seed', type=seed_type, default=seed, help=seed_help)
     group.add_argument(
         '--fix-bn', action='store_true', help='keep every batch normalisation as it is loaded (stage 2 always does)'
     )

@@ -15,6 +15,7 @@ import numpy as np
 
 from dataset import DATASETS, FoldData
 from dataset.lists import read_ids
+from dataset.segmentation import read_header
 from utils.args import check_folds, fill_lists, make_parser, not_negative, positive
 from utils.errors import InputError, exits_cleanly, some
 from utils.parallel import parallel_map
@@ -41,13 +42,15 @@ def examine(image_id, samples):
     """Read one image and its mask as training would.
 
     Returns:
-        tuple: what is wrong (None where nothing is), and the pixels of each class id, int64 [256].
+        tuple: what is wrong (None where nothing is); the pixels of each class id, int64 [256]; whether the image is
+        displayed otherwise than it is stored.
     """
     try:
         _, mask = samples.read(image_id)
+        turned = read_header(samples.image_path(image_id))[1] != 1
     except InputError as error:
-        return str(error), np.zeros(256, np.int64)
-    return None, np.bincount(mask.ravel(), minlength=256)
+        return str(error), np.zeros(256, np.int64), False
+    return None, np.bincount(mask.ravel(), minlength=256), turned
 
 
 def check_split(split, data, workers):
@@ -64,9 +67,12 @@ def check_split(split, data, workers):
     ids = read_ids(getattr(data, f'{split}_list'), data.spec.mend)
     samples = data.samples(split, novel_as_background=True)
     results = parallel_map(partial(examine, samples=samples), ids, f'examining {split} images', workers)
-    findings = [('error', f'{split} {i}', what) for i, (what, _) in zip(ids, results, strict=True) if what]
-    pixels = np.array([counts for _, counts in results])
-    readable = np.array([what is None for what, _ in results])
+    findings = [('error', f'{split} {i}', what) for i, (what, *_) in zip(ids, results, strict=True) if what]
+    pixels = np.array([counts for _, counts, _ in results])
+    readable = np.array([what is None for what, *_ in results])
+    if turned := [i for i, (*_, is_turned) in zip(ids, results, strict=True) if is_turned]:
+        text = f'{len(turned)} have an EXIF orientation, so that their masks must fit them as displayed: {some(turned)}'
+        findings.append(('note', f'{split} images', text))
     empty = [i for i, shown in zip(ids, pixels[:, 1:255].any(axis=1) | ~readable, strict=True) if not shown]
     if empty:
         findings.append(('note', f'{split} masks', f'{len(empty)} show background only: {some(empty)}'))
@@ -94,7 +100,8 @@ def check_lists(data, shots):
 
     def attempt(subject, check):
         try:
-            check()
+            if isinstance(note := check(), str) and note:
+                findings.append(('note', subject, note))
         except InputError as error:
             findings.append(('error', subject, str(error)))
 

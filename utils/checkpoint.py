@@ -224,7 +224,7 @@ def resolve_checkpoint(source, select='best', seed=None):
     Args:
         source (str or Path): a file, or a snapshot folder. DIR/best.pth means DIR/best_{seed}.pth where that exists.
         select (str): 'best' or 'last', for folders.
-        seed (int, optional): of stage 2.
+        seed (int, optional): of stage 2. Without it, a folder means its only seed where it holds no other network.
 
     Returns:
         Path: an existing file.
@@ -240,6 +240,10 @@ def resolve_checkpoint(source, select='best', seed=None):
         candidates.insert(0, path.with_name(f'{path.stem}_{seed}.pth'))
         if any(path.parent.glob(f'{path.stem}_[0-9]*.pth')):  # a folder of stage 2: no other file stands in for a seed
             candidates.pop()
+    elif not path.is_file():
+        candidates += sorted(path.parent.glob(f'{path.stem}_[0-9]*.pth'))
+        if len(candidates) > 2:
+            raise InputError(f'--restore-from {source} means several files: {some(map(str, candidates[1:]))}; give one')
     for candidate in candidates:
         if candidate.is_file():
             return candidate

@@ -193,7 +193,6 @@ def agreed(value):
 
 
 def main_first(function, *args):
-    """Call a function that makes files in the main process, then in the others, which find them made."""
-    shared(lambda: function(*args))
-    if not is_main():
-        function(*args)
+    """Call a function that makes files in the main process, then in the others; returns what it does."""
+    made = shared(lambda: function(*args))
+    return made if is_main() else function(*args)

@@ -11,7 +11,7 @@ from pathlib import Path
 from dataset import DATASETS, FoldData
 from dataset.fewshot import draw_support
 from dataset.lists import read_ids, write_ids
-from utils.args import check_folds, fill_lists, make_parser, not_negative, positive
+from utils.args import add_seeds, check_folds, fill_lists, make_parser, not_negative, positive
 from utils.errors import InputError, exits_cleanly, some
 
 
@@ -26,7 +26,7 @@ def parse_args(argv=None):
     parser.add_argument('--train-list', type=Path, help='training ids; the lists go beside it')
     parser.add_argument('--fold', type=not_negative, nargs='+', default=[0])
     parser.add_argument('--shot', type=positive, nargs='+', default=[1, 5, 10])
-    parser.add_argument('--seed', type=not_negative, nargs='+', default=[123])
+    add_seeds(parser, '--seed', 'seeds of the draws, e.g. 123,234 or 123 234 (default: 123)')
     parser.add_argument(
         '--filter-novel', action='store_true', help='make the filtered training lists too (fold{F}_filter)'
     )
@@ -46,8 +46,8 @@ def main(args):
     for fold in args.fold:
         for filtered in (False, True) if args.filter_novel else (False,):
             data = FoldData(spec, args.data_dir, fold, args.train_list, args.val_list, filtered)
-            if args.data_dir:
-                data.ensure_lists(args.overwrite)
+            if args.data_dir and (note := data.ensure_lists(args.overwrite)):
+                print(f'note: {note}')
         class_lists = {
             c: read_ids(data.lists.novel_class(c), 'give --data-dir to have it made', allow_empty=True)
             for c in spec.novel_ids(fold)

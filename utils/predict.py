@@ -24,15 +24,16 @@ from utils.visualize import OverlayWriter
 def parse_args(argv=None):
     parser = cli.make_parser(__doc__)
     parser.add_argument('--restore-from', required=True, help='checkpoint of either stage, e.g. best_123.pth')
-    parser.add_argument('--images', type=Path, required=True, help='folder of the photographs')
+    parser.add_argument('--images', type=Path, required=True, help='folder of the photographs, or one of them')
     parser.add_argument('--save-path', type=Path, required=True, help='folder of the results, another one')
     parser.add_argument('--skip-bad-images', action='store_true', help='go on without images that cannot be read')
     cli.add_evaluation_flags(parser)
     cli.add_device_flags(parser)
     parser.set_defaults(base_size=None)
     args = parser.parse_args(argv)
-    if args.save_path.resolve() == args.images.resolve():
-        parser.error(f'--save-path {args.save_path} is the folder of --images, whose files would be overwritten')
+    folder = args.images if args.images.is_dir() else args.images.parent
+    if args.save_path.resolve() == folder.resolve():
+        parser.error(f'--save-path {args.save_path} is the folder of the photographs, which could be overwritten')
     return args
 
 

@@ -150,6 +150,8 @@ class Trainer:
                 raise signals.stop(asked)
         if self.skipped:
             self.logger.info(f'{self.who}{len(self.skipped)} training images were skipped')
+        best = self.snapshots.path('best', self.seed)
+        self.logger.info(f'{self.who}best checkpoint: {best}, epoch {progress.best_epoch}')
         return {'best': progress.best, 'last': progress.last}
 
     def train_epoch(self):
