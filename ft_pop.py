@@ -33,9 +33,9 @@ from utils.engine import (
 from utils.errors import InputError, exits_cleanly
 from utils.logger import RunLogger
 from utils.metrics import summary_table
+from utils.panel import ValidationPanel
 from utils.snapshots import Snapshots, digests, locked, run_arguments
 from utils.trainer import Trainer
-from utils.visualize import ValidationPanel
 
 
 def parse_args(argv=None):

@@ -32,9 +32,9 @@ from utils.engine import (
 from utils.errors import InputError, exits_cleanly
 from utils.logger import RunLogger
 from utils.memory import return_freed_memory
+from utils.panel import ValidationPanel
 from utils.snapshots import Snapshots, locked, run_arguments
 from utils.trainer import Trainer
-from utils.visualize import ValidationPanel
 
 
 def parse_args(argv=None):

@@ -15,12 +15,11 @@ from utils.figures import (
     error_map,
     iou_figure,
     save_figure,
-    similarity,
-    similarity_picture,
     support_figure,
 )
 from utils.legend import Legend, spread_palette, voc_palette
-from utils.visualize import ImageScores, PanelWriter, ValidationPanel, choose_telling
+from utils.panel import ValidationPanel, similarity, similarity_picture
+from utils.visualize import ImageScores, PanelWriter, choose_telling
 
 LEGEND = Legend(('background', 'cat', 'dog', 'new'), (0, 8, 12, 3), num_base=2, palette='voc')
 

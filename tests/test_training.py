@@ -20,9 +20,9 @@ from utils.files import atomic_write, check_writable
 from utils.legend import Legend
 from utils.logger import RunLogger
 from utils.optim import Optimization, parameter_groups
+from utils.panel import ValidationPanel
 from utils.snapshots import Snapshots
 from utils.trainer import Trainer
-from utils.visualize import ValidationPanel
 
 
 @pytest.mark.parametrize('num_novel', (0, 3))

@@ -1,14 +1,12 @@
 """Figures of results: panels of predictions, confusion matrix, IoU of each class, prototypes, support images."""
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from utils.files import atomic_write
 from utils.metrics import IGNORE_INDEX
+from utils.panel import similarity
 
 DPI = 100
 ERRORS = {  # what can be wrong with a pixel, and its colour in error maps (told apart by colour-blind readers too)
@@ -67,24 +65,6 @@ def panel_figure(image, truth, prediction, legend, title=''):
     figure.legend(handles=[*_patches(legend, present), *kinds], loc='outside lower center', ncols=6, frameon=False,
                   fontsize=12)  # fmt: skip
     return figure
-
-
-def similarity(prototypes):
-    """Cosine similarities of all prototypes, float32 [K, K] ndarray.
-
-    Args:
-        prototypes (sequence of Tensor): [Kb, C], and [Kn, C] where there are novel classes.
-    """
-    s = F.normalize(torch.cat([p.detach().float() for p in prototypes]), dim=1)
-    return (s @ s.T).cpu().numpy()
-
-
-def similarity_picture(prototypes, side=320):
-    """The similarities as a picture, uint8 [side', side', 3] with side' >= side: blue -1, white 0, red 1."""
-    matrix = similarity(prototypes)
-    colors = colormaps['RdBu_r'](matrix / 2 + 0.5, bytes=True)[:, :, :3]
-    cell = -(-side // len(matrix))
-    return colors.repeat(cell, axis=0).repeat(cell, axis=1)
 
 
 def similarity_figure(prototypes, legend):

@@ -14,9 +14,9 @@ from utils import signals
 from utils.checkpoint import check_config, save_checkpoint
 from utils.distributed import agreed, is_main, mean_over_processes, share_buffers, sum_over_processes, world_size
 from utils.errors import InputError
-from utils.figures import similarity_picture
 from utils.metrics import IGNORE_INDEX, iou_per_class, summarize
 from utils.optim import Optimization
+from utils.panel import similarity_picture
 
 
 @dataclass

@@ -1,6 +1,5 @@
-"""Pictures of predictions while they are made: palette PNGs, panels of telling images, TensorBoard's panel."""
+"""Pictures of an evaluation's predictions while they are made: palette PNGs, panels of telling images, overlays."""
 
-import cv2
 import numpy as np
 from PIL import Image
 
@@ -8,6 +7,7 @@ from utils.figures import coloured, panel_figure, save_figure
 from utils.files import atomic_write
 from utils.legend import PALETTES
 from utils.metrics import confusion_matrix, iou_per_class
+from utils.panel import label_array
 
 
 def save_palette_png(path, mask, palette):
@@ -42,7 +42,7 @@ class ImageScores:
     def __call__(self, image_id, prediction, truth):
         """Take one image's labels, integer tensors [H, W]."""
         counts = confusion_matrix(truth, prediction, len(self.legend.names)).cpu()
-        prediction, truth = _array(prediction), _array(truth)
+        prediction, truth = label_array(prediction), label_array(truth)
         if counts.any():
             shows_novel = bool(np.isin(truth, list(self.legend.novel_labels)).any())
             self.scores[image_id] = (float(np.nanmean(iou_per_class(counts))), shows_novel)
@@ -79,10 +79,6 @@ def _from_the_middle(items):
     return [items[i] for i in order]
 
 
-def _array(labels):
-    return labels.byte().cpu().numpy()
-
-
 class PanelWriter:
     """Writes a panel of each prediction that it is given.
 
@@ -103,7 +99,7 @@ class PanelWriter:
 
     def __call__(self, image_id, prediction, truth):
         """Take one image's labels, integer tensors [H, W]."""
-        prediction, truth = _array(prediction), _array(truth)
+        prediction, truth = label_array(prediction), label_array(truth)
         title = f'{image_id} ({self.chosen[image_id].rstrip("0123456789")}): mIoU {self.scores[image_id][0]:.1f} %'
         figure = panel_figure(self.read_image(image_id), truth, prediction, self.legend, title)
         save_figure(self.path(image_id), figure)
@@ -123,52 +119,8 @@ class OverlayWriter:
 
     def __call__(self, image_id, prediction, truth):
         """Take one image's labels, an integer tensor [H, W]; the truth is not looked at."""
-        labels = _array(prediction)
+        labels = label_array(prediction)
         save_labels(self.folder / f'{image_id}.png', labels, self.legend)
         overlay = Image.fromarray(coloured(self.read_image(image_id), labels, self.legend))
         with atomic_write(self.folder / f'{image_id}_overlay.jpg', 'wb', sync=False) as file:
             overlay.save(file, format='jpeg', quality=92)
-
-
-class ValidationPanel:
-    """The same few validation images after each validation, as one picture for TensorBoard.
-
-    These are the first ones that show a novel class, or in stage 1 any class.
-
-    Args:
-        legend (Legend): of the labels.
-        read_image (callable): image id -> RGB uint8 [H, W, 3].
-        count (int): how many images.
-        side (int): pixels that a picture of an image fits.
-    """
-
-    def __init__(self, legend, read_image, count=6, side=192):
-        self.legend, self.read_image, self.count, self.side = legend, read_image, count, side
-        self._wanted = list(legend.novel_labels) or list(range(1, len(legend.names)))
-        self._fixed, self._predictions = {}, {}
-
-    def __call__(self, image_id, prediction, truth):
-        """Take one image's labels, integer tensors [H, W]; those of most images are not looked at."""
-        if image_id not in self._fixed and len(self._fixed) == self.count:
-            return
-        prediction, truth = _array(prediction), _array(truth)
-        if image_id not in self._fixed:
-            if not np.isin(truth, self._wanted).any():
-                return
-            image = cv2.resize(self.read_image(image_id), truth.shape[::-1], interpolation=cv2.INTER_AREA)
-            self._fixed[image_id] = (self._tile(image), self._tile(self.legend.colors[truth]))
-        self._predictions[image_id] = self._tile(self.legend.colors[prediction])
-
-    def draw(self):
-        """uint8 [rows * side, 3 * side, 3]: image, ground truth and prediction in each row; None without images."""
-        rows = [np.hstack([*tiles, self._predictions[image_id]]) for image_id, tiles in self._fixed.items()]
-        return np.vstack(rows) if rows else None
-
-    def _tile(self, picture):
-        """A picture, shrunk to the side and put into a grey square."""
-        factor = min(self.side / max(picture.shape[:2]), 1)
-        height, width = (max(int(factor * size), 1) for size in picture.shape[:2])
-        small = cv2.resize(picture, (width, height), interpolation=cv2.INTER_NEAREST)
-        tile = np.full((self.side, self.side, 3), 128, np.uint8)
-        tile[:height, :width] = small
-        return tile

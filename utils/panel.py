@@ -1,0 +1,77 @@
+"""What TensorBoard shows of a run beside its curves: predictions on validation images, similarity of prototypes.
+
+Drawn with arrays, as matplotlib, which figures of results need (`figures`), would make each start a seventh slower.
+"""
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+
+def similarity(prototypes):
+    """Cosine similarities of all prototypes, float32 [K, K] ndarray.
+
+    Args:
+        prototypes (sequence of Tensor): [Kb, C], and [Kn, C] where there are novel classes.
+    """
+    s = F.normalize(torch.cat([p.detach().float() for p in prototypes]), dim=1)
+    return (s @ s.T).cpu().numpy()
+
+
+def similarity_picture(prototypes, side=320):
+    """The similarities as a picture, uint8 [side', side', 3] with side' >= side: blue -1, white 0, red 1."""
+    matrix = similarity(prototypes).clip(-1, 1)
+    red, blue = np.minimum(1 + matrix, 1), np.minimum(1 - matrix, 1)
+    colors = (255 * np.stack([red, np.minimum(red, blue), blue], axis=2)).astype(np.uint8)
+    cell = -(-side // len(matrix))
+    return colors.repeat(cell, axis=0).repeat(cell, axis=1)
+
+
+def label_array(labels):
+    """Labels below 256, an integer tensor, as a uint8 ndarray."""
+    return labels.byte().cpu().numpy()
+
+
+class ValidationPanel:
+    """The same few validation images after each validation, as one picture for TensorBoard.
+
+    These are the first ones that show a novel class, or in stage 1 any class.
+
+    Args:
+        legend (Legend): of the labels.
+        read_image (callable): image id -> RGB uint8 [H, W, 3].
+        count (int): how many images.
+        side (int): pixels that a picture of an image fits.
+    """
+
+    def __init__(self, legend, read_image, count=6, side=192):
+        self.legend, self.read_image, self.count, self.side = legend, read_image, count, side
+        self._wanted = list(legend.novel_labels) or list(range(1, len(legend.names)))
+        self._fixed, self._predictions = {}, {}
+
+    def __call__(self, image_id, prediction, truth):
+        """Take one image's labels, integer tensors [H, W]; those of most images are not looked at."""
+        if image_id not in self._fixed and len(self._fixed) == self.count:
+            return
+        prediction, truth = label_array(prediction), label_array(truth)
+        if image_id not in self._fixed:
+            if not np.isin(truth, self._wanted).any():
+                return
+            image = cv2.resize(self.read_image(image_id), truth.shape[::-1], interpolation=cv2.INTER_AREA)
+            self._fixed[image_id] = (self._tile(image), self._tile(self.legend.colors[truth]))
+        self._predictions[image_id] = self._tile(self.legend.colors[prediction])
+
+    def draw(self):
+        """uint8 [rows * side, 3 * side, 3]: image, ground truth and prediction in each row; None without images."""
+        rows = [np.hstack([*tiles, self._predictions[image_id]]) for image_id, tiles in self._fixed.items()]
+        return np.vstack(rows) if rows else None
+
+    def _tile(self, picture):
+        """A picture, shrunk to the side and put into a grey square."""
+        factor = min(self.side / max(picture.shape[:2]), 1)
+        height, width = (max(int(factor * size), 1) for size in picture.shape[:2])
+        small = cv2.resize(picture, (width, height), interpolation=cv2.INTER_NEAREST)
+        tile = np.full((self.side, self.side, 3), 128, np.uint8)
+        tile[:height, :width] = small
+        return tile
