@@ -12,7 +12,7 @@ import time
 import cv2
 import numpy as np
 import pytest
-from conftest import ROOT, SHARED, run_process
+from conftest import ROOT, SHARED
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
@@ -25,8 +25,10 @@ from utils.legend import voc_palette
 from utils.visualize import save_palette_png
 
 
-def tool(name, *flags, **settings):
-    return run_process(sys.executable, '-m', f'utils.{name}', *flags, **settings)
+@pytest.fixture
+def tool(run_script):
+    """Run one of the preparing commands in this process; returns (exit code, output)."""
+    return lambda name, *flags: run_script(f'utils/{name}.py', *flags)
 
 
 # ---- VOC and SBD
@@ -61,7 +63,7 @@ def miniature(tmp_path):
     return voc, sbd, tmp_path / 'list'
 
 
-def test_voc_with_sbd(miniature):
+def test_voc_with_sbd(miniature, tool):
     voc, sbd, lists = miniature
     code, output = tool('voc_parse_script', '--voc-root', voc, '--sbd-root', sbd, '--list-dir', lists, '--workers', 2)
     assert code == 0, output
@@ -91,7 +93,7 @@ def test_voc_with_sbd(miniature):
     assert read('fold0/train_base_class20.txt') == []
 
 
-def test_a_ready_made_folder_needs_lists_only(miniature):
+def test_a_ready_made_folder_needs_lists_only(miniature, tool):
     voc, _, lists = miniature
     code, output = tool('voc_parse_script', '--voc-root', voc, '--list-dir', lists)
     assert code == 1 and '--sbd-root' in output and 'SegmentationClassAug' in output
@@ -105,7 +107,7 @@ def test_a_ready_made_folder_needs_lists_only(miniature):
     assert code == 1 and '1 images of' in output and 'have no mask' in output
 
 
-def test_damaged_downloads_are_named(miniature):
+def test_damaged_downloads_are_named(miniature, tool):
     voc, sbd, lists = miniature
     (sbd / 'cls/t.mat').write_bytes(b'nothing')
     code, output = tool('voc_parse_script', '--voc-root', voc, '--sbd-root', sbd, '--list-dir', lists)
@@ -115,7 +117,7 @@ def test_damaged_downloads_are_named(miniature):
     assert code == 1 and 'has no cls/*.mat' in output
 
 
-def test_ready_made_masks_of_real_photographs_give_their_lists(voc_mini, tmp_path):
+def test_ready_made_masks_of_real_photographs_give_their_lists(voc_mini, tmp_path, tool):
     code, output = tool('voc_parse_script', '--voc-root', voc_mini, '--list-dir', tmp_path)
     assert code == 0, output
     for name in ('trainaug.txt', 'val.txt'):
@@ -176,7 +178,7 @@ def small_coco(tmp_path):
     return root
 
 
-def test_coco_masks_and_lists(small_coco, tmp_path):
+def test_coco_masks_and_lists(small_coco, tmp_path, tool):
     code, output = tool('coco_parse_script', '--coco-root', small_coco, '--list-dir', tmp_path / 'list')
     assert code == 0, output
     for split in ('train', 'val'):
@@ -212,7 +214,7 @@ def test_real_annotations_by_both_rasterisers(tmp_path):
             assert np.array_equal(rasterize(*drawn[stem], 'opencv'), plain)
 
 
-def test_damaged_annotations_and_missing_photographs_are_named(small_coco, tmp_path):
+def test_damaged_annotations_and_missing_photographs_are_named(small_coco, tmp_path, tool):
     (small_coco / 'val2014' / '7.jpg').unlink()
     code, output = tool('coco_parse_script', '--coco-root', small_coco, '--list-dir', tmp_path, '--split', 'val')
     assert code == 1 and '1 of 2 annotated images are missing' in output and 'val2014.zip' in output
@@ -259,7 +261,7 @@ def test_an_interrupted_run_leaves_no_half_file_and_is_simply_run_again(tmp_path
 
 
 @pytest.fixture
-def checked(shapes, tmp_path):
+def checked(shapes, tmp_path, tool):
     folder = tmp_path / 'data'
     shutil.copytree(shapes, folder)
 
