@@ -77,8 +77,10 @@ def parse_args(argv=None):
         help='memory for them on each host; VOC at 473x473 takes 6 GB (default: 8)',
     )
     args = cli.check(parser, parser.parse_args(argv), DATASETS)
+    if args.start_epoch and args.restore_from in ('none', 'imagenet'):
+        parser.error(f'--start-epoch goes on from a stage-2 checkpoint; --restore-from {args.restore_from} is none')
     if not DATASETS[args.dataset].novel_ids(args.fold):
-        parser.error('--fold -1 has no novel classes, so there is nothing for stage 2 to learn')
+        parser.error(f'--fold {args.fold} has no novel classes, so there is nothing for stage 2 to learn')
     return args
 
 
@@ -156,7 +158,7 @@ def update_novel(args, data, seed, base, frozen, dtype, val_batches, snapshots, 
     net = build_model(args.backbone, len(data.base_ids), len(data.novel_ids), args.os)
     net.start_from(base)
     config = network_config(args, data.legend, seed)
-    if args.start_epoch:
+    if args.start_epoch and not snapshots.holds(seed):
         earlier = stage_2_checkpoint(args, seed)
         earlier.load_into(net, config)
         if any(not torch.equal(net.state_dict()[key], value.cpu()) for key, value in base.state_dict().items()):
@@ -210,13 +212,14 @@ def main(args):
             seed: common | {'random_seed': seed} | digests({'support list': data.lists.support(args.shot, seed)})
             for seed in args.random_seed
         }
-        snapshots = Snapshots(args.snapshot_dir, arguments, args.resume, args.overwrite)
+        snapshots = Snapshots(args.snapshot_dir, arguments, args.resume, args.overwrite, data.legend.classes)
         val_set = data.validation(args.base_size, with_novel=True, limit=args.val_limit)
         # with a cache the loader is gone through once
         val_loader = evaluation_loader(
             val_set, args.test_batch_size, args.num_workers, device, keep_workers=args.val_cache == 'off'
         )
         base = restore(args, data, device, snapshots)
+        snapshots.make_room()
         frozen = folded(base, dtype)
         if args.compile:
             compile_features(frozen)

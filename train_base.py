@@ -98,7 +98,8 @@ def main(args):
         main_first(data.check_validation_masks)
         lists = {'training list': data.lists.train, 'validation list': data.val_list}
         dtype = precision(device, args.fp16)
-        snapshots = Snapshots(args.snapshot_dir, {None: run_arguments(args, dtype, lists)}, args.resume, args.overwrite)
+        arguments = {None: run_arguments(args, dtype, lists)}
+        snapshots = Snapshots(args.snapshot_dir, arguments, args.resume, args.overwrite, data.legend.classes)
         train_set = data.base_training(Augmentation(args.input_size, args.scale_range), args.random_seed)
         val_set = data.validation(args.base_size, with_novel=False, limit=args.val_limit)
         train_loader = training_loader(
@@ -110,6 +111,7 @@ def main(args):
         net = build_model(args.backbone, len(data.base_ids), output_stride=args.os)
         if not snapshots.any_path():
             restore(net, args, config)
+        snapshots.make_room()
         if args.freeze_backbone:
             net.backbone.requires_grad_(False)
         if args.fix_bn:

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,7 +71,7 @@ class FoldData:
             return ''
         return (
             f'{len(differing)} lists of fold {self.fold} are taken as they are, though this data and min_pixels '
-            f'{self.spec.min_pixels} give others: {some(path.name for path in differing)}; {self._mend_lists}'
+            f'{self.spec.min_pixels} give others: {some(map(str, differing))}. Remove those that are to be made anew.'
         )
 
     def check_validation_masks(self):
@@ -105,10 +106,11 @@ class FoldData:
             self.support_ids(shot, seed)
 
     def _support_command(self, shot, *seeds):
-        return (
-            f'python -m utils.gen_fs_list --dataset {self.spec.name} --data-dir {self.data_dir} --train-list '
-            f'{self.train_list} --fold {self.fold} --shot {shot} --seed {" ".join(map(str, seeds))}'
-        )
+        command = (
+            'python', '-m', 'utils.gen_fs_list', '--dataset', self.spec.name, '--data-dir', self.data_dir,
+            '--train-list', self.train_list, '--fold', self.fold, '--shot', shot, '--seed', *seeds,
+        )  # fmt: skip
+        return shlex.join(map(str, command))
 
     def support_ids(self, shot, seed):
         """The support images of a draw, K per novel class; InputError where the list is of another fold or shot."""

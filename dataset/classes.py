@@ -6,7 +6,7 @@ A class id is the dataset's own (1..N; 0 is background, 255 is ignored).
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.legend import Legend
+from utils.legend import PALETTES, Legend
 
 MAX_CLASSES = 253  # 0 is background, 254 and 255 mean something else (`labels`)
 LIST_ROOT = Path(__file__).parent / 'list'
@@ -52,15 +52,24 @@ class DatasetSpec:
                 f'{self.name}: class_names is {self.class_names!r}; expected a tuple of 1 to {MAX_CLASSES} names, e.g. '
                 "('car', 'tree'): masks hold 8 bits"
             )
+        if 'background' in self.class_names:
+            raise ValueError(f'{self.name}: background is class 0 already; leave it out of class_names')
         if repeated := {name for name in self.class_names if self.class_names.count(name) > 1}:
             raise ValueError(f'{self.name}: class_names has {", ".join(repeated)} more than once')
+        if not isinstance(self.folds, tuple) or not self.folds:
+            raise ValueError(f'{self.name}: folds is {self.folds!r}; expected a tuple of folds, e.g. ((1, 2), (3, 4))')
         for fold, ids in enumerate(self.folds):
-            known = range(1, self.num_classes + 1)
-            if not isinstance(ids, tuple) or list(ids) != [c for c in known if c in ids] or len(ids) == len(known):
+            known = set(range(1, self.num_classes + 1))
+            if not isinstance(ids, tuple) or not ids or not set(ids) < known or list(ids) != sorted(set(ids)):
                 raise ValueError(
                     f'{self.name}: fold {fold} is {ids!r}; expected a tuple of ascending class ids of '
                     f'1..{self.num_classes} that leaves some classes to the base, e.g. folds=((1, 2), (3, 4))'
                 )
+        if self.palette not in PALETTES:
+            raise ValueError(f'{self.name}: palette is {self.palette!r}; expected one of {", ".join(PALETTES)}')
+        low, high = self.scale_range
+        if not 0 < low <= high:
+            raise ValueError(f'{self.name}: scale_range is {self.scale_range!r}; expected (LO, HI) with 0 < LO <= HI')
 
     @property
     def num_classes(self):

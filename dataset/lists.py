@@ -71,15 +71,19 @@ def read_ids(path, mend, allow_empty=False, allow_repeats=False):
         InputError: missing, empty, doubled, or file names rather than ids.
     """
     try:
-        ids = Path(path).read_text().split()
+        ids = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
     except FileNotFoundError:
         raise InputError(f'list {path} does not exist; {mend}') from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f'list {path} cannot be read ({error}); expected a text file of image ids') from None
     if not ids and not allow_empty:
         raise InputError(f'list {path} is empty; {mend}')
+    if columns := [line for line in ids if len(line.split()) > 1 or '/' in line]:
+        raise InputError(f'list {path} has lines like "{columns[0]}"; expected one image id a line, without folders')
     if named := [image_id for image_id in ids if image_id.lower().endswith(('.jpg', '.jpeg', '.png'))]:
         raise InputError(
             f'list {path} names files ({some(named)}); expected ids, which are the names without their suffix: '
-            f"sed -i 's/\\.[a-zA-Z]*$//' {path}"
+            f"sed -i -E 's/\\.[A-Za-z]+\\s*$//' {path}"
         )
     repeated = [image_id for image_id, count in Counter(ids).items() if count > 1]
     if repeated and not allow_repeats:

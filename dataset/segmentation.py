@@ -134,7 +134,10 @@ def read_header(path):
     """
     try:
         with Image.open(path) as image:
-            orientation = image.getexif().get(ORIENTATION_TAG, 1)
+            exif = Image.Exif()  # not image.getexif(), which also knows orientations that OpenCV does not apply
+            exif.load(image.info.get('exif', b''))
+            orientation = exif.get(ORIENTATION_TAG)
+            orientation = orientation if orientation in range(1, 9) else 1
             return image.size[::-1] if orientation >= 5 else image.size, orientation
     except (OSError, SyntaxError) as error:
         raise _unreadable(path, 'image') from error

@@ -1,16 +1,14 @@
 """Published checkpoints load unchanged; wrong ones fail with a message that names the keys."""
 
+import re
+
 import pytest
 import torch
 from conftest import ROOT
 from torchvision import models
 
 from model import build_model
-from utils.checkpoint import (
-    read_checkpoint,
-    resolve_checkpoint,
-    save_checkpoint,
-)  # fmt: skip
+from utils.checkpoint import read_checkpoint, resolve_checkpoint, save_checkpoint
 from utils.errors import InputError
 
 
@@ -180,3 +178,13 @@ def test_resolving_a_restore_from(tmp_path):
     assert resolve_checkpoint(tmp_path / 'last_234.pth', seed=234).name == 'last_234.pth'
     with pytest.raises(InputError, match=r'no .*first_234\.pth and no .*first\.pth; .* holds best\.pth, best_123\.pth'):
         resolve_checkpoint(tmp_path / 'first.pth', seed=234)
+
+
+def test_the_snippet_of_the_readme_runs(tmp_path, monkeypatch):
+    blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)
+    (code,) = (block for block in blocks if 'import' in block)
+    torch.save(build_model('resnet50v2', 15, 5).state_dict(), tmp_path / 'best_123.pth')
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code.replace('473', '65'), names)
+    assert names['logits'].shape == (1, 21, 9, 9)

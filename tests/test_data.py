@@ -4,6 +4,7 @@ import dataclasses
 import io
 import itertools
 import os
+import subprocess
 import zlib
 
 import cv2
@@ -17,7 +18,7 @@ from dataset.classes import SHAPES
 from dataset.fewshot import draw_base, draw_support
 from dataset.labels import INVALID, label_table
 from dataset.lists import ClassIndex, FoldLists, ensure_class_lists, read_ids, write_ids
-from dataset.segmentation import Samples, read_image, read_mask
+from dataset.segmentation import ORIENTATION_TAG, Samples, read_header, read_image, read_mask
 from dataset.shapes import make_shapes
 from dataset.transforms import resize
 from utils.engine import TrainingBatches, evaluation_loader, training_loader
@@ -54,6 +55,12 @@ def test_folds_of_pascal_5i_and_coco_20i():
     ({'folds': ((3, 2),)}, 'ascending'),
     ({'folds': ((2, 2),)}, 'ascending'),
     ({'folds': ((1, 2, 3, 4, 5),)}, 'leaves some classes'),
+    ({'folds': ((),)}, 'expected a tuple of ascending'),
+    ({'folds': ()}, 'folds is \\(\\); expected'),
+    ({'folds': 3}, 'folds is 3; expected'),
+    ({'palette': 'grey'}, 'one of voc, spread'),
+    ({'scale_range': (2, 1)}, 'LO <= HI'),
+    ({'class_names': ('background', 'a', 'b', 'c', 'd')}, 'class 0 already'),
     ({'class_names': 'crack'}, 'tuple of 1 to 253 names'),
     ({'class_names': ()}, 'tuple of 1 to 253 names'),
     ({'class_names': ('a', 'b', 'a', 'c', 'd')}, 'has a more than once'),
@@ -115,6 +122,38 @@ def test_a_truncated_photograph_is_refused_and_trailing_bytes_are_not(tmp_path, 
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(InputError, match='cannot be decoded'):
         read_image(path)
+
+
+@pytest.mark.parametrize(('orientation', 'turned'), ((1, False), (3, False), (6, True), (9, False), ('6', False)))
+def test_the_header_says_what_the_decoder_does(tmp_path, orientation, turned):
+    path = tmp_path / 'a.jpg'
+    picture = Image.new('RGB', (60, 40))
+    exif = picture.getexif()
+    exif[ORIENTATION_TAG] = orientation
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/" tiff:Orientation="6"></x:xmpmeta>'  # is not applied
+    picture.save(path, exif=exif, xmp=xmp)
+    size, found = read_header(path)
+    assert size == read_image(path).shape[1::-1] == ((40, 60) if turned else (60, 40))
+    assert found == (orientation if orientation in (1, 3, 6) else 1)
+
+
+def test_lists_are_read_by_line(tmp_path):
+    path = tmp_path / 'ids.txt'
+    path.write_bytes(b'a\r\n\r\nb.2\r\n')
+    assert read_ids(path, '') == ['a', 'b.2']
+    path.write_bytes(b'JPEGImages/a.jpg SegmentationClassAug/a.png\n')
+    with pytest.raises(InputError, match=r'lines like "JPEGImages/a\.jpg .*one image id a line'):
+        read_ids(path, '')
+    path.write_bytes(b'a.JPG\r\nb.2.jpeg\r\n')
+    with pytest.raises(InputError, match='names files') as error:
+        read_ids(path, '')
+    subprocess.run(str(error.value).partition('suffix: ')[2], shell=True, check=True)  # the mend does mend it
+    assert read_ids(path, '') == ['a', 'b.2']
+    for wrong, content in ((tmp_path, None), (path, b'\xff\xfe')):
+        if content:
+            path.write_bytes(content)
+        with pytest.raises(InputError, match='cannot be read'):
+            read_ids(wrong, '')
 
 
 def test_real_masks_hold_voc_ids(voc_mini):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import launcher, run_process, same_results, stage_1, stage_2, start
 
+from dataset import DATASETS
 from utils.errors import InputError
 from utils.logger import RunLogger
 from utils.snapshots import Snapshots, locked
@@ -132,11 +133,13 @@ def test_a_file_is_gone_on_from_only_where_it_fits(whole, tmp_path):
     shutil.copytree(whole(1), run)
     state = torch.load(run / 'last.pth', weights_only=True)
     arguments = state['training']['arguments']
-    for other in ({'fold': 1}, {'backbone': 'resnet50'}, {'batch_size': 8}, {'freeze_backbone': True}):
+    for other in (
+        {'fold': 1}, {'backbone': 'resnet50'}, {'batch_size': 8}, {'freeze_backbone': True}, {'start_epoch': 1}
+    ):  # fmt: skip
         ((name, value),) = other.items()
         with pytest.raises(InputError, match=f'{name} was {arguments[name]}, is {value}.*--restore-from'):
             Snapshots(run, {None: arguments | other}, str(run / 'last.pth'))
-    with pytest.raises(InputError, match='is of seed None'):
+    with pytest.raises(InputError, match='is a checkpoint of stage 1; this run has the seeds 123'):
         Snapshots(tmp_path / 'new', {123: arguments}, str(run / 'last.pth'))
     # another run's folder is left alone
     other = tmp_path / 'other'
@@ -145,10 +148,46 @@ def test_a_file_is_gone_on_from_only_where_it_fits(whole, tmp_path):
     with pytest.raises(InputError, match=r'holds an earlier run.*--overwrite'):
         Snapshots(other, {None: arguments}, str(run / 'last.pth'))
     assert before == {path: path.read_bytes() for path in before}
+    with pytest.raises(InputError, match='has done all of --num-epoch 2 already'):
+        Snapshots(tmp_path / 'new', {None: arguments}, str(run / 'last.pth'))
     new = Snapshots(tmp_path / 'new', {None: arguments | {'num_epoch': 5}}, str(run / 'last.pth'))
     progress = new.state()['training']['progress']
     # its best checkpoint is not there, so the next one is
     assert not progress['finished'] and progress['best'] is None and new.metrics_size() == 0
+
+
+def test_a_run_that_is_refused_changes_nothing(run_script, shapes, whole, tmp_path):
+    run = tmp_path / 'run'
+    shutil.copytree(whole(1), run)
+    other_classes = tmp_path / 'renamed.pth'
+    state = torch.load(run / 'previous.pth', weights_only=True)
+    state['config']['classes'][0][1] = 'another'
+    torch.save(state, other_classes)
+    (run / '.lock').unlink(missing_ok=True)
+    before = {path: path.read_bytes() for path in run.rglob('*') if path.is_file()}
+    for flags, expected in (
+        (('--resume', 'off', '--overwrite', '--restore-from', tmp_path / 'typo.pth'), (1, 'there is no')),
+        (('--resume', 'off', '--overwrite', '--restore-from', run), (2, 'would remove what --restore-from')),
+        (('--resume', 'off', '--overwrite', '--restore-from', run / 'best.pth'), (2, 'would remove')),
+        (('--resume', other_classes, '--overwrite', '--num-epoch', 9), (1, 'another, expected dotted disc')),
+        (('--num-epoch', 9), (1, 'num_epoch was 2, is 9')),
+    ):
+        code, output = run_script(*stage_1(shapes, run, *flags))
+        assert code == expected[0] and expected[1] in output, output
+        now = {path: path.read_bytes() for path in run.rglob('*') if path.is_file() and path.name != '.lock'}
+        assert now == before
+
+
+def test_runs_from_before_an_argument_was_stored_go_on(whole, tmp_path):
+    run = tmp_path / 'run'
+    shutil.copytree(whole(1), run)
+    state = torch.load(run / 'last.pth', weights_only=True)
+    arguments = dict(state['training']['arguments'])
+    del state['training']['arguments']['precision'], state['config']['classes']
+    state['training']['arguments']['a flag of old'] = 1
+    torch.save(state, run / 'last.pth')
+    classes = DATASETS['shapes'].legend(0).classes
+    assert Snapshots(run, {None: arguments}, 'auto', classes=classes).holds()
 
 
 def test_lost_records_are_not_made_up(tmp_path, capsys):
@@ -173,6 +212,14 @@ def test_the_folder_of_the_other_stage_is_left_alone(run_script, shapes, base_ru
         code, output = run_script(*command)
         assert code == 1 and f'holds a run of stage {1 if folder == base_run else 2}' in output, output
         assert before == {path: path.read_bytes() for path in before}
+
+
+def test_a_copy_is_not_taken_for_a_seed(whole, tmp_path):
+    run = tmp_path / 'run'
+    shutil.copytree(whole(1), run)
+    (run / 'best.pth').rename(run / 'best_50epochs.pth')
+    arguments = torch.load(run / 'last.pth', weights_only=True)['training']['arguments']
+    assert Snapshots(run, {None: arguments}, 'auto').holds()
 
 
 def test_where_nothing_can_be_read_the_run_is_refused(tmp_path):

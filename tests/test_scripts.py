@@ -171,6 +171,13 @@ def test_evaluation_counts_every_pixel_of_the_original_masks(run_script, shapes,
     assert len(pictures) == 4 and all(Image.open(path).size[0] > 900 for path in pictures)
 
 
+def test_another_base_size_than_in_training_is_told(run_script, shapes, base_run, tmp_path):
+    flags = ('--data-dir', shapes, '--restore-from', base_run, '--save-path', tmp_path)
+    assert 'was validated with' not in run_script('test.py', *TINY, *flags)[1]
+    code, output = run_script('test.py', *TINY, *flags, '--base-size', '97,65')
+    assert code == 0 and 'was validated with --base-size 65,65 while it was trained' in output, output
+
+
 def test_an_untrained_network_scores_near_zero(run_script, shapes, tmp_path):
     torch.manual_seed(0)
     code, _ = run_script('test.py', *TINY, '--data-dir', shapes, '--restore-from', 'none', '--save-path', tmp_path)

@@ -32,10 +32,11 @@ class _Seeds(argparse.Action):
     """'123,234' or '123' '234' to (123, 234)."""
 
     def __call__(self, parser, args, values, option_string=None):
+        text = ','.join(value.strip(',') for value in values)
         try:
-            seeds = _numbers(','.join(values), int, 'different whole numbers >= 0, e.g. 123,234', None, _are_seeds)
+            seeds = _numbers(text, int, 'different whole numbers >= 0, e.g. 123,234', None, _are_seeds)
         except argparse.ArgumentTypeError as error:
-            parser.error(f'argument {option_string}: {error}')
+            raise argparse.ArgumentError(self, str(error)) from None
         setattr(args, self.dest, seeds)
 
 
@@ -43,9 +44,9 @@ def _are_seeds(*numbers):
     return len(set(numbers)) == len(numbers) and min(numbers) >= 0
 
 
-def add_seeds(group, name, text):
+def add_seeds(group, name, text, default=(123,)):
     """A flag of one or more seeds."""
-    group.add_argument(name, action=_Seeds, nargs='+', default=(123,), metavar='SEED', help=text)
+    group.add_argument(name, action=_Seeds, nargs='+', default=default, metavar='SEED', help=text)
 
 
 def _numbers(text, kind, expected, count, valid):
@@ -303,6 +304,9 @@ def check(parser, args, datasets):
             parser.error(f'--learning-rate: got {args.learning_rate}; expected a number > 0')
         if args.overwrite and args.resume == 'auto':
             parser.error('--overwrite goes with --resume off or --resume FILE')
+        source = Path(args.restore_from)
+        if args.overwrite and args.snapshot_dir.resolve() in (source.resolve(), source.resolve().parent):
+            parser.error(f'--overwrite would remove what --restore-from {source} names; use another --snapshot-dir')
         unit = world_size() * args.accumulate
         if args.batch_size % unit:
             below, above = args.batch_size // unit * unit, (args.batch_size // unit + 1) * unit

@@ -100,13 +100,13 @@ def check_lists(data, shots):
 
     def attempt(subject, check):
         try:
-            if isinstance(note := check(), str) and note:
-                findings.append(('note', subject, note))
+            return check()
         except InputError as error:
             findings.append(('error', subject, str(error)))
 
-    if data.lists.train.is_file():
-        attempt(f'fold {data.fold} lists', data.ensure_lists)
+    subject = f'fold {data.fold} lists'
+    if data.lists.train.is_file() and (note := attempt(subject, data.ensure_lists)):
+        findings.append(('note', subject, note))
     for shot in shots:
         for path in sorted(data.lists.support(shot, 0).parent.glob(f'fold{data.fold}_{shot}shot_seed*.txt')):
             seed = path.stem.rpartition('seed')[2]

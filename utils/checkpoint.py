@@ -108,7 +108,7 @@ def check_config(path, config, expected):
     if theirs and ours and (changed or list(theirs) != list(ours)):
         what = some(changed) if changed else f'base and novel ids are {list(theirs)}, expected {list(ours)}'
         raise InputError(
-            f'{path} is of other classes than the row of {expected.get("dataset", config.get("dataset"))!r} in '
+            f'{path} is of other classes than the row of {config.get("dataset")!r} in '
             f'dataset/classes.py has now: {what}. Undo the change of that row, or train anew.'
         )
 
@@ -218,6 +218,14 @@ def imagenet_checkpoint(backbone):
     return Checkpoint('imagenet', state, {})
 
 
+def of_seeds(path):
+    """The files that are there as PATH's of stage 2: best_123.pth for best.pth."""
+    return sorted(
+        other for other in path.parent.glob(f'{path.stem}_*.pth')
+        if re.fullmatch(r'\d+', other.stem.removeprefix(f'{path.stem}_'))
+    )  # fmt: skip
+
+
 def resolve_checkpoint(source, select='best', seed=None):
     """Find the file that a --restore-from means.
 
@@ -238,10 +246,10 @@ def resolve_checkpoint(source, select='best', seed=None):
     candidates = [path]
     if seed is not None:
         candidates.insert(0, path.with_name(f'{path.stem}_{seed}.pth'))
-        if any(path.parent.glob(f'{path.stem}_[0-9]*.pth')):  # a folder of stage 2: no other file stands in for a seed
+        if of_seeds(path):  # a folder of stage 2: no other file stands in for a seed
             candidates.pop()
     elif not path.is_file():
-        candidates += sorted(path.parent.glob(f'{path.stem}_[0-9]*.pth'))
+        candidates += of_seeds(path)
         if len(candidates) > 2:
             raise InputError(f'--restore-from {source} means several files: {some(map(str, candidates[1:]))}; give one')
     for candidate in candidates:
@@ -265,7 +273,7 @@ def _read(path):
     except FileNotFoundError:
         raise InputError(f'checkpoint {path} does not exist') from None
     except IsADirectoryError:
-        raise InputError(f'{path} is a folder; expected a checkpoint file, e.g. {path}/best.pth') from None
+        raise InputError(f'{path} is a folder; expected a checkpoint file, e.g. {path}/last.pth') from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         # PyTorch's message goes on with the advice to load the file unsafely
         reason = re.split(r'\. |\n', str(error))[0] if str(error) else type(error).__name__

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from utils import signals
-from utils.distributed import all_sum, is_main, rank, world_size
+from utils.distributed import agreed, all_sum, is_main, rank, world_size
 from utils.errors import InputError
 from utils.metrics import confusion_matrix
 from utils.upsampling import needed, predict
@@ -95,7 +95,7 @@ def precision(device, fp16):
         return torch.float32
     if device.type == 'cuda':
         return torch.float16
-    if computes_in_bfloat16():
+    if agreed(computes_in_bfloat16()):  # hosts may differ
         return torch.bfloat16
     if is_main():
         print('--fp16: this processor has no bfloat16 instructions; computing in float32, which is faster', flush=True)

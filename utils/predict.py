@@ -13,7 +13,7 @@ from model import build_model
 from model.folding import folded
 from utils import args as cli
 from utils.checkpoint import read_checkpoint, resolve_checkpoint
-from utils.distributed import is_main, process_group
+from utils.distributed import is_main, process_group, sum_over_processes
 from utils.engine import evaluate, evaluation_loader, precision
 from utils.errors import InputError, exits_cleanly
 from utils.figures import legend_figure, save_figure
@@ -86,9 +86,10 @@ def main(args):
         loader = evaluation_loader(dataset, args.test_batch_size, args.num_workers, device)
         writer = OverlayWriter(legend, photographs.read_image, args.save_path)
         evaluate(net, loader, device, dtype, writer)
+        (written,) = sum_over_processes(writer.written)
         if is_main():
             save_figure(args.save_path / 'legend.svg', legend_figure(legend))
-            print(f'{len(photographs.ids)} images segmented: {args.save_path}')
+            print(f'{written} of {len(photographs.ids)} images segmented: {args.save_path}')
 
 
 if __name__ == '__main__':

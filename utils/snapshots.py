@@ -3,13 +3,14 @@
 import contextlib
 import fcntl
 import hashlib
+import math
 import os
 import shutil
 import socket
 from pathlib import Path
 
-from utils.checkpoint import read_state
-from utils.distributed import is_main, shared
+from utils.checkpoint import check_config, of_seeds, read_state
+from utils.distributed import gathered, is_main, shared
 from utils.engine import name_of
 from utils.errors import InputError, some
 from utils.files import check_writable
@@ -23,8 +24,8 @@ EXECUTION_FLAGS = {
 }  # fmt: skip
 # flags that a run which goes on from a file must share with it: what its network, optimiser and steps rest on
 FIXED_FLAGS = (
-    'dataset', 'fold', 'model', 'backbone', 'os', 'shot', 'batch_size', 'fix_bn', 'freeze_backbone', 'filter_novel',
-    'content of training list', 'content of base network',
+    'dataset', 'fold', 'model', 'backbone', 'os', 'shot', 'batch_size', 'start_epoch', 'fix_bn',
+    'freeze_backbone', 'filter_novel', 'content of training list', 'content of base network',
 )  # fmt: skip
 CHECKPOINTS = ('last', 'previous', 'best')  # with the seed behind it in stage 2
 RUN_FILES = (
@@ -43,14 +44,24 @@ class Snapshots:
         resume (str): 'auto', 'off' or a checkpoint file.
         overwrite (bool): unless 'auto': remove an earlier run.
 
+        classes (list): of the fold (`Legend.classes`), which a run that goes on must have been about.
+
     Raises:
         InputError: the folder holds another run, one of the other stage, or one that is not to be continued, or the
-            file is of another run.
+            file is of another run. Nothing has been changed then.
     """
 
-    def __init__(self, folder, arguments, resume, overwrite=False):
-        self.folder, self.arguments = Path(folder), arguments
+    def __init__(self, folder, arguments, resume, overwrite=False, classes=()):
+        self.folder, self.arguments, self.classes = Path(folder), arguments, classes
+        self._given_up = []
         self._found = shared(lambda: self._find(resume, overwrite))  # seed -> where a run goes on from
+
+    def make_room(self):
+        """Remove the earlier run that --overwrite gives up; called when nothing is left to be refused."""
+        gathered(None)  # every process has read what it starts from
+        for path in self._given_up:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self._given_up = []
 
     def state(self, seed=None):
         """What `checkpoint.save_checkpoint` stored of a seed, or None."""
@@ -60,9 +71,13 @@ class Snapshots:
         state = read_state(found['path'])
         if found['reopened']:
             state['training']['progress']['finished'] = False
-        if not self._holds(found['path']):  # the best checkpoint is not in this folder
+        if not self._contains(found['path']):  # the best checkpoint is not in this folder
             state['training']['progress'] |= {'best': None, 'best_epoch': state['epoch']}
         return state
+
+    def holds(self, seed=None):
+        """Whether there is something of this seed to go on from."""
+        return seed in self._found
 
     def any_path(self):
         """A file that holds the base network that this run's states share, or None."""
@@ -79,7 +94,7 @@ class Snapshots:
     def _find(self, resume, overwrite):
         self._check_stage()
         if resume == 'off':
-            self._start_over(overwrite)
+            self._give_up(overwrite)
             return {}
         if resume != 'auto':
             return self._from_file(resume, overwrite)
@@ -89,13 +104,15 @@ class Snapshots:
         return found
 
     def _check_stage(self):
-        """Refuse, also with --overwrite, a folder of the other stage, whose log and curves this run would replace."""
-        one, two = ({path.name for name in CHECKPOINTS for path in self.folder.glob(f'{name}{seed}.pth')}
-                    for seed in ('', '_[0-9]*'))  # fmt: skip
-        stage, others = (2, one) if None not in self.arguments else (1, two)
+        """Refuse, also with --overwrite, a folder of the other stage: its arguments and curves would be replaced."""
+        stage = 1 if None in self.arguments else 2
+        paths = (self.path(name) for name in CHECKPOINTS)
+        others = [other for path in paths
+                  for other in (of_seeds(path) if stage == 1 else [path] if path.is_file() else [])]  # fmt: skip
         if others:
+            names = some(sorted(path.name for path in others))
             raise InputError(
-                f'{self.folder} holds a run of stage {3 - stage} ({some(sorted(others))}); this one is of stage '
+                f'{self.folder} holds a run of stage {3 - stage} ({names}); this one is of stage '
                 f'{stage}. Give it a --snapshot-dir of its own.'
             )
 
@@ -104,9 +121,15 @@ class Snapshots:
         state = read_state(path)
         seed, training = state['config'].get('seed'), state['training']
         if seed not in self.arguments:
-            raise InputError(f'--resume {path} is of seed {seed}; this run has {some(map(str, self.arguments))}')
+            kind = 'a checkpoint of stage 1' if seed is None else f'of seed {seed}'
+            ours = 'is of stage 1' if None in self.arguments else f'has the seeds {some(map(str, self.arguments))}'
+            raise InputError(f'--resume {path} is {kind}; this run {ours}')
+        check_config(path, state['config'], {'classes': self.classes})
+        done = training['progress']['epoch']
+        if not self._contains(path) and done >= self.arguments[seed].get('num_epoch', math.inf):
+            raise InputError(f'--resume {path} has done all of --num-epoch {done} already; give more of them')
         found = {}
-        if self._holds(path):
+        if self._contains(path):
             found = {other: latest for other in self.arguments if (latest := self._latest(other))}
         found[seed] = {'path': str(path), 'arguments': training['arguments'], 'metrics_size': training['metrics_size']}
         for of_seed, latest in found.items():  # they go on together
@@ -116,12 +139,12 @@ class Snapshots:
                     f'{latest["path"]} cannot be gone on from: its network, optimiser or steps do not fit '
                     f'({"; ".join(differing)}). Use --restore-from to start from its weights.'
                 )
-        if not self._holds(path):
-            self._start_over(overwrite)
+        if not self._contains(path):
+            self._give_up(overwrite)
             found[seed]['metrics_size'] = 0
         return found
 
-    def _holds(self, path):
+    def _contains(self, path):
         """Whether a file is directly in this folder."""
         return Path(path).resolve().parent == self.folder.resolve()
 
@@ -139,6 +162,7 @@ class Snapshots:
                 for damaged, error in broken.items():
                     print(f'warning: {error}\nwarning: going on from {path}', flush=True)
                     damaged.replace(damaged.with_suffix('.damaged'))  # else it would become `previous`
+                check_config(path, state['config'], {'classes': self.classes})
                 training = state['training']
                 return {
                     'path': str(path), 'arguments': training['arguments'], 'reopened': False,
@@ -157,23 +181,22 @@ class Snapshots:
                 '--resume off --overwrite to start over.'
             )
 
-    def _start_over(self, overwrite):
+    def _give_up(self, overwrite):
         present = [path for pattern in RUN_FILES for path in self.folder.glob(pattern)]
         if present and not overwrite:
             raise InputError(
                 f'{self.folder} holds an earlier run ({some(sorted(path.name for path in present))}); --overwrite '
                 'removes it, --resume auto continues it'
             )
-        for path in present:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self._given_up = present
 
 
 def _differing(earlier, now, names=None):
-    """What is not the same in a run's arguments then and now, of all names or of some."""
+    """What is not the same in a run's arguments then and now, of all names that both have or of some of them."""
     return [
-        f'{name} was {earlier.get(name)}, is {now.get(name)}'
-        for name in sorted({*earlier, *now} if names is None else names)
-        if earlier.get(name) != now.get(name)
+        f'{name} was {earlier[name]}, is {now[name]}'
+        for name in sorted({*earlier} & {*now} & {*(names or now)})
+        if earlier[name] != now[name]
     ]
 
 

@@ -30,7 +30,7 @@ import torch
 
 from dataset import DATASETS
 from utils import signals
-from utils.args import check_folds, make_parser, not_negative, positive
+from utils.args import add_seeds, check_folds, make_parser, not_negative, positive
 from utils.errors import InputError, exits_cleanly
 from utils.files import atomic_write, check_writable
 from utils.metrics import SUMMARY, markdown_table, mean_and_std
@@ -81,7 +81,7 @@ def parse_args(argv=None):
     parser.add_argument('--data', nargs='+', required=True, metavar='DATASET=DIR', help='data sets and their folders')
     parser.add_argument('--fold', type=not_negative, nargs='+', default=(0, 1, 2, 3), help='default: 0 1 2 3')
     parser.add_argument('--shot', type=positive, nargs='+', default=(1, 5), help='default: 1 5')
-    parser.add_argument('--seed', type=not_negative, nargs='+', default=(123, 234, 345), help='default: 123 234 345')
+    add_seeds(parser, '--seed', 'default: 123 234 345', (123, 234, 345))
     parser.add_argument('--out', type=Path, required=True, help='folder of all runs and of the tables')
     parser.add_argument('--jobs', type=positive, default=1, metavar='N', help='commands at a time (default: 1)')
     parser.add_argument(

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from utils import signals
-from utils.checkpoint import check_config, save_checkpoint
+from utils.checkpoint import save_checkpoint
 from utils.distributed import agreed, is_main, mean_over_processes, share_buffers, sum_over_processes, world_size
 from utils.errors import InputError
 from utils.metrics import IGNORE_INDEX, iou_per_class, summarize
@@ -80,8 +80,7 @@ class Trainer:
             self.resume(state)
 
     def resume(self, state):
-        """Go on from what `save` stored; InputError where it is for other classes."""
-        check_config(self.snapshots.folder, state['config'], self.config)
+        """Go on from what `save` stored."""
         self.net.load_state_dict(state['model'])
         training = state['training']
         self.optimization.load_state_dict(training['optimization'])

@@ -112,10 +112,14 @@ class OverlayWriter:
         legend (Legend): of the labels.
         read_image (callable): image id -> RGB uint8 [H, W, 3].
         folder (Path): of the pictures.
+
+    Attributes:
+        written (int): images so far.
     """
 
     def __init__(self, legend, read_image, folder):
         self.legend, self.read_image, self.folder = legend, read_image, folder
+        self.written = 0
 
     def __call__(self, image_id, prediction, truth):
         """Take one image's labels, an integer tensor [H, W]; the truth is not looked at."""
@@ -124,3 +128,4 @@ class OverlayWriter:
         overlay = Image.fromarray(coloured(self.read_image(image_id), labels, self.legend))
         with atomic_write(self.folder / f'{image_id}_overlay.jpg', 'wb', sync=False) as file:
             overlay.save(file, format='jpeg', quality=92)
+        self.written += 1
