@@ -199,7 +199,7 @@ def main(args):
         data = FoldData(
             spec, args.data_dir, args.fold, args.train_list, args.val_list, args.filter_novel, args.skip_bad_images
         )
-        note = main_first(data.ensure_lists)
+        notes = main_first(data.ensure_lists)
         main_first(data.check_validation_masks)
         data.check_support(args.shot, args.random_seed)
         lists = {'validation list': data.val_list}
@@ -223,11 +223,11 @@ def main(args):
         frozen = folded(base, dtype)
         if args.compile:
             compile_features(frozen)
-        logger = RunLogger(args.snapshot_dir, vars(args), snapshots.metrics_size())
-        if note:
+        logger = RunLogger(args.snapshot_dir, vars(args), snapshots)
+        if args.restore_from == 'none':
+            notes.append('--restore-from none: the base network is random and stays so')
+        for note in notes:
             logger.info(f'note: {note}')
-        if args.restore_from == 'none' and not args.start_epoch:
-            logger.info('note: --restore-from none: the base network is random and stays so')
         logger.info(
             f'{args.shot}-shot, novel classes {data.novel_ids}, {len(val_set)} validation images; '
             f'computing in {name_of(dtype)}'

@@ -94,7 +94,7 @@ def main(args):
         data = FoldData(
             spec, args.data_dir, args.fold, args.train_list, args.val_list, args.filter_novel, args.skip_bad_images
         )
-        note = main_first(data.ensure_lists)
+        notes = main_first(data.ensure_lists)
         main_first(data.check_validation_masks)
         lists = {'training list': data.lists.train, 'validation list': data.val_list}
         dtype = precision(device, args.fp16)
@@ -120,8 +120,8 @@ def main(args):
         if args.compile:
             compile_features(net)
         parallel_net = parallel(net, device, args.sync_bn)
-        logger = RunLogger(args.snapshot_dir, vars(args), snapshots.metrics_size())
-        if note:
+        logger = RunLogger(args.snapshot_dir, vars(args), snapshots)
+        for note in notes:
             logger.info(f'note: {note}')
         logger.info(
             f'{len(train_set)} training and {len(val_set)} validation images, base classes {data.base_ids}; '

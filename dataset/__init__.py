@@ -63,16 +63,25 @@ class FoldData:
         """Make the fold's class lists where they are missing, and check them where they are there.
 
         Returns:
-            str: a note on lists that are kept as they are though this data gives others; empty where there are none.
+            list of str: notes on classes without an image, and on lists that are kept though this data gives others.
         """
         self.ensure_images()
         differing = ensure_class_lists(self.spec, self.samples('train', True), self.train_list, self.lists, overwrite)
-        if not differing:
-            return ''
-        return (
-            f'{len(differing)} lists of fold {self.fold} are taken as they are, though this data and min_pixels '
-            f'{self.spec.min_pixels} give others: {some(map(str, differing))}. Remove those that are to be made anew.'
-        )
+        notes = []
+        lists = {c: self.lists.novel_class(c) for c in self.novel_ids}
+        lists |= {c: self.lists.base_class(c) for c in self.base_ids}
+        empty = [self.spec.class_names[c - 1] for c, path in lists.items() if not read_ids(path, '', True)]
+        if empty:
+            notes.append(
+                f'no training image shows >= {self.spec.min_pixels} pixels of {some(empty)}, so stage 2 will refuse to '
+                'start: add images, or lower min_pixels in dataset/classes.py'
+            )
+        if differing:
+            notes.append(
+                f'{len(differing)} lists of fold {self.fold} are taken as they are, though this data and min_pixels '
+                f'{self.spec.min_pixels} give others: {some(map(str, differing))}. Remove those to be made anew.'
+            )
+        return notes
 
     def check_validation_masks(self):
         """Read every validation mask once, so that a bad one ends a run before its first epoch rather than after."""
@@ -165,6 +174,9 @@ class FoldData:
             present = set(os.listdir(folder))
             missing = [image_id + suffix for image_id in ids if image_id + suffix not in present]
             if missing:
+                stems = {Path(name).stem: name for name in present}
+                if twin := stems.get(Path(missing[0]).stem):
+                    raise InputError(f'{folder} holds {twin}; expected {missing[0]}: rename its files to *{suffix}')
                 raise InputError(
                     f'{len(missing)} of {len(ids)} listed images are missing in {folder}: {some(missing)}. '
                     'Check --data-dir and the lists.'

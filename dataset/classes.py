@@ -67,8 +67,7 @@ class DatasetSpec:
                 )
         if self.palette not in PALETTES:
             raise ValueError(f'{self.name}: palette is {self.palette!r}; expected one of {", ".join(PALETTES)}')
-        low, high = self.scale_range
-        if not 0 < low <= high:
+        if not isinstance(self.scale_range, tuple) or not 0 < self.scale_range[0] <= self.scale_range[-1]:
             raise ValueError(f'{self.name}: scale_range is {self.scale_range!r}; expected (LO, HI) with 0 < LO <= HI')
 
     @property

@@ -71,11 +71,12 @@ def read_ids(path, mend, allow_empty=False, allow_repeats=False):
         InputError: missing, empty, doubled, or file names rather than ids.
     """
     try:
-        ids = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+        lines = Path(path).read_text(encoding='utf-8-sig').splitlines()  # some editors begin files with a mark
+        ids = [line.strip() for line in lines if line.strip()]
     except FileNotFoundError:
         raise InputError(f'list {path} does not exist; {mend}') from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f'list {path} cannot be read ({error}); expected a text file of image ids') from None
+        raise InputError(f'list {path} cannot be read ({error}); expected a UTF-8 text file of image ids') from None
     if not ids and not allow_empty:
         raise InputError(f'list {path} is empty; {mend}')
     if columns := [line for line in ids if len(line.split()) > 1 or '/' in line]:
@@ -235,10 +236,10 @@ def ensure_class_lists(spec, samples, train_list, lists, overwrite=False):
     differing = []
 
     def ensure(path, made, allowed):
-        if overwrite or not path.is_file():
+        present = read_ids(path, '', allow_empty=True) if path.is_file() and not overwrite else []
+        if not present:  # an empty list, too, is made anew: min_pixels may have been too high
             write_ids(path, made)
             return
-        present = read_ids(path, '', allow_empty=True)
         if present != made:
             differing.append(path)
         if strangers := sorted(set(present) - set(allowed)):

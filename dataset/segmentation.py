@@ -1,5 +1,6 @@
 """Reading images and masks, and the one dataset that stage 1, validation and test use."""
 
+import glob
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,9 @@ class Photographs:
     Args:
         folder (Path): of the images, or the image itself.
 
+    Attributes:
+        left_out (list of str): what else the folder holds.
+
     Raises:
         InputError: no such folder, no image in it, or two of one name.
     """
@@ -81,11 +85,12 @@ class Photographs:
             raise InputError(f'{folder} does not exist; expected an image, or a folder of images')
         files = [Path(folder)]
         if Path(folder).is_dir():
-            files = (path for path in Path(folder).iterdir() if path.is_file() and not path.name.startswith('.'))
-        paths = sorted(path for path in files if path.suffix.lower() in self.SUFFIXES)
+            files = [path for path in Path(folder).iterdir() if not path.name.startswith('.')]
+        paths = sorted(path for path in files if path.suffix.lower() in self.SUFFIXES and path.is_file())
         if not paths:
             raise InputError(f'{folder} holds no image; expected files named *{", *".join(self.SUFFIXES)}')
         self._paths = {path.stem: path for path in paths}
+        self.left_out = sorted(path.name for path in files if path not in paths)
         if len(self._paths) < len(paths):
             twins = [path.name for path in paths if self._paths[path.stem] != path]
             raise InputError(f'{some(twins)} in {folder} and another image have the same name but for the suffix')
@@ -194,8 +199,11 @@ def open_mask(path):
 
 
 def _unreadable(path, kind):
-    if not Path(path).is_file():
-        return InputError(f'{kind} {path} does not exist. Check --data-dir, or make the lists anew from this data.')
+    path = Path(path)
+    if not path.is_file():
+        twins = [twin.name for twin in path.parent.glob(f'{glob.escape(path.stem)}.*')]
+        found = f'there is {some(twins)}: rename it' if twins else 'Check --data-dir, or make the lists anew'
+        return InputError(f'{kind} {path} does not exist; {found}')
     return InputError(f'{kind} {path} cannot be decoded: the file is damaged. Copy it again.')
 
 
@@ -264,7 +272,7 @@ class SegmentationDataset(Dataset):
             original, labels = self.samples.read(image_id)
         except InputError as error:
             if not self.skip_bad:
-                raise
+                raise InputError(f'{error} --skip-bad-images goes on without it.') from error
             return {'skipped': str(error)}
         fitted, mask = transforms.fit(original, labels, self.fit_size)
         image, _ = transforms.to_tensors(fitted, mask, self.fit_size)

@@ -121,6 +121,12 @@ def test_missing_images_and_masks(train, copy):
     expect(train(copy), 1, 'train_0007.png', 'does not exist')
 
 
+def test_images_of_another_suffix(train, copy):
+    path = copy / 'JPEGImages' / 'val_0002.jpg'
+    path.rename(path.with_suffix('.JPG'))
+    expect(train(copy), 1, 'holds val_0002.JPG; expected val_0002.jpg', 'rename')
+
+
 def test_undecodable_images_and_masks(train, copy):
     ids = copy / 'list' / 'trainaug.txt'
     image, mask = copy / 'JPEGImages' / 'train_0003.jpg', copy / 'SegmentationClassAug' / 'train_0004.png'

@@ -60,6 +60,7 @@ def test_folds_of_pascal_5i_and_coco_20i():
     ({'folds': 3}, 'folds is 3; expected'),
     ({'palette': 'grey'}, 'one of voc, spread'),
     ({'scale_range': (2, 1)}, 'LO <= HI'),
+    ({'scale_range': 0.3}, 'LO <= HI'),
     ({'class_names': ('background', 'a', 'b', 'c', 'd')}, 'class 0 already'),
     ({'class_names': 'crack'}, 'tuple of 1 to 253 names'),
     ({'class_names': ()}, 'tuple of 1 to 253 names'),
@@ -124,7 +125,7 @@ def test_a_truncated_photograph_is_refused_and_trailing_bytes_are_not(tmp_path, 
         read_image(path)
 
 
-@pytest.mark.parametrize(('orientation', 'turned'), ((1, False), (3, False), (6, True), (9, False), ('6', False)))
+@pytest.mark.parametrize(('orientation', 'turned'), ((1, False), (3, False), (6, True), (9, False)))
 def test_the_header_says_what_the_decoder_does(tmp_path, orientation, turned):
     path = tmp_path / 'a.jpg'
     picture = Image.new('RGB', (60, 40))
@@ -141,6 +142,8 @@ def test_lists_are_read_by_line(tmp_path):
     path = tmp_path / 'ids.txt'
     path.write_bytes(b'a\r\n\r\nb.2\r\n')
     assert read_ids(path, '') == ['a', 'b.2']
+    path.write_text('a\n', encoding='utf-8-sig')
+    assert read_ids(path, '') == ['a']
     path.write_bytes(b'JPEGImages/a.jpg SegmentationClassAug/a.png\n')
     with pytest.raises(InputError, match=r'lines like "JPEGImages/a\.jpg .*one image id a line'):
         read_ids(path, '')
@@ -365,6 +368,9 @@ def test_lists_that_were_brought_along_are_kept_but_checked(tmp_path):
     with pytest.raises(InputError, match='names d'):
         ensure_class_lists(DATASETS['voc'], samples, train, filtered)
     assert lists.novel_class(1).read_text() == 'd\nc\n'
+    write_ids(lists.base_class(20), [])  # as min_pixels that is too high leaves it
+    ensure_class_lists(DATASETS['voc'], samples, train, lists)
+    assert lists.base_class(20).read_text() == 'b\n'
     ensure_class_lists(DATASETS['voc'], samples, train, lists, overwrite=True)
     assert lists.novel_class(1).read_text() == 'c\n'
 

@@ -52,7 +52,7 @@ def untrained(tmp_path):
 def test_segments_as_the_evaluation_does(run_script, shapes, untrained, photographs, tmp_path):
     folder, first, second = photographs
     code, output = segment(run_script, untrained, folder, tmp_path / 'out')
-    assert code == 0 and '2 of 2 images' in output, output
+    assert code == 0 and '2 of 2 images' in output and 'left out: notes.txt' in output, output
     names = {f'{i}{suffix}' for i in (first, second) for suffix in ('.png', '_overlay.jpg')} | {'legend.svg'}
     assert {path.name for path in (tmp_path / 'out').iterdir()} == names
     code, output = run_script(
@@ -156,7 +156,7 @@ def test_goes_on_without_images_that_cannot_be_read(run_script, untrained, photo
     (folder / f'{first}.JPG').write_bytes(b'no picture')
     (folder / f'._{second}.jpg').write_bytes(b'what some systems leave beside a file')
     code, output = segment(run_script, untrained, folder, tmp_path / 'out')
-    assert code == 1 and 'cannot be decoded' in output
+    assert code == 1 and 'cannot be decoded' in output and '--skip-bad-images goes on without it' in output
     code, output = segment(run_script, untrained, folder, tmp_path / 'out', '--skip-bad-images')
     assert code == 0 and 'skipped' in output and '1 of 2 images' in output, output
     assert (tmp_path / f'out/{second}.png').is_file() and not (tmp_path / f'out/{first}.png').exists()

@@ -330,6 +330,12 @@ def test_lists_made_with_another_min_pixels_are_told(checked, monkeypatch, run_s
     lists = ('utils/gen_fs_list.py', '--dataset', 'shapes', '--data-dir', folder, '--shot', 1, '--seed')
     assert run_script(*lists, '1,2', '3')[0] == 0
     assert len(list((folder / 'list/fold0').glob('*seed[123].txt'))) == 3
+    with monkeypatch.context() as patch:
+        patch.setitem(DATASETS, 'shapes', dataclasses.replace(DATASETS['shapes'], min_pixels=10**6))
+        code, output = run_script(*lists, '9', '--overwrite')
+        assert code == 1 and 'pixels of plain disc, ' in output and 'lower min_pixels' in output, output
+    code, output = run_script(*lists, '9')  # lists that were empty are made anew
+    assert code == 0 and 'note' not in output, output
     row = dataclasses.replace(DATASETS['shapes'], min_pixels=2000)
     monkeypatch.setitem(DATASETS, 'shapes', row)
     code, output = run_script(*lists, '123')

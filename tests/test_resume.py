@@ -146,14 +146,14 @@ def test_a_file_is_gone_on_from_only_where_it_fits(whole, tmp_path):
     shutil.copytree(whole(1), other)
     before = {path: path.read_bytes() for path in other.iterdir() if path.is_file()}
     with pytest.raises(InputError, match=r'holds an earlier run.*--overwrite'):
-        Snapshots(other, {None: arguments}, str(run / 'last.pth'))
+        Snapshots(other, {None: arguments | {'num_epoch': 5}}, str(run / 'last.pth'))
     assert before == {path: path.read_bytes() for path in before}
-    with pytest.raises(InputError, match='has done all of --num-epoch 2 already'):
+    with pytest.raises(InputError, match='has done 2 epochs already'):
         Snapshots(tmp_path / 'new', {None: arguments}, str(run / 'last.pth'))
     new = Snapshots(tmp_path / 'new', {None: arguments | {'num_epoch': 5}}, str(run / 'last.pth'))
     progress = new.state()['training']['progress']
     # its best checkpoint is not there, so the next one is
-    assert not progress['finished'] and progress['best'] is None and new.metrics_size() == 0
+    assert not progress['finished'] and progress['best'] is None and new.records == {None: 0}
 
 
 def test_a_run_that_is_refused_changes_nothing(run_script, shapes, whole, tmp_path):
@@ -190,22 +190,43 @@ def test_runs_from_before_an_argument_was_stored_go_on(whole, tmp_path):
     assert Snapshots(run, {None: arguments}, 'auto', classes=classes).holds()
 
 
-def test_lost_records_are_not_made_up(tmp_path, capsys):
-    (tmp_path / 'metrics.jsonl').write_text('{}\n')
-    RunLogger(tmp_path, {}, metrics_size=100).close()
-    assert (tmp_path / 'metrics.jsonl').read_bytes() == b'{}\n' and 'lacks records' in capsys.readouterr().out
+def test_lost_and_damaged_records_are_not_made_up(whole, tmp_path, capsys):
+    run = tmp_path / 'run'
+    shutil.copytree(whole(1), run)
+    arguments = torch.load(run / 'last.pth', weights_only=True)['training']['arguments']
+    path = run / 'metrics.jsonl'
+    lines = path.read_bytes().splitlines(keepends=True)
+    RunLogger(run, {}, Snapshots(run, {None: arguments}, 'auto')).close()
+    assert path.read_bytes() == b''.join(lines) and 'lacks records' not in capsys.readouterr().out
+    path.write_bytes(b''.join([lines[0], b'\x00\x00\n', lines[2][:9]]))
+    RunLogger(run, {}, Snapshots(run, {None: arguments}, 'auto')).close()
+    assert path.read_bytes() == lines[0] and 'lacks records' in capsys.readouterr().out
 
 
-def test_records_are_cut_off_between_lines(tmp_path):
-    (tmp_path / 'metrics.jsonl').write_text('{"a": 1}\n{"b": 2}\n')  # not what the checkpoint has seen
-    RunLogger(tmp_path, {}, metrics_size=12).close()
-    assert (tmp_path / 'metrics.jsonl').read_text() == '{"a": 1}\n'
+def test_seeds_that_come_later_or_go_on_alone_leave_the_others_their_records(run_script, shapes, base_run, tmp_path):
+    def run(seeds, *flags):
+        code, output = run_script(*stage_2(shapes, base_run, tmp_path, *flags, '--random-seed', seeds))
+        assert code == 0 and 'lacks records' not in output, output
+        lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+        return {seed: [line for line in lines if json.loads(line)['seed'] == seed] for seed in (123, 234)}
+
+    first = run('123')
+    assert first[123] and not first[234]
+    both = run('234')
+    assert both[123] == first[123] and both[234]
+    assert run('123,234') == both
+    longer = run('123', '--num-epoch', 3, '--resume', tmp_path / 'last_123.pth')
+    assert longer[234] == both[234] and longer[123][: len(both[123])] == both[123] != longer[123]
+    # from within the second epoch: what comes after it is there once
+    again = run('123', '--num-epoch', 3, '--resume', tmp_path / 'previous_123.pth')
+    assert again == longer
 
 
 @pytest.mark.parametrize('overwrite', ((), ('--resume', 'off', '--overwrite')))
-def test_the_folder_of_the_other_stage_is_left_alone(run_script, shapes, base_run, few_shot_run, overwrite):
+def test_the_folder_of_the_other_stage_is_left_alone(run_script, shapes, base_run, few_shot_run, tmp_path, overwrite):
+    shutil.copy(base_run / 'best.pth', tmp_path)
     for folder, command in (
-        (base_run, stage_2(shapes, base_run, base_run, *overwrite)),
+        (base_run, stage_2(shapes, tmp_path / 'best.pth', base_run, *overwrite)),
         (few_shot_run, stage_1(shapes, few_shot_run, *overwrite)),
     ):
         before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != '.lock'}

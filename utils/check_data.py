@@ -71,7 +71,10 @@ def check_split(split, data, workers):
     pixels = np.array([counts for _, counts, _ in results])
     readable = np.array([what is None for what, *_ in results])
     if turned := [i for i, (*_, is_turned) in zip(ids, results, strict=True) if is_turned]:
-        text = f'{len(turned)} have an EXIF orientation, so that their masks must fit them as displayed: {some(turned)}'
+        text = (
+            f'{len(turned)} have an EXIF orientation, so that their masks must fit them as displayed: {some(turned)}; '
+            'sizes do not show a turn by 180 degrees'
+        )
         findings.append(('note', f'{split} images', text))
     empty = [i for i, shown in zip(ids, pixels[:, 1:255].any(axis=1) | ~readable, strict=True) if not shown]
     if empty:
@@ -105,8 +108,8 @@ def check_lists(data, shots):
             findings.append(('error', subject, str(error)))
 
     subject = f'fold {data.fold} lists'
-    if data.lists.train.is_file() and (note := attempt(subject, data.ensure_lists)):
-        findings.append(('note', subject, note))
+    if data.lists.train.is_file():
+        findings += [('note', subject, note) for note in attempt(subject, data.ensure_lists) or ()]
     for shot in shots:
         for path in sorted(data.lists.support(shot, 0).parent.glob(f'fold{data.fold}_{shot}shot_seed*.txt')):
             seed = path.stem.rpartition('seed')[2]

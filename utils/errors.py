@@ -24,6 +24,8 @@ def exits_cleanly(main):
             # a DataLoader worker wraps the message in its traceback; the message alone is what mends things
             message = str(error).rsplit(f'{InputError.__name__}: ', 1)[-1].strip()
             _end(f'error: {message}', 1)
+        except KeyboardInterrupt:
+            _end('stopped', 130)
         except Stopped as stop:
             _end(f'{stop}; the same command goes on from here', stop.exit_code)
         except OSError as error:

@@ -46,7 +46,7 @@ def main(args):
     for fold in args.fold:
         for filtered in (False, True) if args.filter_novel else (False,):
             data = FoldData(spec, args.data_dir, fold, args.train_list, args.val_list, filtered)
-            if args.data_dir and (note := data.ensure_lists(args.overwrite)):
+            for note in data.ensure_lists(args.overwrite) if args.data_dir else ():
                 print(f'note: {note}')
         class_lists = {
             c: read_ids(data.lists.novel_class(c), 'give --data-dir to have it made', allow_empty=True)

@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 from tensorboardX import SummaryWriter
@@ -20,23 +21,18 @@ class RunLogger:
     Args:
         folder (Path): the snapshot folder; made where it is missing.
         arguments (dict): written to args.json.
-        metrics_size (int): bytes of metrics.jsonl that the checkpoint which a run goes on from has seen; what was
-            written after it is written again.
+        snapshots (Snapshots, optional): says which records of metrics.jsonl stay; those made after the checkpoint that
+            a run goes on from are made again. Without it none stay.
     """
 
-    def __init__(self, folder, arguments, metrics_size=0):
+    def __init__(self, folder, arguments, snapshots=None):
         self._tensorboard = None
+        self._records = Counter()  # of metrics.jsonl, by seed
         if is_main():
             self._folder = Path(folder)
             with atomic_write(self._folder / 'args.json') as file:
                 json.dump(arguments, file, indent=2, default=str)
-            with open(self._folder / 'metrics.jsonl', 'ab+') as file:
-                file.seek(0)
-                known = file.read(metrics_size)
-                whole = known.rfind(b'\n') + 1
-                if whole < metrics_size:
-                    print(f'warning: {file.name} lacks records of what was done before', flush=True)
-                file.truncate(whole)
+            self._keep_records(snapshots)
             self._tensorboard = SummaryWriter(str(self._folder / 'tb'))
             self.info(f'{time.strftime("%Y-%m-%d %H:%M:%S")}  {" ".join(sys.argv)}')
 
@@ -49,13 +45,29 @@ class RunLogger:
             with open(self._folder / 'log.txt', 'a') as file:
                 file.write(f'{text}\n')
 
-    def metrics_size(self):
-        """Bytes of metrics.jsonl so far, which are on disk from then on; 0 in other processes than the main one."""
-        if not is_main():
-            return 0
-        with open(self._folder / 'metrics.jsonl', 'a') as file:
-            os.fsync(file.fileno())
-            return file.tell()
+    def _keep_records(self, snapshots):
+        """Remove from metrics.jsonl what does not stay."""
+        path = self._folder / 'metrics.jsonl'
+        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+        kept = []
+        for line in lines:
+            record = _parsed(line)
+            if snapshots and record and snapshots.keeps(record):
+                kept.append(line)
+                self._records[record.get('seed')] += 1
+        for seed, count in snapshots.records.items() if snapshots else ():
+            if self._records[seed] < count:
+                print(f'warning: {path} lacks records of what was done before', flush=True)
+        if kept != lines or not path.is_file():
+            with atomic_write(path, 'wb') as file:
+                file.writelines(kept)
+
+    def secure_records(self, seed):
+        """Have all records on disk; returns how many there are of a seed, 0 in other processes than the main one."""
+        if is_main():
+            with open(self._folder / 'metrics.jsonl', 'a') as file:
+                os.fsync(file.fileno())
+        return self._records[seed]
 
     def record(self, kind, step, values, timing=None, iou=None, **position):
         """Append one JSON object to metrics.jsonl and its numbers to TensorBoard.
@@ -76,6 +88,7 @@ class RunLogger:
         with open(self._folder / 'metrics.jsonl', 'a') as file:
             nested = {'iou': clean_iou} if iou else {}
             file.write(json.dumps({'kind': kind, 'step': step, **position, **clean, **nested}) + '\n')
+        self._records[position.get('seed')] += 1
         scalars = clean | (timing or {}) | {f'iou/{name}': value for name, value in clean_iou.items()}
         for name, value in scalars.items():
             if value is not None:
@@ -98,6 +111,15 @@ class RunLogger:
         """Flush TensorBoard."""
         if self._tensorboard:
             self._tensorboard.close()
+
+
+def _parsed(line):
+    """A record of metrics.jsonl, or None where a line is damaged."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and {'kind', 'epoch', 'step'} <= record.keys() else None
 
 
 def _tag(name, position):

@@ -15,7 +15,7 @@ from utils import args as cli
 from utils.checkpoint import read_checkpoint, resolve_checkpoint
 from utils.distributed import is_main, process_group, sum_over_processes
 from utils.engine import evaluate, evaluation_loader, precision
-from utils.errors import InputError, exits_cleanly
+from utils.errors import InputError, exits_cleanly, some
 from utils.figures import legend_figure, save_figure
 from utils.files import check_writable
 from utils.visualize import OverlayWriter
@@ -76,6 +76,8 @@ def load_network(checkpoint):
 def main(args):
     with process_group(args.device) as device:
         photographs = Photographs(args.images)
+        if photographs.left_out and is_main():
+            print(f'left out: {some(photographs.left_out)}')
         checkpoint = read_checkpoint(resolve_checkpoint(args.restore_from))
         net, legend = load_network(checkpoint)
         check_writable(args.save_path)

@@ -87,9 +87,20 @@ class Snapshots:
         """FOLDER/name.pth, or FOLDER/name_{seed}.pth."""
         return self.folder / (f'{name}.pth' if seed is None else f'{name}_{seed}.pth')
 
-    def metrics_size(self):
-        """Bytes of metrics.jsonl that belong to what is there."""
-        return max((found['metrics_size'] for found in self._found.values()), default=0)
+    def keeps(self, record):
+        """Whether a record of metrics.jsonl stays: of seeds left alone, and of what was done before a run goes on."""
+        seed = record.get('seed')
+        if seed not in self.arguments:
+            return True
+        if seed not in self._found:
+            return False
+        found = self._found[seed]
+        return record['epoch'] <= found['epoch'] or (record['kind'] == 'train' and record['step'] <= found['step'])
+
+    @property
+    def records(self):
+        """Seed -> how many records metrics.jsonl must hold of what was done before."""
+        return {seed: found['records'] for seed, found in self._found.items()}
 
     def _find(self, resume, overwrite):
         self._check_stage()
@@ -125,13 +136,13 @@ class Snapshots:
             ours = 'is of stage 1' if None in self.arguments else f'has the seeds {some(map(str, self.arguments))}'
             raise InputError(f'--resume {path} is {kind}; this run {ours}')
         check_config(path, state['config'], {'classes': self.classes})
-        done = training['progress']['epoch']
-        if not self._contains(path) and done >= self.arguments[seed].get('num_epoch', math.inf):
-            raise InputError(f'--resume {path} has done all of --num-epoch {done} already; give more of them')
+        done, asked = training['progress']['epoch'], self.arguments[seed].get('num_epoch', math.inf)
+        if done > asked or (done == asked and not self._contains(path)):
+            raise InputError(f'--resume {path} has done {done} epochs already; give a --num-epoch above that')
         found = {}
         if self._contains(path):
             found = {other: latest for other in self.arguments if (latest := self._latest(other))}
-        found[seed] = {'path': str(path), 'arguments': training['arguments'], 'metrics_size': training['metrics_size']}
+        found[seed] = _resumable(path, state)
         for of_seed, latest in found.items():  # they go on together
             latest['reopened'] = True
             if differing := _differing(latest['arguments'], self.arguments[of_seed], FIXED_FLAGS):
@@ -141,7 +152,7 @@ class Snapshots:
                 )
         if not self._contains(path):
             self._give_up(overwrite)
-            found[seed]['metrics_size'] = 0
+            found[seed]['records'] = 0
         return found
 
     def _contains(self, path):
@@ -163,11 +174,7 @@ class Snapshots:
                     print(f'warning: {error}\nwarning: going on from {path}', flush=True)
                     damaged.replace(damaged.with_suffix('.damaged'))  # else it would become `previous`
                 check_config(path, state['config'], {'classes': self.classes})
-                training = state['training']
-                return {
-                    'path': str(path), 'arguments': training['arguments'], 'reopened': False,
-                    'metrics_size': training['metrics_size'],
-                }  # fmt: skip
+                return _resumable(path, state)
         if broken:
             error = next(iter(broken.values()))
             raise InputError(f'{error} There is no earlier good checkpoint; --resume off --overwrite starts over.')
@@ -189,6 +196,15 @@ class Snapshots:
                 'removes it, --resume auto continues it'
             )
         self._given_up = present
+
+
+def _resumable(path, state):
+    """What there is to know of a checkpoint that a run goes on from."""
+    training = state['training']
+    return {
+        'path': str(path), 'arguments': training['arguments'], 'reopened': False,
+        'epoch': training['progress']['epoch'], 'step': training.get('step', 0), 'records': training.get('records', 0),
+    }  # fmt: skip
 
 
 def _differing(earlier, now, names=None):

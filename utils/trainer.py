@@ -101,7 +101,8 @@ class Trainer:
                 'optimization': self.optimization.state_dict(),
                 'progress': asdict(progress),
                 'rng': torch.get_rng_state(),
-                'metrics_size': self.logger.metrics_size(),
+                'step': progress.epoch * self.steps + progress.step,
+                'records': self.logger.secure_records(self.seed),
             }
         )
         save_checkpoint(
