@@ -10,7 +10,7 @@ from dataset.classes import DATASETS, DatasetSpec
 from dataset.fewshot import FewShotDataset
 from dataset.labels import label_table
 from dataset.lists import CACHE_NAME, ClassIndex, FoldLists, ensure_class_lists, read_ids
-from dataset.segmentation import Photographs, Samples, SegmentationDataset
+from dataset.segmentation import Photographs, Samples, SegmentationDataset, other_suffixes
 from dataset.shapes import ensure_shapes
 from dataset.transforms import Augmentation
 from utils.errors import InputError, some
@@ -174,9 +174,10 @@ class FoldData:
             present = set(os.listdir(folder))
             missing = [image_id + suffix for image_id in ids if image_id + suffix not in present]
             if missing:
-                stems = {Path(name).stem: name for name in present}
-                if twin := stems.get(Path(missing[0]).stem):
-                    raise InputError(f'{folder} holds {twin}; expected {missing[0]}: rename its files to *{suffix}')
+                if twins := other_suffixes(folder / missing[0]):
+                    raise InputError(
+                        f'{folder} holds {some(twins)}; expected {missing[0]}: rename its files to *{suffix}'
+                    )
                 raise InputError(
                     f'{len(missing)} of {len(ids)} listed images are missing in {folder}: {some(missing)}. '
                     'Check --data-dir and the lists.'

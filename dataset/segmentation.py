@@ -90,7 +90,7 @@ class Photographs:
         if not paths:
             raise InputError(f'{folder} holds no image; expected files named *{", *".join(self.SUFFIXES)}')
         self._paths = {path.stem: path for path in paths}
-        self.left_out = sorted(path.name for path in files if path not in paths)
+        self.left_out = sorted({path.name for path in files} - {path.name for path in paths})
         if len(self._paths) < len(paths):
             twins = [path.name for path in paths if self._paths[path.stem] != path]
             raise InputError(f'{some(twins)} in {folder} and another image have the same name but for the suffix')
@@ -198,10 +198,15 @@ def open_mask(path):
     return mask
 
 
+def other_suffixes(path):
+    """Names of the files beside a missing one that differ from it by their suffix only."""
+    return sorted(other.name for other in path.parent.glob(f'{glob.escape(path.stem)}.*'))
+
+
 def _unreadable(path, kind):
     path = Path(path)
     if not path.is_file():
-        twins = [twin.name for twin in path.parent.glob(f'{glob.escape(path.stem)}.*')]
+        twins = other_suffixes(path)
         found = f'there is {some(twins)}: rename it' if twins else 'Check --data-dir, or make the lists anew'
         return InputError(f'{kind} {path} does not exist; {found}')
     return InputError(f'{kind} {path} cannot be decoded: the file is damaged. Copy it again.')

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from model.winograd import float32_on_cpu
+
 MIN_CHANNELS = 1024  # the larger of C and O; below, nothing is gained (measured in benchmarks/NOTES.md)
 
 
@@ -35,9 +37,8 @@ class Conv1x1(nn.Conv2d):
         )  # fmt: skip
 
     def forward(self, x):
-        float32_on_cpu = x.device.type == 'cpu' and x.dtype == self.weight.dtype == torch.float32
         trained = torch.is_grad_enabled() and self.weight.requires_grad and self.bias is None
-        if float32_on_cpu and trained and not torch.is_autocast_enabled('cpu'):
+        if trained and float32_on_cpu(x, self.weight):
             return _Pointwise.apply(x, self.weight)
         return super().forward(x)
 

@@ -79,17 +79,20 @@ def conv3x3(x, weight, bias=None, dilation=1, kernels=None):
     Returns:
         Tensor: [B, O, h, w].
     """
-    float32_on_cpu = (
-        x.device.type == 'cpu' and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled('cpu')
-    )
     large = x.shape[2] * x.shape[3] >= MIN_POSITIONS and min(weight.shape[:2]) >= MIN_CHANNELS
-    if not (float32_on_cpu and large):
+    if not (float32_on_cpu(x, weight) and large):
         return F.conv2d(x, weight, bias, padding=dilation, dilation=dilation)
     if kernels is None or (torch.is_grad_enabled() and x.requires_grad):
         y = _Winograd.apply(x, weight, dilation)
     else:
         y = _convolve(x, kernels.__getitem__, len(weight), dilation)
     return y if bias is None else y.add_(bias[:, None, None])
+
+
+def float32_on_cpu(x, weight):
+    """Whether a convolution of these tensors runs in float32 on the CPU."""
+    float32 = x.dtype == weight.dtype == torch.float32
+    return x.device.type == 'cpu' and float32 and not torch.is_autocast_enabled('cpu')
 
 
 def transformed(weight):

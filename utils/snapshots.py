@@ -43,7 +43,6 @@ class Snapshots:
             None in stage 1. Seeds may come later.
         resume (str): 'auto', 'off' or a checkpoint file.
         overwrite (bool): unless 'auto': remove an earlier run.
-
         classes (list): of the fold (`Legend.classes`), which a run that goes on must have been about.
 
     Raises:
