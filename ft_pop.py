@@ -11,16 +11,12 @@ protocol does; `last` is always reported beside it.
 
 import torch
 
+from core import signals
+from core.errors import InputError, exits_cleanly
 from dataset import DATASETS, Augmentation, FoldData
-from model import BACKBONES, MODELS, build_model
-from model.folding import folded
-from model.losses import pop_losses, pseudo_label
-from utils import args as cli
-from utils import signals
-from utils.cache import cache_features
-from utils.checkpoint import imagenet_checkpoint, network_config, read_checkpoint, resolve_checkpoint
-from utils.distributed import is_main, main_first, parallel, process_group
-from utils.engine import (
+from engine.checkpoint import imagenet_checkpoint, network_config, read_checkpoint, resolve_checkpoint
+from engine.distributed import is_main, main_first, parallel, process_group
+from engine.evaluation import (
     autocast,
     compile_features,
     evaluate,
@@ -30,12 +26,16 @@ from utils.engine import (
     to_device,
     training_loader,
 )
-from utils.errors import InputError, exits_cleanly
-from utils.logger import RunLogger
-from utils.metrics import summary_table
-from utils.panel import ValidationPanel
-from utils.snapshots import Snapshots, digests, locked, run_arguments
-from utils.trainer import Trainer
+from engine.feature_cache import cache_features
+from engine.logger import RunLogger
+from engine.metrics import summary_table
+from engine.resume import Snapshots, digests, locked, run_arguments
+from engine.trainer import Trainer
+from model import BACKBONES, MODELS, build_model
+from model.kernels.fusing import folded
+from model.losses import pop_losses, pseudo_label
+from report.tensorboard import ValidationPanel
+from utils import cli
 
 
 def parse_args(argv=None):

@@ -17,18 +17,18 @@ import numpy as np
 import torch
 from torch.utils.data import Subset
 
+from core.errors import InputError, exits_cleanly, some
+from core.files import atomic_write, check_writable, json_ready
 from dataset import DATASETS, FoldData
+from engine.checkpoint import imagenet_checkpoint, network_config, read_checkpoint, resolve_checkpoint
+from engine.distributed import gathered, is_main, main_first, process_group, shared
+from engine.evaluation import compile_features, evaluate, evaluation_loader, name_of, precision
+from engine.metrics import SUMMARY, class_table, iou_per_class, mean_and_std, summarize, summary_table
 from model import BACKBONES, MODELS, build_model
-from model.folding import folded
-from utils import args as cli
-from utils.checkpoint import imagenet_checkpoint, network_config, read_checkpoint, resolve_checkpoint
-from utils.distributed import gathered, is_main, main_first, process_group, shared
-from utils.engine import compile_features, evaluate, evaluation_loader, name_of, precision
-from utils.errors import InputError, exits_cleanly, some
-from utils.figures import confusion_figure, iou_figure, save_figure, similarity_figure, support_figure
-from utils.files import atomic_write, check_writable, json_ready
-from utils.metrics import SUMMARY, class_table, iou_per_class, mean_and_std, summarize, summary_table
-from utils.visualize import ImageScores, PanelWriter, choose_telling
+from model.kernels.fusing import folded
+from report.figures import confusion_figure, iou_figure, save_figure, similarity_figure, support_figure
+from report.panels import ImageScores, PanelWriter, choose_telling
+from utils import cli
 
 UNTRAINED = ('none', 'imagenet')  # --restore-from without a checkpoint
 

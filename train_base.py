@@ -12,14 +12,12 @@ import argparse
 
 import torch
 
+from core import signals
+from core.errors import InputError, exits_cleanly
 from dataset import DATASETS, Augmentation, FoldData
-from model import BACKBONES, MODELS, build_model
-from model.losses import pop_losses
-from utils import args as cli
-from utils import signals
-from utils.checkpoint import imagenet_checkpoint, network_config, read_checkpoint, resolve_checkpoint
-from utils.distributed import is_main, main_first, parallel, process_group, world_size
-from utils.engine import (
+from engine.checkpoint import imagenet_checkpoint, network_config, read_checkpoint, resolve_checkpoint
+from engine.distributed import is_main, main_first, parallel, process_group, world_size
+from engine.evaluation import (
     autocast,
     compile_features,
     evaluate,
@@ -29,12 +27,14 @@ from utils.engine import (
     to_device,
     training_loader,
 )
-from utils.errors import InputError, exits_cleanly
-from utils.logger import RunLogger
-from utils.memory import return_freed_memory
-from utils.panel import ValidationPanel
-from utils.snapshots import Snapshots, locked, run_arguments
-from utils.trainer import Trainer
+from engine.logger import RunLogger
+from engine.resume import Snapshots, locked, run_arguments
+from engine.trainer import Trainer
+from model import BACKBONES, MODELS, build_model
+from model.kernels.malloc import return_freed_memory
+from model.losses import pop_losses
+from report.tensorboard import ValidationPanel
+from utils import cli
 
 
 def parse_args(argv=None):

@@ -1,4 +1,4 @@
-"""3x3 convolutions of resnet50v2 at 473x473: PyTorch's own against Winograd's (`model/winograd.py`).
+"""3x3 convolutions of resnet50v2 at 473x473: PyTorch's own against Winograd's (`model/kernels/winograd.py`).
 
     python benchmarks/convolutions.py [--precision float32 bfloat16] [--rounds 7]
 
@@ -19,9 +19,9 @@ from sides import clock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model.winograd import _Winograd
-from utils.args import positive
-from utils.memory import keep_freed_memory
+from model.kernels.malloc import keep_freed_memory
+from model.kernels.winograd import _Winograd
+from utils.cli import positive
 
 SHAPES = {  # batch 2 in training, 1 in the forward pass alone: input and output channels, size, dilation
     'stem': (64, 128, 237, 1),

@@ -32,13 +32,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dataset import Augmentation, SegmentationDataset
 from dataset.labels import label_table
 from dataset.segmentation import Samples
+from engine.evaluation import autocast, computes_in_bfloat16, evaluate, to_device
+from engine.metrics import confusion_matrix
+from engine.optim import Optimization
 from model import build_model
-from model.folding import folded
+from model.kernels.fusing import folded
+from model.kernels.malloc import keep_freed_memory, return_freed_memory
 from model.losses import pop_losses, pseudo_label
-from utils.engine import autocast, computes_in_bfloat16, evaluate, to_device
-from utils.memory import keep_freed_memory, return_freed_memory
-from utils.metrics import confusion_matrix
-from utils.optim import Optimization
 
 SIZE = 473
 HEIGHT = 355  # of it, what a photograph of 500x375 takes

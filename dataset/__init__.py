@@ -6,6 +6,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from core.errors import InputError, some
 from dataset.classes import DATASETS, DatasetSpec
 from dataset.fewshot import FewShotDataset
 from dataset.labels import label_table
@@ -13,7 +14,6 @@ from dataset.lists import CACHE_NAME, ClassIndex, FoldLists, ensure_class_lists,
 from dataset.segmentation import Photographs, Samples, SegmentationDataset, other_suffixes
 from dataset.shapes import ensure_shapes
 from dataset.transforms import Augmentation
-from utils.errors import InputError, some
 
 
 @dataclass(frozen=True)

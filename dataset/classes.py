@@ -6,7 +6,7 @@ A class id is the dataset's own (1..N; 0 is background, 255 is ignored).
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.legend import PALETTES, Legend
+from dataset.legend import PALETTES, Legend
 
 MAX_CLASSES = 253  # 0 is background, 254 and 255 mean something else (`labels`)
 LIST_ROOT = Path(__file__).parent / 'list'
@@ -25,7 +25,7 @@ class DatasetSpec:
         scale_range: range of training's random resize factor.
         batch_size: stage 1's global batch size.
         min_pixels: a class's image must show this many of its pixels to serve as support or replayed base image.
-        palette: colours of the classes in pictures (`utils.legend.PALETTES`).
+        palette: colours of the classes in pictures (`dataset.legend.PALETTES`).
         lists_in_data: lists live in DATA/list rather than in dataset/list/NAME.
         mend: how to get the data.
     """

@@ -5,7 +5,7 @@ import random
 import numpy as np
 from torch.utils.data import Dataset
 
-from utils.errors import InputError
+from core.errors import InputError
 
 
 def draw_support(class_lists, shot, seed):

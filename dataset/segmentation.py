@@ -10,10 +10,10 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from core.errors import InputError, some
 from dataset import transforms
 from dataset.labels import INVALID
-from utils.errors import InputError, some
-from utils.metrics import IGNORE_INDEX
+from engine.metrics import IGNORE_INDEX
 
 JPEG_END = b'\xff\xd9'
 ORIENTATION_TAG = 0x0112

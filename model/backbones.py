@@ -10,8 +10,8 @@ from torch.autograd.function import once_differentiable
 from torchvision import models
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from model.pointwise import Conv1x1
-from model.winograd import Conv3x3
+from model.kernels.pointwise import Conv1x1
+from model.kernels.winograd import Conv3x3
 
 
 class ResNet(models.ResNet):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.winograd import conv3x3, transformed
+from model.kernels.winograd import conv3x3, transformed
 
 
 class PSP(nn.Module):

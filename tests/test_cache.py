@@ -9,12 +9,12 @@ import torch
 from conftest import TINY, TINY_TRAINING
 from torch import nn
 
+from core.errors import InputError
 from dataset import DATASETS, FoldData
+from engine import feature_cache as cache
+from engine.evaluation import evaluate, evaluation_loader
+from engine.feature_cache import FeatureCache, cache_features
 from model import POP, PSP
-from utils import cache
-from utils.cache import FeatureCache, cache_features
-from utils.engine import evaluate, evaluation_loader
-from utils.errors import InputError
 
 CPU = torch.device('cpu')
 WHERE = CPU, torch.float32  # and in which precision

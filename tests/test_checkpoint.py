@@ -7,9 +7,9 @@ import torch
 from conftest import ROOT
 from torchvision import models
 
+from core.errors import InputError
+from engine.checkpoint import read_checkpoint, resolve_checkpoint, save_checkpoint
 from model import build_model
-from utils.checkpoint import read_checkpoint, resolve_checkpoint, save_checkpoint
-from utils.errors import InputError
 
 
 def published(net, path, prefix=''):

@@ -13,7 +13,7 @@ from torchvision import models
 
 from model import BACKBONES, POP, PSP, build_backbone, build_model
 from model.backbones import DilatedDepthwiseConv2d
-from model.folding import folded
+from model.kernels.fusing import folded
 from model.losses import orthogonality, pop_losses, pseudo_label
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}

@@ -8,8 +8,8 @@ import torch
 from conftest import TINY
 from PIL import Image
 
-from utils import plot
-from utils.figures import (
+from dataset.legend import Legend, spread_palette, voc_palette
+from report.figures import (
     ERRORS,
     confusion_figure,
     error_map,
@@ -17,9 +17,9 @@ from utils.figures import (
     save_figure,
     support_figure,
 )
-from utils.legend import Legend, spread_palette, voc_palette
-from utils.panel import ValidationPanel, similarity, similarity_picture
-from utils.visualize import ImageScores, PanelWriter, choose_telling
+from report.panels import ImageScores, PanelWriter, choose_telling
+from report.tensorboard import ValidationPanel, similarity, similarity_picture
+from utils import plot
 
 LEGEND = Legend(('background', 'cat', 'dog', 'new'), (0, 8, 12, 3), num_base=2, palette='voc')
 

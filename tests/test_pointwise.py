@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from model.pointwise import MIN_CHANNELS, Conv1x1
+from model.kernels.pointwise import MIN_CHANNELS, Conv1x1
 
 
 @pytest.mark.parametrize('layout', [torch.channels_last, torch.contiguous_format])

@@ -9,13 +9,13 @@ import torch
 from conftest import TINY, run_process
 from PIL import Image
 
+from core.errors import InputError
 from dataset import DATASETS
+from dataset.legend import spread_palette
 from dataset.segmentation import read_mask
+from engine.checkpoint import read_checkpoint, save_checkpoint
 from model import build_model
 from utils import predict
-from utils.checkpoint import read_checkpoint, save_checkpoint
-from utils.errors import InputError
-from utils.legend import spread_palette
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ import pytest
 import torch
 from conftest import launcher, run_process, same_results, stage_1, stage_2, start
 
+from core.errors import InputError
 from dataset import DATASETS
-from utils.errors import InputError
-from utils.logger import RunLogger
-from utils.snapshots import Snapshots, locked
+from engine.logger import RunLogger
+from engine.resume import Snapshots, locked
 
 
 def kill_when_it_prints(process, text):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dataset import DATASETS
 from dataset.segmentation import read_mask
-from utils import engine
+from engine import evaluation as engine
 
 
 def records(folder, kind):

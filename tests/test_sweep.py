@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from conftest import TINY, TINY_TRAINING, start
 
+from engine.metrics import SUMMARY, summarize
 from utils import sweep
-from utils.metrics import SUMMARY, summarize
 
 FLAGS = ' '.join(map(str, TINY[2:]))
 TRAINING = ' '.join(map(str, (*TINY_TRAINING, '--num-epoch', 1)))

@@ -12,17 +12,17 @@ from oracle import dense_logits, dense_losses, dense_psp
 from torch import nn
 
 import ft_pop
+from core.errors import InputError, exits_cleanly
+from core.files import atomic_write, check_writable
+from dataset.legend import Legend
+from engine.evaluation import training_loader
+from engine.logger import RunLogger
+from engine.optim import Optimization, parameter_groups
+from engine.resume import Snapshots
+from engine.trainer import Trainer
 from model import POP, PSP, build_model
 from model.losses import pop_losses
-from utils.engine import training_loader
-from utils.errors import InputError, exits_cleanly
-from utils.files import atomic_write, check_writable
-from utils.legend import Legend
-from utils.logger import RunLogger
-from utils.optim import Optimization, parameter_groups
-from utils.panel import ValidationPanel
-from utils.snapshots import Snapshots
-from utils.trainer import Trainer
+from report.tensorboard import ValidationPanel
 
 
 @pytest.mark.parametrize('num_novel', (0, 3))
@@ -158,7 +158,7 @@ def test_an_input_error_ends_with_its_message_and_code_1(capsys):
 
     for text in (
         'mend it',
-        'Caught InputError in DataLoader worker process 0.\n  File ...\nutils.errors.InputError: mend it\n',
+        'Caught InputError in DataLoader worker process 0.\n  File ...\ncore.errors.InputError: mend it\n',
     ):
         with pytest.raises(SystemExit) as end:
             main(text)

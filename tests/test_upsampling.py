@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from model.kernels import upsampling
+from model.kernels.upsampling import needed, predict
 from model.losses import cross_entropy
-from utils import upsampling
-from utils.upsampling import needed, predict
 
 # feature size, mask size: enlarged, unequal, reduced, equal, one row
 SIZES = (((5, 7), (33, 50)), ((4, 4), (31, 31)), ((9, 6), (5, 4)), ((6, 5), (6, 5)), ((3, 4), (1, 9)), ((1, 2), (5, 6)))

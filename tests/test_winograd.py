@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from oracle import dense_psp
 
-from model import PSP, build_model, winograd
-from model.folding import folded
-from model.winograd import MIN_CHANNELS, MIN_CHANNELS_FORWARD, Conv3x3, conv3x3
+from model import PSP, build_model
+from model.kernels import winograd
+from model.kernels.fusing import folded
+from model.kernels.winograd import MIN_CHANNELS, MIN_CHANNELS_FORWARD, Conv3x3, conv3x3
 
 
 @pytest.mark.parametrize('dilation', [1, 2, 4])

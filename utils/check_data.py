@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
+from core.errors import InputError, exits_cleanly, some
+from core.parallel import parallel_map
 from dataset import DATASETS, FoldData
 from dataset.lists import read_ids
 from dataset.segmentation import read_header
-from utils.args import check_folds, fill_lists, make_parser, not_negative, positive
-from utils.errors import InputError, exits_cleanly, some
-from utils.parallel import parallel_map
+from utils.cli import check_folds, fill_lists, make_parser, not_negative, positive
 
 
 def parse_args(argv=None):

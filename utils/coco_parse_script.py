@@ -16,13 +16,13 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from core.errors import InputError, exits_cleanly, some
+from core.files import atomic_write
+from core.parallel import parallel_map
 from dataset import DATASETS
 from dataset.classes import LIST_ROOT
 from dataset.lists import keep_or_write_ids
-from utils.args import make_parser, positive
-from utils.errors import InputError, exits_cleanly, some
-from utils.files import atomic_write
-from utils.parallel import parallel_map
+from utils.cli import make_parser, positive
 
 
 def parse_args(argv=None):

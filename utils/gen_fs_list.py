@@ -8,11 +8,11 @@ list does not.
 
 from pathlib import Path
 
+from core.errors import InputError, exits_cleanly, some
 from dataset import DATASETS, FoldData
 from dataset.fewshot import draw_support
 from dataset.lists import read_ids, write_ids
-from utils.args import add_seeds, check_folds, fill_lists, make_parser, not_negative, positive
-from utils.errors import InputError, exits_cleanly, some
+from utils.cli import add_seeds, check_folds, fill_lists, make_parser, not_negative, positive
 
 
 def parse_args(argv=None):

@@ -12,9 +12,9 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from utils.args import make_parser
-from utils.errors import InputError, exits_cleanly
-from utils.figures import save_figure
+from core.errors import InputError, exits_cleanly
+from report.figures import save_figure
+from utils.cli import make_parser
 
 LOSSES = {'ce': 'cross-entropy', 'orth': 'orthogonality'}
 MEANS = {'base': '-', 'novel': '--', 'total': ':'}  # line styles

@@ -8,17 +8,17 @@ palette PNG of class ids at the original size, and ID_overlay.jpg, the image wit
 
 from pathlib import Path
 
+from core.errors import InputError, exits_cleanly, some
+from core.files import check_writable
 from dataset import DATASETS, Photographs, SegmentationDataset
+from engine.checkpoint import read_checkpoint, resolve_checkpoint
+from engine.distributed import is_main, process_group, sum_over_processes
+from engine.evaluation import evaluate, evaluation_loader, precision
 from model import build_model
-from model.folding import folded
-from utils import args as cli
-from utils.checkpoint import read_checkpoint, resolve_checkpoint
-from utils.distributed import is_main, process_group, sum_over_processes
-from utils.engine import evaluate, evaluation_loader, precision
-from utils.errors import InputError, exits_cleanly, some
-from utils.figures import legend_figure, save_figure
-from utils.files import check_writable
-from utils.visualize import OverlayWriter
+from model.kernels.fusing import folded
+from report.figures import legend_figure, save_figure
+from report.panels import OverlayWriter
+from utils import cli
 
 
 def parse_args(argv=None):

@@ -28,13 +28,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from core import signals
+from core.errors import InputError, exits_cleanly
+from core.files import atomic_write, check_writable
+from core.parallel import usable_cores
 from dataset import DATASETS
-from utils import signals
-from utils.args import add_seeds, check_folds, make_parser, not_negative, positive
-from utils.errors import InputError, exits_cleanly
-from utils.files import atomic_write, check_writable
-from utils.metrics import SUMMARY, markdown_table, mean_and_std
-from utils.parallel import usable_cores
+from engine.metrics import SUMMARY, markdown_table, mean_and_std
+from utils.cli import add_seeds, check_folds, make_parser, not_negative, positive
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ('base', 'novel', 'total', 'harmonic')

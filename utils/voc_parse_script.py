@@ -16,14 +16,14 @@ import numpy as np
 from PIL import Image
 from scipy.io import loadmat
 
+from core.errors import InputError, exits_cleanly, some
+from core.files import atomic_write
+from core.parallel import parallel_map
 from dataset import DATASETS, FoldData
 from dataset.classes import LIST_ROOT
+from dataset.legend import voc_palette
 from dataset.lists import ClassIndex, keep_or_write_ids, read_ids
-from utils.args import make_parser, positive
-from utils.errors import InputError, exits_cleanly, some
-from utils.files import atomic_write
-from utils.legend import voc_palette
-from utils.parallel import parallel_map
+from utils.cli import make_parser, positive
 
 EXPECTED = {'trainaug.txt': 10_582, 'val.txt': 1_449}
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torchvision import models
 
-from utils.distributed import is_main
-from utils.errors import InputError, some
-from utils.files import atomic_write
+from core.errors import InputError, some
+from core.files import atomic_write
+from engine.distributed import is_main
 
 STAGE_2_PREFIXES = ('novel_emb', 'classifier_n.')
 # what classification networks have beyond our backbones

@@ -9,11 +9,11 @@ import shutil
 import socket
 from pathlib import Path
 
-from utils.checkpoint import check_config, of_seeds, read_state
-from utils.distributed import gathered, is_main, shared
-from utils.engine import name_of
-from utils.errors import InputError, some
-from utils.files import check_writable
+from core.errors import InputError, some
+from core.files import check_writable
+from engine.checkpoint import check_config, of_seeds, read_state
+from engine.distributed import gathered, is_main, shared
+from engine.evaluation import name_of
 
 # flags that say how a run is carried out, and that may change when it goes on; what comes of it depends on the others
 # (batch statistics of parts, the cache's half precision and images that are skipped aside)

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from utils.errors import InputError
-from utils.memory import keep_freed_memory
+from core.errors import InputError
+from model.kernels.malloc import keep_freed_memory
 
 _hosts = None  # the Gloo group beside NCCL's
 

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from utils import signals
-from utils.distributed import agreed, all_sum, is_main, rank, world_size
-from utils.errors import InputError
-from utils.metrics import confusion_matrix
-from utils.upsampling import needed, predict
+from core import signals
+from core.errors import InputError
+from engine.distributed import agreed, all_sum, is_main, rank, world_size
+from engine.metrics import confusion_matrix
+from model.kernels.upsampling import needed, predict
 
 
 class TrainingBatches:

@@ -5,7 +5,7 @@ import math
 import os
 from pathlib import Path
 
-from utils.distributed import world_size
+from engine.distributed import world_size
 
 BASE_SIZE = (473, 473)
 

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 
-from utils.signals import Stopped, end_workers
+from core.signals import Stopped, end_workers
 
 
 class InputError(Exception):

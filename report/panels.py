@@ -3,11 +3,11 @@
 import numpy as np
 from PIL import Image
 
-from utils.figures import coloured, panel_figure, save_figure
-from utils.files import atomic_write
-from utils.legend import PALETTES
-from utils.metrics import confusion_matrix, iou_per_class
-from utils.panel import label_array
+from core.files import atomic_write
+from dataset.legend import PALETTES
+from engine.metrics import confusion_matrix, iou_per_class
+from report.figures import coloured, panel_figure, save_figure
+from report.tensorboard import label_array
 
 
 def save_palette_png(path, mask, palette):

@@ -11,8 +11,8 @@ from pathlib import Path
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from utils.distributed import is_main
-from utils.files import atomic_write, json_ready
+from core.files import atomic_write, json_ready
+from engine.distributed import is_main
 
 
 class RunLogger:

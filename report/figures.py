@@ -4,9 +4,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from utils.files import atomic_write
-from utils.metrics import IGNORE_INDEX
-from utils.panel import similarity
+from core.files import atomic_write
+from engine.metrics import IGNORE_INDEX
+from report.tensorboard import similarity
 
 DPI = 100
 ERRORS = {  # what can be wrong with a pixel, and its colour in error maps (told apart by colour-blind readers too)

@@ -5,7 +5,7 @@ import math
 import os
 from pathlib import Path
 
-from utils.errors import InputError
+from core.errors import InputError
 
 
 def check_writable(folder):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from model.winograd import float32_on_cpu
+from model.kernels.winograd import float32_on_cpu
 
 MIN_CHANNELS = 1024  # the larger of C and O; below, nothing is gained (measured in benchmarks/NOTES.md)
 

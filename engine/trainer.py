@@ -10,13 +10,13 @@ from datetime import timedelta
 import torch
 from tqdm import tqdm
 
-from utils import signals
-from utils.checkpoint import save_checkpoint
-from utils.distributed import agreed, is_main, mean_over_processes, share_buffers, sum_over_processes, world_size
-from utils.errors import InputError
-from utils.metrics import IGNORE_INDEX, iou_per_class, summarize
-from utils.optim import Optimization
-from utils.panel import similarity_picture
+from core import signals
+from core.errors import InputError
+from engine.checkpoint import save_checkpoint
+from engine.distributed import agreed, is_main, mean_over_processes, share_buffers, sum_over_processes, world_size
+from engine.metrics import IGNORE_INDEX, iou_per_class, summarize
+from engine.optim import Optimization
+from report.tensorboard import similarity_picture
 
 
 @dataclass
