@@ -16,24 +16,17 @@ from core.errors import InputError, exits_cleanly
 from dataset import DATASETS, Augmentation, FoldData
 from engine.checkpoint import imagenet_checkpoint, network_config, read_checkpoint, resolve_checkpoint
 from engine.distributed import is_main, main_first, parallel, process_group
-from engine.evaluation import (
-    autocast,
-    compile_features,
-    evaluate,
-    evaluation_loader,
-    name_of,
-    precision,
-    to_device,
-    training_loader,
-)
+from engine.evaluation import evaluate
 from engine.feature_cache import cache_features
+from engine.loaders import evaluation_loader, training_loader
 from engine.logger import RunLogger
-from engine.metrics import summary_table
+from engine.precision import autocast, compile_features, name_of, precision, to_device
 from engine.resume import Snapshots, digests, locked, run_arguments
 from engine.trainer import Trainer
 from model import BACKBONES, MODELS, build_model
 from model.kernels.fusing import folded
 from model.losses import pop_losses, pseudo_label
+from report.tables import summary_table
 from report.tensorboard import ValidationPanel
 from utils import cli
 

@@ -22,12 +22,15 @@ from core.files import atomic_write, check_writable, json_ready
 from dataset import DATASETS, FoldData
 from engine.checkpoint import imagenet_checkpoint, network_config, read_checkpoint, resolve_checkpoint
 from engine.distributed import gathered, is_main, main_first, process_group, shared
-from engine.evaluation import compile_features, evaluate, evaluation_loader, name_of, precision
-from engine.metrics import SUMMARY, class_table, iou_per_class, mean_and_std, summarize, summary_table
+from engine.evaluation import evaluate
+from engine.loaders import evaluation_loader
+from engine.metrics import SUMMARY, iou_per_class, summarize
+from engine.precision import compile_features, name_of, precision
 from model import BACKBONES, MODELS, build_model
 from model.kernels.fusing import folded
 from report.figures import confusion_figure, iou_figure, save_figure, similarity_figure, support_figure
 from report.panels import ImageScores, PanelWriter, choose_telling
+from report.tables import class_table, mean_and_std, summary_table
 from utils import cli
 
 UNTRAINED = ('none', 'imagenet')  # --restore-from without a checkpoint

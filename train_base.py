@@ -17,17 +17,10 @@ from core.errors import InputError, exits_cleanly
 from dataset import DATASETS, Augmentation, FoldData
 from engine.checkpoint import imagenet_checkpoint, network_config, read_checkpoint, resolve_checkpoint
 from engine.distributed import is_main, main_first, parallel, process_group, world_size
-from engine.evaluation import (
-    autocast,
-    compile_features,
-    evaluate,
-    evaluation_loader,
-    name_of,
-    precision,
-    to_device,
-    training_loader,
-)
+from engine.evaluation import evaluate
+from engine.loaders import evaluation_loader, training_loader
 from engine.logger import RunLogger
+from engine.precision import autocast, compile_features, name_of, precision, to_device
 from engine.resume import Snapshots, locked, run_arguments
 from engine.trainer import Trainer
 from model import BACKBONES, MODELS, build_model

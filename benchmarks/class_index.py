@@ -19,9 +19,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset import DATASETS
+from dataset.images import Samples
 from dataset.labels import label_table
 from dataset.lists import FoldLists, ensure_class_lists, write_ids
-from dataset.segmentation import Samples
 from dataset.shapes import draw_scene
 
 SPEC = DATASETS['voc']

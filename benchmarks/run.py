@@ -30,11 +30,12 @@ from sides import clock, measure
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset import Augmentation, SegmentationDataset
+from dataset.images import Samples
 from dataset.labels import label_table
-from dataset.segmentation import Samples
-from engine.evaluation import autocast, computes_in_bfloat16, evaluate, to_device
+from engine.evaluation import evaluate
 from engine.metrics import confusion_matrix
 from engine.optim import Optimization
+from engine.precision import autocast, computes_in_bfloat16, to_device
 from model import build_model
 from model.kernels.fusing import folded
 from model.kernels.malloc import keep_freed_memory, return_freed_memory

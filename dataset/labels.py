@@ -6,7 +6,7 @@ id; 255 is ignored.
 
 import numpy as np
 
-from engine.metrics import IGNORE_INDEX
+from core import IGNORE_INDEX
 
 INVALID = 254  # marks mask values that are no class id of the dataset
 

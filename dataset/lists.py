@@ -21,7 +21,7 @@ import numpy as np
 from core.errors import InputError, some
 from core.files import atomic_write
 from core.parallel import parallel_map
-from dataset.segmentation import check_same_size, open_mask, read_header
+from dataset.images import check_same_size, open_mask, read_header
 
 CACHE_NAME = 'class_pixels.npz'  # beside the train list: counts of every mask that was read
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from core import IGNORE_INDEX
 from core.errors import exits_cleanly
 from dataset.classes import DATASETS, SHAPES
 from dataset.lists import write_ids
-from engine.metrics import IGNORE_INDEX
 
 TRAIN_IMAGES, VAL_IMAGES = 800, 100
 

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import torch
 
-from engine.metrics import IGNORE_INDEX
+from core import IGNORE_INDEX
 
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)

@@ -9,7 +9,7 @@ import torch
 
 from core.errors import InputError
 from engine.distributed import agreed, local_world_size, world_size
-from engine.evaluation import autocast, to_device
+from engine.precision import autocast, to_device
 
 GB = 10**9
 SPARE_DISK = 2 * GB  # left free for checkpoints and logs

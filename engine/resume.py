@@ -13,7 +13,7 @@ from core.errors import InputError, some
 from core.files import check_writable
 from engine.checkpoint import check_config, of_seeds, read_state
 from engine.distributed import gathered, is_main, shared
-from engine.evaluation import name_of
+from engine.precision import name_of
 
 # flags that say how a run is carried out, and that may change when it goes on; what comes of it depends on the others
 # (batch statistics of parts, the cache's half precision and images that are skipped aside)

@@ -10,11 +10,11 @@ from datetime import timedelta
 import torch
 from tqdm import tqdm
 
-from core import signals
+from core import IGNORE_INDEX, signals
 from core.errors import InputError
 from engine.checkpoint import save_checkpoint
 from engine.distributed import agreed, is_main, mean_over_processes, share_buffers, sum_over_processes, world_size
-from engine.metrics import IGNORE_INDEX, iou_per_class, summarize
+from engine.metrics import iou_per_class, summarize
 from engine.optim import Optimization
 from report.tensorboard import similarity_picture
 

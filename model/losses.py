@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from core import IGNORE_INDEX
 from engine.distributed import world_size
-from engine.metrics import IGNORE_INDEX
 from model.kernels.upsampling import interpolation, predict, row_bands, widened
 
 ORTHOGONALITY_WEIGHT = 10.0

@@ -4,8 +4,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from core import IGNORE_INDEX
 from core.files import atomic_write
-from engine.metrics import IGNORE_INDEX
 from report.tensorboard import similarity
 
 DPI = 100

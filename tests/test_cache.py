@@ -12,8 +12,9 @@ from torch import nn
 from core.errors import InputError
 from dataset import DATASETS, FoldData
 from engine import feature_cache as cache
-from engine.evaluation import evaluate, evaluation_loader
+from engine.evaluation import evaluate
 from engine.feature_cache import FeatureCache, cache_features
+from engine.loaders import evaluation_loader
 from model import POP, PSP
 
 CPU = torch.device('cpu')

@@ -17,13 +17,13 @@ from core.errors import InputError
 from dataset import DATASETS, Augmentation, DatasetSpec, FoldData
 from dataset.classes import SHAPES
 from dataset.fewshot import draw_base, draw_support
+from dataset.images import ORIENTATION_TAG, Samples, read_header, read_image, read_mask
 from dataset.labels import INVALID, label_table
 from dataset.legend import voc_palette
 from dataset.lists import ClassIndex, FoldLists, ensure_class_lists, read_ids, write_ids
-from dataset.segmentation import ORIENTATION_TAG, Samples, read_header, read_image, read_mask
 from dataset.shapes import make_shapes
 from dataset.transforms import resize
-from engine.evaluation import TrainingBatches, evaluation_loader, training_loader
+from engine.loaders import TrainingBatches, evaluation_loader, training_loader
 from report.panels import save_palette_png
 
 CPU = torch.device('cpu')

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from engine.metrics import SUMMARY, confusion_matrix, iou_per_class, summarize, summary_table
+from engine.metrics import SUMMARY, confusion_matrix, iou_per_class, summarize
+from report.tables import summary_table
 
 
 def test_confusion_matrix_agrees_with_counting_pixel_by_pixel():

@@ -11,8 +11,8 @@ from PIL import Image
 
 from core.errors import InputError
 from dataset import DATASETS
+from dataset.images import read_mask
 from dataset.legend import spread_palette
-from dataset.segmentation import read_mask
 from engine.checkpoint import read_checkpoint, save_checkpoint
 from model import build_model
 from utils import predict

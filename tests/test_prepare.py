@@ -19,8 +19,8 @@ from pycocotools.coco import COCO
 from scipy.io import savemat
 
 from dataset import DATASETS
+from dataset.images import ORIENTATION_TAG, read_mask
 from dataset.legend import voc_palette
-from dataset.segmentation import ORIENTATION_TAG, read_mask
 from report.panels import save_palette_png
 from utils.coco_parse_script import rasterize, read_annotations
 

@@ -11,8 +11,8 @@ from conftest import TINY, TINY_TRAINING, run_process
 from PIL import Image
 
 from dataset import DATASETS
-from dataset.segmentation import read_mask
-from engine import evaluation as engine
+from dataset.images import read_mask
+from engine import precision as precisions
 
 
 def records(folder, kind):
@@ -76,7 +76,7 @@ def test_stage_2_changes_only_the_novel_parts(base_run, few_shot_run):
 def test_every_script_runs_in_both_precisions(
     run_script, shapes, base_run, few_shot_run, tmp_path, precision, monkeypatch
 ):
-    monkeypatch.setattr(engine, 'computes_in_bfloat16', lambda: True)
+    monkeypatch.setattr(precisions, 'computes_in_bfloat16', lambda: True)
     # smaller still: bfloat16 takes its time on processors without instructions for it
     train = (*TINY, *TINY_TRAINING, '--input-size', '33,33', '--data-dir', shapes, '--num-epoch', 1, *precision)
     code, output = run_script(
@@ -122,18 +122,19 @@ def test_every_script_runs_in_both_precisions(
 def test_mixed_precision_is_float32_where_the_processor_has_no_bfloat16(monkeypatch, capsys):
     net, image = torch.nn.Conv2d(3, 4, 1), torch.ones(1, 3, 2, 2)
     for able, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(engine, 'computes_in_bfloat16', lambda able=able: able)
-        chosen = engine.precision(image.device, True)
-        with engine.autocast(image.device, chosen):
+        monkeypatch.setattr(precisions, 'computes_in_bfloat16', lambda able=able: able)
+        chosen = precisions.precision(image.device, True)
+        with precisions.autocast(image.device, chosen):
             assert net(image).dtype == dtype == chosen
         assert ('no bfloat16 instructions' in capsys.readouterr().out) is not able
-    assert engine.precision(torch.device('cuda'), True) == torch.float16
+    assert precisions.precision(torch.device('cuda'), True) == torch.float16
 
 
 def test_knows_processors_with_bfloat16():
-    assert engine.names_bfloat16('flags : fpu avx512f avx512_bf16 avx512_fp16\n')
-    assert engine.names_bfloat16('flags : amx_bf16 amx_tile\n') and engine.names_bfloat16('Features : i8mm bf16 dgh\n')
-    assert not engine.names_bfloat16('flags : fpu avx avx2 f16c avx512f avx512_vnni\n')
+    assert precisions.names_bfloat16('flags : fpu avx512f avx512_bf16 avx512_fp16\n')
+    for cpuinfo in ('flags : amx_bf16 amx_tile\n', 'Features : i8mm bf16 dgh\n'):
+        assert precisions.names_bfloat16(cpuinfo)
+    assert not precisions.names_bfloat16('flags : fpu avx avx2 f16c avx512f avx512_vnni\n')
 
 
 def test_evaluation_counts_every_pixel_of_the_original_masks(run_script, shapes, few_shot_run, tmp_path):

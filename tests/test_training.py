@@ -15,7 +15,7 @@ import ft_pop
 from core.errors import InputError, exits_cleanly
 from core.files import atomic_write, check_writable
 from dataset.legend import Legend
-from engine.evaluation import training_loader
+from engine.loaders import training_loader
 from engine.logger import RunLogger
 from engine.optim import Optimization, parameter_groups
 from engine.resume import Snapshots

@@ -16,8 +16,8 @@ import numpy as np
 from core.errors import InputError, exits_cleanly, some
 from core.parallel import parallel_map
 from dataset import DATASETS, FoldData
+from dataset.images import read_header
 from dataset.lists import read_ids
-from dataset.segmentation import read_header
 from utils.cli import check_folds, fill_lists, make_parser, not_negative, positive
 
 

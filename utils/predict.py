@@ -13,7 +13,9 @@ from core.files import check_writable
 from dataset import DATASETS, Photographs, SegmentationDataset
 from engine.checkpoint import read_checkpoint, resolve_checkpoint
 from engine.distributed import is_main, process_group, sum_over_processes
-from engine.evaluation import evaluate, evaluation_loader, precision
+from engine.evaluation import evaluate
+from engine.loaders import evaluation_loader
+from engine.precision import precision
 from model import build_model
 from model.kernels.fusing import folded
 from report.figures import legend_figure, save_figure

@@ -33,7 +33,8 @@ from core.errors import InputError, exits_cleanly
 from core.files import atomic_write, check_writable
 from core.parallel import usable_cores
 from dataset import DATASETS
-from engine.metrics import SUMMARY, markdown_table, mean_and_std
+from engine.metrics import SUMMARY
+from report.tables import markdown_table, mean_and_std
 from utils.cli import add_seeds, check_folds, make_parser, not_negative, positive
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,0 +1,210 @@
+"""Reading images and masks."""
+
+import glob
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from core import IGNORE_INDEX
+from core.errors import InputError, some
+from dataset.labels import INVALID
+
+JPEG_END = b'\xff\xd9'
+ORIENTATION_TAG = 0x0112
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Where images and masks are and what the masks' values mean.
+
+    Attributes:
+        image_dir, mask_dir: folders of ID.jpg and ID.png.
+        table: uint8 [256], class id -> label (`labels.label_table`).
+    """
+
+    image_dir: Path
+    mask_dir: Path
+    table: np.ndarray
+
+    def image_path(self, image_id):
+        return self.image_dir / f'{image_id}.jpg'
+
+    def mask_path(self, image_id):
+        return self.mask_dir / f'{image_id}.png'
+
+    def read_image(self, image_id):
+        """Read one image, RGB uint8 [H, W, 3]."""
+        return read_image(self.image_path(image_id))
+
+    def read(self, image_id):
+        """Read one image and its mask.
+
+        Returns:
+            tuple: RGB uint8 [H, W, 3], labels uint8 [H, W].
+
+        Raises:
+            InputError: missing or undecodable file, colour-coded mask, sizes that differ, a class id out of range.
+        """
+        image = self.read_image(image_id)
+        mask_path = self.mask_path(image_id)
+        mask = read_mask(mask_path)
+        check_same_size(self.image_path(image_id), image.shape[1::-1], mask_path, mask.shape[::-1])
+        labels = self.table[mask]
+        if INVALID in labels:
+            found = sorted(set(np.unique(mask)) - set(np.flatnonzero(self.table != INVALID)))
+            raise InputError(
+                f'{mask_path} holds the values {", ".join(map(str, found))}; expected class ids '
+                f'0..{max(np.flatnonzero(self.table < INVALID))} and 255 (ignored). Is it a mask of this --dataset?'
+            )
+        return image, labels
+
+
+class Photographs:
+    """One image or those of a folder, of any common format and without masks; ids are their names without suffix.
+
+    Args:
+        folder (Path): of the images, or the image itself.
+
+    Attributes:
+        left_out (list of str): what else the folder holds.
+
+    Raises:
+        InputError: no such folder, no image in it, or two of one name.
+    """
+
+    SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff')
+
+    def __init__(self, folder):
+        if not Path(folder).exists():
+            raise InputError(f'{folder} does not exist; expected an image, or a folder of images')
+        files = [Path(folder)]
+        if Path(folder).is_dir():
+            files = [path for path in Path(folder).iterdir() if not path.name.startswith('.')]
+        paths = sorted(path for path in files if path.suffix.lower() in self.SUFFIXES and path.is_file())
+        if not paths:
+            raise InputError(f'{folder} holds no image; expected files named *{", *".join(self.SUFFIXES)}')
+        self._paths = {path.stem: path for path in paths}
+        self.left_out = sorted({path.name for path in files} - {path.name for path in paths})
+        if len(self._paths) < len(paths):
+            twins = [path.name for path in paths if self._paths[path.stem] != path]
+            raise InputError(f'{some(twins)} in {folder} and another image have the same name but for the suffix')
+
+    @property
+    def ids(self):
+        return list(self._paths)
+
+    def read_image(self, image_id):
+        """Read one image, RGB uint8 [H, W, 3]."""
+        return read_image(self._paths[image_id])
+
+    def read(self, image_id):
+        """Read one image, as `Samples.read`; no pixel of its mask counts."""
+        image = self.read_image(image_id)
+        return image, np.full(image.shape[:2], IGNORE_INDEX, np.uint8)
+
+
+def read_image(path):
+    """Decode an image file to RGB uint8 [H, W, 3]; InputError where it is missing or broken."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise _unreadable(path, 'image') from error
+    image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB) if content else None
+    if image is None or (not content.endswith(JPEG_END) and not _decodes_strictly(content)):
+        raise _unreadable(path, 'image')
+    return image
+
+
+def _decodes_strictly(content):
+    """OpenCV fills what a truncated file lacks with grey and says nothing; Pillow refuses."""
+    try:
+        Image.open(io.BytesIO(content)).load()
+    except (OSError, SyntaxError):
+        return False
+    return True
+
+
+def read_header(path):
+    """What an image file's header says.
+
+    Returns:
+        tuple: (width, height) as displayed, that is with the orientation applied which cameras note; and that
+        orientation, 1 where the image is displayed as it is stored (EXIF).
+    """
+    try:
+        with Image.open(path) as image:
+            exif = Image.Exif()  # not image.getexif(), which also knows orientations that OpenCV does not apply
+            exif.load(image.info.get('exif', b''))
+            orientation = exif.get(ORIENTATION_TAG)
+            orientation = orientation if orientation in range(1, 9) else 1
+            return image.size[::-1] if orientation >= 5 else image.size, orientation
+    except (OSError, SyntaxError) as error:
+        raise _unreadable(path, 'image') from error
+
+
+def check_same_size(image_path, image_size, mask_path, mask_size):
+    """InputError where an image and its mask differ in (width, height)."""
+    if tuple(image_size) != tuple(mask_size):
+        mend = 'Replace whichever was resized.'
+        if tuple(image_size) == tuple(mask_size)[::-1] and read_header(image_path)[1] >= 5:
+            mend = (
+                'The image is displayed turned by a quarter (EXIF orientation), which its mask must be too: turn the '
+                'mask, or write the image anew as it is displayed.'
+            )
+        raise InputError(
+            f'{mask_path} is {mask_size[0]}x{mask_size[1]}, its image {image_path} is {image_size[0]}x{image_size[1]}; '
+            f'an image and its mask must have the same size. {mend}'
+        )
+
+
+def read_mask(path):
+    """Decode a greyscale or palette PNG to its values, uint8 [H, W]; InputError where that cannot be done."""
+    with open_mask(path) as mask:
+        return np.array(mask)
+
+
+def open_mask(path):
+    """Open and decode a mask as a Pillow image of mode L or P, whose pixel values are class ids.
+
+    OpenCV would turn a palette into colours and those into luminance, and so lose the ids.
+
+    Raises:
+        InputError: missing or undecodable file, or a mask that holds colours.
+    """
+    try:
+        mask = Image.open(path)
+        raw_mode = mask.tile[0][3] if mask.tile else None
+        mask.load()
+    except (OSError, SyntaxError) as error:  # Pillow reports some broken PNGs as SyntaxError
+        raise _unreadable(path, 'mask') from error
+    if mask.mode.startswith('I'):
+        raise InputError(f'{path} has 16 or 32 bits a pixel; expected 8. Save its class ids as an 8-bit greyscale PNG.')
+    if mask.mode not in ('L', 'P'):
+        raise InputError(
+            f'{path} is a colour-coded mask (mode {mask.mode}); expected one 8-bit channel or a palette whose values '
+            'are class ids. Use SegmentationClassAug rather than colour renderings, or convert colours to ids.'
+        )
+    if mask.mode == 'L' and raw_mode != 'L':  # 'L;2', 'L;4': decoders stretch the values to 0..255
+        raise InputError(
+            f'{path} is greyscale of fewer than 8 bits, whose values decoders rescale, so class ids are lost. '
+            'Save it as 8-bit greyscale or as a palette PNG.'
+        )
+    return mask
+
+
+def other_suffixes(path):
+    """Names of the files beside a missing one that differ from it by their suffix only."""
+    return sorted(other.name for other in path.parent.glob(f'{glob.escape(path.stem)}.*'))
+
+
+def _unreadable(path, kind):
+    path = Path(path)
+    if not path.is_file():
+        twins = other_suffixes(path)
+        found = f'there is {some(twins)}: rename it' if twins else 'Check --data-dir, or make the lists anew'
+        return InputError(f'{kind} {path} does not exist; {found}')
+    return InputError(f'{kind} {path} cannot be decoded: the file is damaged. Copy it again.')
