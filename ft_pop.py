@@ -15,16 +15,16 @@ from core import signals
 from core.errors import InputError, exits_cleanly
 from dataset import DATASETS, Augmentation, FoldData
 from engine.checkpoint import imagenet_checkpoint, network_config, read_checkpoint, resolve_checkpoint
-from engine.distributed import is_main, main_first, parallel, process_group
+from engine.distributed import is_main, main_first, process_group, wrap_ddp
 from engine.evaluation import evaluate
 from engine.feature_cache import cache_features
 from engine.loaders import evaluation_loader, training_loader
 from engine.logger import RunLogger
 from engine.precision import autocast, compile_features, name_of, precision, to_device
-from engine.resume import Snapshots, digests, locked, run_arguments
+from engine.resume import RunFolder, digests, locked, run_arguments
 from engine.trainer import Trainer
 from model import BACKBONES, MODELS, build_model
-from model.kernels.fusing import folded
+from model.kernels.fusing import fuse
 from model.losses import pop_losses, pseudo_label
 from report.tables import summary_table
 from report.tensorboard import ValidationPanel
@@ -133,7 +133,7 @@ def update_novel(args, data, seed, base, frozen, dtype, val_batches, snapshots, 
         frozen (POP): its folded copy, whose features training and validation use.
         dtype (torch.dtype): that convolutions run in.
         val_batches (iterable): validation images or their features.
-        snapshots (Snapshots): the run's folder.
+        snapshots (RunFolder): the run's folder.
         logger (RunLogger): of this run.
 
     Returns:
@@ -161,7 +161,7 @@ def update_novel(args, data, seed, base, frozen, dtype, val_batches, snapshots, 
     net.freeze_base()
     net.to(device, memory_format=torch.channels_last)
     fast = net.on_features_of(frozen)
-    parallel_net = parallel(fast, device)
+    parallel_net = wrap_ddp(fast, device)
 
     def losses(batch, share):
         support, base = batch['support'], batch['base']
@@ -205,7 +205,7 @@ def main(args):
             seed: common | {'random_seed': seed} | digests({'support list': data.lists.support(args.shot, seed)})
             for seed in args.random_seed
         }
-        snapshots = Snapshots(args.snapshot_dir, arguments, args.resume, args.overwrite, data.legend.classes)
+        snapshots = RunFolder(args.snapshot_dir, arguments, args.resume, args.overwrite, data.legend.classes)
         val_set = data.validation(args.base_size, with_novel=True, limit=args.val_limit)
         # with a cache the loader is gone through once
         val_loader = evaluation_loader(
@@ -213,7 +213,7 @@ def main(args):
         )
         base = restore(args, data, device, snapshots)
         snapshots.make_room()
-        frozen = folded(base, dtype)
+        frozen = fuse(base, dtype)
         if args.compile:
             compile_features(frozen)
         logger = RunLogger(args.snapshot_dir, vars(args), snapshots)

@@ -21,13 +21,13 @@ from core.errors import InputError, exits_cleanly, some
 from core.files import atomic_write, check_writable, json_ready
 from dataset import DATASETS, FoldData
 from engine.checkpoint import imagenet_checkpoint, network_config, read_checkpoint, resolve_checkpoint
-from engine.distributed import gathered, is_main, main_first, process_group, shared
+from engine.distributed import all_gather, is_main, main_first, on_main, process_group
 from engine.evaluation import evaluate
 from engine.loaders import evaluation_loader
 from engine.metrics import SUMMARY, iou_per_class, summarize
 from engine.precision import compile_features, name_of, precision
 from model import BACKBONES, MODELS, build_model
-from model.kernels.fusing import folded
+from model.kernels.fusing import fuse
 from report.figures import confusion_figure, iou_figure, save_figure, similarity_figure, support_figure
 from report.panels import ImageScores, PanelWriter, choose_telling
 from report.tables import class_table, mean_and_std, summary_table
@@ -112,7 +112,7 @@ def evaluate_seed(args, data, seed, device, dtype, folder):
         dict: 'checkpoint', the keys of `SUMMARY`, and 'iou' by class name, in percent.
     """
     net, path = load_network(args, data, seed)
-    net = folded(net.to(device), dtype)
+    net = fuse(net.to(device), dtype)
     if args.compile:
         compile_features(net)
     val_set = data.validation(args.base_size, with_novel=net.num_novel > 0, original_size=True)
@@ -136,9 +136,9 @@ def evaluate_seed(args, data, seed, device, dtype, folder):
 
 def draw_overlays(args, net, val_set, scores, folder, device, dtype):
     """Segment telling images once more, and draw them."""
-    all_scores = {image_id: score for part in gathered(scores.scores) for image_id, score in part.items()}
+    all_scores = {image_id: score for part in all_gather(scores.scores) for image_id, score in part.items()}
     chosen = choose_telling(all_scores, args.overlay)
-    shared(lambda: remove_pictures(folder))
+    on_main(lambda: remove_pictures(folder))
     panels = PanelWriter(scores.legend, val_set.samples.read_image, folder, chosen, all_scores)
     indices = {image_id: i for i, image_id in enumerate(val_set.image_ids)}
     subset = Subset(val_set, [indices[image_id] for image_id in chosen])

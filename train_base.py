@@ -16,12 +16,12 @@ from core import signals
 from core.errors import InputError, exits_cleanly
 from dataset import DATASETS, Augmentation, FoldData
 from engine.checkpoint import imagenet_checkpoint, network_config, read_checkpoint, resolve_checkpoint
-from engine.distributed import is_main, main_first, parallel, process_group, world_size
+from engine.distributed import is_main, main_first, process_group, world_size, wrap_ddp
 from engine.evaluation import evaluate
 from engine.loaders import evaluation_loader, training_loader
 from engine.logger import RunLogger
 from engine.precision import autocast, compile_features, name_of, precision, to_device
-from engine.resume import Snapshots, locked, run_arguments
+from engine.resume import RunFolder, locked, run_arguments
 from engine.trainer import Trainer
 from model import BACKBONES, MODELS, build_model
 from model.kernels.malloc import return_freed_memory
@@ -92,7 +92,7 @@ def main(args):
         lists = {'training list': data.lists.train, 'validation list': data.val_list}
         dtype = precision(device, args.fp16)
         arguments = {None: run_arguments(args, dtype, lists)}
-        snapshots = Snapshots(args.snapshot_dir, arguments, args.resume, args.overwrite, data.legend.classes)
+        snapshots = RunFolder(args.snapshot_dir, arguments, args.resume, args.overwrite, data.legend.classes)
         train_set = data.base_training(Augmentation(args.input_size, args.scale_range), args.random_seed)
         val_set = data.validation(args.base_size, with_novel=False, limit=args.val_limit)
         train_loader = training_loader(
@@ -112,7 +112,7 @@ def main(args):
         net.to(device, memory_format=torch.channels_last)
         if args.compile:
             compile_features(net)
-        parallel_net = parallel(net, device, args.sync_bn)
+        parallel_net = wrap_ddp(net, device, args.sync_bn)
         logger = RunLogger(args.snapshot_dir, vars(args), snapshots)
         for note in notes:
             logger.info(f'note: {note}')

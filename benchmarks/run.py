@@ -37,7 +37,7 @@ from engine.metrics import confusion_matrix
 from engine.optim import Optimization
 from engine.precision import autocast, computes_in_bfloat16, to_device
 from model import build_model
-from model.kernels.fusing import folded
+from model.kernels.fusing import fuse
 from model.kernels.malloc import keep_freed_memory, return_freed_memory
 from model.losses import pop_losses, pseudo_label
 
@@ -93,7 +93,7 @@ def stage2_step(side, num_base, num_novel):
             return plain.loss(logits, labels, net.novel_emb, net.base_emb)
 
         return plain_step(plain.PlainPOP(net), loss, images)
-    fast = net.on_features_of(folded(net, DTYPES[side]))
+    fast = net.on_features_of(fuse(net, DTYPES[side]))
     optimization = Optimization(net, 1e-3, 0.9, 1e-4, 1000)
 
     def step():
@@ -123,7 +123,7 @@ def inference(side, num_base, num_novel):
     """Logits of one image."""
     net = network(num_base, num_novel, channels_last=side != 'plain').eval()
     images, _ = batch(1, 2)
-    net = plain.PlainPOP(net) if side == 'plain' else folded(net, DTYPES[side])
+    net = plain.PlainPOP(net) if side == 'plain' else fuse(net, DTYPES[side])
 
     @torch.no_grad()
     def run():

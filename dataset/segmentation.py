@@ -74,7 +74,7 @@ class SegmentationDataset(Dataset):
             if not self.skip_bad:
                 raise InputError(f'{error} --skip-bad-images goes on without it.') from error
             return {'skipped': str(error)}
-        fitted, mask = transforms.fit(original, labels, self.fit_size)
+        fitted, mask = transforms.resize_to_fit(original, labels, self.fit_size)
         image, _ = transforms.to_tensors(fitted, mask, self.fit_size)
         if self.resize_mask:
             return {'image': image, 'mask': mask, 'canvas': self.fit_size, 'id': image_id, 'skipped': ''}

@@ -46,7 +46,7 @@ class Augmentation:
         return to_tensors(image[window], mask[window], self.crop_size)
 
 
-def fit(image, mask, size):
+def resize_to_fit(image, mask, size):
     """Resize image and mask by the one factor with which they just fit `size` (H, W)."""
     return resize(image, mask, fit_factor(mask.shape, size))
 

@@ -105,7 +105,7 @@ def _choose_device(name):
     return torch.device('cuda', local_rank)
 
 
-def parallel(net, device, sync_bn=True):
+def wrap_ddp(net, device, sync_bn=True):
     """Wrap a network for gradient averaging over the processes; the network itself where there is one process.
 
     Args:
@@ -117,14 +117,14 @@ def parallel(net, device, sync_bn=True):
         return net
     if device.type == 'cuda' and sync_bn:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    # running statistics do not enter a training step; `share_buffers` makes them one before they are used
+    # running statistics do not enter a training step; `broadcast_buffers` makes them one before they are used
     wrapper = nn.parallel.DistributedDataParallel
     known = inspect.signature(wrapper).parameters
     buffers = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'  # its older name
     return wrapper(net, device_ids=[device.index] if device.type == 'cuda' else None, **{buffers: False})
 
 
-def share_buffers(net):
+def broadcast_buffers(net):
     """Give every process the main one's running statistics: without SyncBatchNorm they drift apart between steps."""
     if world_size() > 1:
         for buffer in net.buffers():
@@ -138,13 +138,19 @@ def all_sum(tensor):
     return tensor
 
 
-def gathered(value):
+def all_gather(value):
     """The values of all processes, a list by rank."""
     if not dist.is_initialized():
         return [value]
     values = [None] * world_size()
     dist.all_gather_object(values, value, group=_hosts)
     return values
+
+
+def barrier():
+    """Wait until every process has come here."""
+    if dist.is_initialized():
+        dist.barrier(group=_hosts)
 
 
 def sum_over_processes(*values):
@@ -169,7 +175,7 @@ def mean_over_processes(values):
     return dict(zip(values, means.tolist(), strict=True))
 
 
-def shared(function):
+def on_main(function):
     """Call a function in the main process only and give its result to all; its InputError, which it tells, ends all."""
     if not dist.is_initialized():
         return function()
@@ -187,12 +193,12 @@ def shared(function):
     return answer[0]
 
 
-def agreed(value):
+def broadcast(value):
     """The main process's value, in all processes."""
-    return shared(lambda: value)
+    return on_main(lambda: value)
 
 
 def main_first(function, *args):
     """Call a function that makes files in the main process, then in the others; returns what it does."""
-    made = shared(lambda: function(*args))
+    made = on_main(lambda: function(*args))
     return made if is_main() else function(*args)

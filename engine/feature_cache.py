@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from core.errors import InputError
-from engine.distributed import agreed, local_world_size, world_size
+from engine.distributed import broadcast, local_world_size, world_size
 from engine.precision import autocast, to_device
 
 GB = 10**9
@@ -50,7 +50,7 @@ def cache_features(net, loader, size, device, dtype, args, logger):
     )
     places = ('memory', 'disk') if args.val_cache == 'auto' else (args.val_cache,)
     # decided once: a process that reserves its file changes what the next one finds free
-    place = agreed(next((place for place in places if need <= room[place]), None))
+    place = broadcast(next((place for place in places if need <= room[place]), None))
     if place is None and args.val_cache != 'auto':
         raise InputError(f'--val-cache {args.val_cache}: {shortage}. Raise the budget, use --val-limit, or auto.')
     if place is None:

@@ -21,7 +21,7 @@ class RunLogger:
     Args:
         folder (Path): the snapshot folder; made where it is missing.
         arguments (dict): written to args.json.
-        snapshots (Snapshots, optional): says which records of metrics.jsonl stay; those made after the checkpoint that
+        snapshots (RunFolder, optional): says which records of metrics.jsonl stay; those made after the checkpoint that
             a run goes on from are made again. Without it none stay.
     """
 

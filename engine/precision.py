@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from engine.distributed import agreed, is_main
+from engine.distributed import broadcast, is_main
 
 
 def precision(device, fp16):
@@ -15,7 +15,7 @@ def precision(device, fp16):
         return torch.float32
     if device.type == 'cuda':
         return torch.float16
-    if agreed(computes_in_bfloat16()):  # hosts may differ
+    if broadcast(computes_in_bfloat16()):  # hosts may differ
         return torch.bfloat16
     if is_main():
         print('--fp16: this processor has no bfloat16 instructions; computing in float32, which is faster', flush=True)

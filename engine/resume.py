@@ -12,7 +12,7 @@ from pathlib import Path
 from core.errors import InputError, some
 from core.files import check_writable
 from engine.checkpoint import check_config, of_seeds, read_state
-from engine.distributed import gathered, is_main, shared
+from engine.distributed import barrier, is_main, on_main
 from engine.precision import name_of
 
 # flags that say how a run is carried out, and that may change when it goes on; what comes of it depends on the others
@@ -34,7 +34,7 @@ RUN_FILES = (
 )  # fmt: skip
 
 
-class Snapshots:
+class RunFolder:
     """What a snapshot folder holds of a run.
 
     Args:
@@ -53,11 +53,11 @@ class Snapshots:
     def __init__(self, folder, arguments, resume, overwrite=False, classes=()):
         self.folder, self.arguments, self.classes = Path(folder), arguments, classes
         self._given_up = []
-        self._found = shared(lambda: self._find(resume, overwrite))  # seed -> where a run goes on from
+        self._found = on_main(lambda: self._find(resume, overwrite))  # seed -> where a run goes on from
 
     def make_room(self):
         """Remove the earlier run that --overwrite gives up; called when nothing is left to be refused."""
-        gathered(None)  # every process has read what it starts from
+        barrier()  # every process has read what it starts from
         for path in self._given_up:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         self._given_up = []

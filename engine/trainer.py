@@ -13,7 +13,14 @@ from tqdm import tqdm
 from core import IGNORE_INDEX, signals
 from core.errors import InputError
 from engine.checkpoint import save_checkpoint
-from engine.distributed import agreed, is_main, mean_over_processes, share_buffers, sum_over_processes, world_size
+from engine.distributed import (
+    broadcast,
+    broadcast_buffers,
+    is_main,
+    mean_over_processes,
+    sum_over_processes,
+    world_size,
+)
 from engine.metrics import iou_per_class, summarize
 from engine.optim import Optimization
 from report.tensorboard import similarity_picture
@@ -52,7 +59,7 @@ class Trainer:
         args (Namespace): the training flags.
         config (dict): stored in the checkpoints (`checkpoint.network_config`).
         improves (callable): (metrics, best metrics or None) -> whether these are the new best.
-        snapshots (Snapshots): the run's folder.
+        snapshots (RunFolder): the run's folder.
         logger (RunLogger): of this run.
         seed (int, optional): of stage 2; part of the file names.
         patience (int, optional): stop after more than this many epochs without a new best, as the released code does.
@@ -134,7 +141,7 @@ class Trainer:
                 self.compare(metrics)
             idle = progress.epoch - progress.best_epoch
             stops_early = bool(metrics and self.patience is not None and idle > self.patience)
-            progress.finished = agreed(stops_early or progress.epoch == args.num_epoch)
+            progress.finished = broadcast(stops_early or progress.epoch == args.num_epoch)
             if stops_early:
                 self.logger.info(f'{self.who}no better result for {idle} epochs, stopping early')
             # `last` comes last: a run that is interrupted before it does all of this again
@@ -236,7 +243,7 @@ class Trainer:
         """Validate the network, and show how it does; returns its metrics."""
         epoch, began = self.progress.epoch + 1, time.perf_counter()
         step = epoch * self.steps
-        share_buffers(self.net)
+        broadcast_buffers(self.net)
         try:
             confusion = self.validate()
         except signals.Stopped:  # between two images; the weights are those of the end of the epoch
@@ -254,7 +261,7 @@ class Trainer:
     def compare(self, metrics):
         """Keep the weights where their metrics are the best so far."""
         progress = self.progress
-        if agreed(self.improves(metrics, progress.best)):
+        if broadcast(self.improves(metrics, progress.best)):
             progress.best, progress.best_epoch = metrics, progress.epoch
             self.save('best')
         shown = [f'{name} {metrics[name]:.2f} %' for name in ('base', 'novel', 'total') if metrics[name] >= 0]

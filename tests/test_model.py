@@ -13,7 +13,7 @@ from torchvision import models
 
 from model import BACKBONES, POP, PSP, build_backbone, build_model
 from model.backbones import DilatedDepthwiseConv2d
-from model.kernels.fusing import folded
+from model.kernels.fusing import fuse
 from model.losses import orthogonality, pop_losses, pseudo_label
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -166,7 +166,7 @@ def test_folded_networks_have_no_batch_norm_and_the_same_logits(name):
         for parameter in net.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     before = copy.deepcopy(net.state_dict())
-    fast = folded(net)
+    fast = fuse(net)
     net.eval()
     images = torch.randn(1, 3, 65, 49)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())
@@ -178,7 +178,7 @@ def test_folded_networks_have_no_batch_norm_and_the_same_logits(name):
 def test_a_twin_on_frozen_features_trains_the_network_that_it_is_a_twin_of():
     net = head(3, 2, torch.float32)
     net.freeze_base()
-    fast = net.on_features_of(folded(net))
+    fast = net.on_features_of(fuse(net))
     before = net.novel_emb.detach().clone()
     x = torch.randn(2, 32, 9, 9)
     assert relative_difference(fast(x), net.eval()(x)) < 1e-4

@@ -17,7 +17,7 @@ from conftest import launcher, run_process, same_results, stage_1, stage_2, star
 from core.errors import InputError
 from dataset import DATASETS
 from engine.logger import RunLogger
-from engine.resume import Snapshots, locked
+from engine.resume import RunFolder, locked
 
 
 def kill_when_it_prints(process, text):
@@ -138,19 +138,19 @@ def test_a_file_is_gone_on_from_only_where_it_fits(whole, tmp_path):
     ):  # fmt: skip
         ((name, value),) = other.items()
         with pytest.raises(InputError, match=f'{name} was {arguments[name]}, is {value}.*--restore-from'):
-            Snapshots(run, {None: arguments | other}, str(run / 'last.pth'))
+            RunFolder(run, {None: arguments | other}, str(run / 'last.pth'))
     with pytest.raises(InputError, match='is a checkpoint of stage 1; this run has the seeds 123'):
-        Snapshots(tmp_path / 'new', {123: arguments}, str(run / 'last.pth'))
+        RunFolder(tmp_path / 'new', {123: arguments}, str(run / 'last.pth'))
     # another run's folder is left alone
     other = tmp_path / 'other'
     shutil.copytree(whole(1), other)
     before = {path: path.read_bytes() for path in other.iterdir() if path.is_file()}
     with pytest.raises(InputError, match=r'holds an earlier run.*--overwrite'):
-        Snapshots(other, {None: arguments | {'num_epoch': 5}}, str(run / 'last.pth'))
+        RunFolder(other, {None: arguments | {'num_epoch': 5}}, str(run / 'last.pth'))
     assert before == {path: path.read_bytes() for path in before}
     with pytest.raises(InputError, match='has done 2 epochs already'):
-        Snapshots(tmp_path / 'new', {None: arguments}, str(run / 'last.pth'))
-    new = Snapshots(tmp_path / 'new', {None: arguments | {'num_epoch': 5}}, str(run / 'last.pth'))
+        RunFolder(tmp_path / 'new', {None: arguments}, str(run / 'last.pth'))
+    new = RunFolder(tmp_path / 'new', {None: arguments | {'num_epoch': 5}}, str(run / 'last.pth'))
     progress = new.state()['training']['progress']
     # its best checkpoint is not there, so the next one is
     assert not progress['finished'] and progress['best'] is None and new.records == {None: 0}
@@ -187,7 +187,7 @@ def test_runs_from_before_an_argument_was_stored_go_on(whole, tmp_path):
     state['training']['arguments']['a flag of old'] = 1
     torch.save(state, run / 'last.pth')
     classes = DATASETS['shapes'].legend(0).classes
-    assert Snapshots(run, {None: arguments}, 'auto', classes=classes).holds()
+    assert RunFolder(run, {None: arguments}, 'auto', classes=classes).holds()
 
 
 def test_lost_and_damaged_records_are_not_made_up(whole, tmp_path, capsys):
@@ -196,10 +196,10 @@ def test_lost_and_damaged_records_are_not_made_up(whole, tmp_path, capsys):
     arguments = torch.load(run / 'last.pth', weights_only=True)['training']['arguments']
     path = run / 'metrics.jsonl'
     lines = path.read_bytes().splitlines(keepends=True)
-    RunLogger(run, {}, Snapshots(run, {None: arguments}, 'auto')).close()
+    RunLogger(run, {}, RunFolder(run, {None: arguments}, 'auto')).close()
     assert path.read_bytes() == b''.join(lines) and 'lacks records' not in capsys.readouterr().out
     path.write_bytes(b''.join([lines[0], b'\x00\x00\n', lines[2][:9]]))
-    RunLogger(run, {}, Snapshots(run, {None: arguments}, 'auto')).close()
+    RunLogger(run, {}, RunFolder(run, {None: arguments}, 'auto')).close()
     assert path.read_bytes() == lines[0] and 'lacks records' in capsys.readouterr().out
 
 
@@ -240,13 +240,13 @@ def test_a_copy_is_not_taken_for_a_seed(whole, tmp_path):
     shutil.copytree(whole(1), run)
     (run / 'best.pth').rename(run / 'best_50epochs.pth')
     arguments = torch.load(run / 'last.pth', weights_only=True)['training']['arguments']
-    assert Snapshots(run, {None: arguments}, 'auto').holds()
+    assert RunFolder(run, {None: arguments}, 'auto').holds()
 
 
 def test_where_nothing_can_be_read_the_run_is_refused(tmp_path):
     (tmp_path / 'last.pth').write_bytes(b'')
     with pytest.raises(InputError, match='no earlier good checkpoint'):
-        Snapshots(tmp_path, {None: {}}, 'auto')
+        RunFolder(tmp_path, {None: {}}, 'auto')
 
 
 def test_a_folder_is_used_by_one_run_at_a_time(shapes, tmp_path):

@@ -18,7 +18,7 @@ from dataset.legend import Legend
 from engine.loaders import training_loader
 from engine.logger import RunLogger
 from engine.optim import Optimization, parameter_groups
-from engine.resume import Snapshots
+from engine.resume import RunFolder
 from engine.trainer import Trainer
 from model import POP, PSP, build_model
 from model.losses import pop_losses
@@ -123,7 +123,7 @@ def test_a_run_keeps_best_and_last_and_stops_early(tmp_path, monkeypatch, val_ev
     result = Trainer(
         None, lambda: np.array([[(hits := next(correct)), 100 - hits], [0, 100]]), panel, net, net, loader, args,
         {'fold': 0}, lambda metrics, best: best is None or metrics['base'] > best['base'],
-        Snapshots(tmp_path, {7: {}}, 'auto'), RunLogger(tmp_path, {}), seed=7, patience=1,
+        RunFolder(tmp_path, {7: {}}, 'auto'), RunLogger(tmp_path, {}), seed=7, patience=1,
     ).fit()  # fmt: skip
     epochs = {path.stem: torch.load(path, weights_only=True)['epoch'] for path in tmp_path.glob('*.pth')}
     best = 3 if val_every == 1 else 4

@@ -9,7 +9,7 @@ from oracle import dense_psp
 
 from model import PSP, build_model
 from model.kernels import winograd
-from model.kernels.fusing import folded
+from model.kernels.fusing import fuse
 from model.kernels.winograd import MIN_CHANNELS, MIN_CHANNELS_FORWARD, Conv3x3, conv3x3
 
 
@@ -91,7 +91,7 @@ def test_network_uses_it_and_computes_what_it_would_without(monkeypatch):
 def test_frozen_networks_transform_their_kernels_once(monkeypatch):
     torch.manual_seed(0)
     net = build_model('resnet18', 3).eval()
-    frozen = folded(net)
+    frozen = fuse(net)
     x = torch.randn(1, 3, 233, 241)
     with torch.no_grad():
         expected = net(x)

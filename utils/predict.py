@@ -17,7 +17,7 @@ from engine.evaluation import evaluate
 from engine.loaders import evaluation_loader
 from engine.precision import precision
 from model import build_model
-from model.kernels.fusing import folded
+from model.kernels.fusing import fuse
 from report.figures import legend_figure, save_figure
 from report.panels import OverlayWriter
 from utils import cli
@@ -84,7 +84,7 @@ def main(args):
         net, legend = load_network(checkpoint)
         check_writable(args.save_path)
         dtype = precision(device, args.fp16)
-        net = folded(net.to(device), dtype)
+        net = fuse(net.to(device), dtype)
         size = args.base_size or tuple(checkpoint.config.get('base_size', cli.BASE_SIZE))
         dataset = SegmentationDataset(photographs.ids, photographs, fit_size=size, skip_bad=args.skip_bad_images)
         loader = evaluation_loader(dataset, args.test_batch_size, args.num_workers, device)

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
-def folded(net, dtype=torch.float32):
+def fuse(net, dtype=torch.float32):
     """A frozen copy of a network whose backbone and decoder have no batch normalisations; exact up to rounding.
 
     Args:
