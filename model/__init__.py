@@ -1,7 +1,7 @@
 """The POP network: backbone, PSP decoder and orthogonal prototype head."""
 
 from model.backbones import BACKBONES, build_backbone
-from model.pop import POP
+from model.pop import POP, Head
 from model.psp import PSP
 
 MODELS = ('pspnet_pop',)
@@ -26,4 +26,4 @@ def build_model(backbone, num_base, num_novel=0, output_stride=8):
     return POP(network, PSP(network.out_channels), num_base, num_novel)
 
 
-__all__ = ['BACKBONES', 'MODELS', 'POP', 'PSP', 'build_backbone', 'build_model']
+__all__ = ['BACKBONES', 'MODELS', 'POP', 'PSP', 'Head', 'build_backbone', 'build_model']

@@ -149,6 +149,24 @@ class POP(nn.Module):
         return self.classifier_n if self.num_novel else self.classifier
 
 
+class Head(nn.Module):
+    """The prototype head of a network as a module of its own: features [B, C, h, w] to logits [B, 1 + Kb + Kn, h, w].
+
+    In stage 2 the features come from a frozen copy of the base network; this is the part that trains, and what
+    DistributedDataParallel wraps.
+
+    Args:
+        net: whose head it is; parameters are shared, not copied.
+    """
+
+    def __init__(self, net: POP) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.net.classify(features)
+
+
 def _score(mlp, vectors):
     """phi of vectors [K, C]: [K, 1]. Matrix products, as convolutions of single pixels are slow."""
     for layer in mlp:
