@@ -3,8 +3,6 @@
 Dimensions: B batch, C feature channels, Kb base classes, Kn novel classes, h x w feature size.
 """
 
-import copy
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -22,19 +20,19 @@ class POP(nn.Module):
 
         logit_k = relu(p_k) phi(s_k) + relu(-p_k) phi(-s_k).
 
-    phi is thus evaluated on 2K vectors in place of K feature maps; only the residual takes the dense MLP.
+    phi is thus evaluated on 2K vectors instead of K feature maps; only the residual takes the dense MLP.
 
     With novel classes, phi (`classifier`) scores the base classes, a second MLP phi_n (`classifier_n`) the novel
     classes and the background.
 
     Args:
-        backbone (nn.Module): [B, 3, H, W] -> [B, Cb, h, w].
-        decoder (nn.Module): [B, Cb, h, w] -> [B, C, h, w]; carries `out_channels`.
-        num_base (int): Kb >= 1.
-        num_novel (int): Kn >= 0; 0 is the network of stage 1.
+        backbone: [B, 3, H, W] -> [B, Cb, h, w].
+        decoder: [B, Cb, h, w] -> [B, C, h, w]; carries `out_channels`.
+        num_base: Kb >= 1.
+        num_novel: Kn >= 0; 0 is the network of stage 1.
     """
 
-    def __init__(self, backbone, decoder, num_base, num_novel=0):
+    def __init__(self, backbone: nn.Module, decoder: nn.Module, num_base: int, num_novel: int = 0) -> None:
         super().__init__()
         if num_base < 1 or num_novel < 0:
             raise ValueError(f'got {num_base} base and {num_novel} novel classes; expected at least 1 and 0')
@@ -50,33 +48,36 @@ class POP(nn.Module):
             self.start_novel_classifier()
 
     @property
-    def num_logits(self):
+    def num_logits(self) -> int:
         """1 + Kb + Kn."""
         return 1 + self.num_base + self.num_novel
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Segment images.
 
         Args:
-            images (Tensor): float [B, 3, H, W], normalised with ImageNet mean and std.
+            images: float [B, 3, H, W], normalised with ImageNet mean and std.
 
         Returns:
-            Tensor: logits [B, 1 + Kb + Kn, h, w]: background, base classes, novel classes.
+            logits [B, 1 + Kb + Kn, h, w]: background, base classes, novel classes.
         """
         return self.classify(self.features(images))
 
-    def features(self, images):
+    def features(self, images: torch.Tensor) -> torch.Tensor:
         """Backbone and decoder: images [B, 3, H, W] to features [B, C, h, w]."""
         return self.decoder(self.backbone(images))
 
-    def classify(self, features, scores=None):
-        """Prototype head: features [B, C, h, w] to logits [B, 1 + Kb + Kn, h, w].
+    def classify(self, features: torch.Tensor, scores: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+        """Prototype head: q to logit_k = relu(p_k) phi(s_k) + relu(-p_k) phi(-s_k) and logit_0 = phi(r).
 
         The decomposition runs in float32 also under autocast: the residual is a difference of nearly equal numbers.
 
         Args:
-            features (Tensor): float, [B, C, h, w].
-            scores (tuple, optional): of `score_prototypes`; saves their computation where the head does not change.
+            features: float [B, C, h, w].
+            scores: of `score_prototypes`; saves their computation while the head does not change.
+
+        Returns:
+            logits [B, 1 + Kb + Kn, h, w].
         """
         with torch.autocast(features.device.type, enabled=False):
             q = features.double() if features.dtype == torch.float64 else features.float()
@@ -91,7 +92,7 @@ class POP(nn.Module):
         background = self._background_mlp(r)  # [B, 1, h, w]
         return torch.cat([background.to(logits.dtype), logits], dim=1)
 
-    def score_prototypes(self):
+    def score_prototypes(self) -> tuple[torch.Tensor, torch.Tensor]:
         """phi(s_k) and phi(-s_k), float32 [K, 1] each; phi_n scores the novel prototypes."""
         mlps = (self.classifier, self.classifier_n) if self.num_novel else (self.classifier,)
         with torch.autocast(self.base_emb.device.type, enabled=False):
@@ -105,38 +106,32 @@ class POP(nn.Module):
                 for direction in (1, -1)
             )
 
-    def prototypes(self):
+    def prototypes(self) -> tuple[torch.Tensor, ...]:
         """The base prototypes [Kb, C], followed by the novel ones [Kn, C] where there are any."""
         return (self.base_emb, self.novel_emb) if self.num_novel else (self.base_emb,)
 
-    def on_features_of(self, frozen):
-        """A twin that takes its features from a frozen network: the head is this network's own, trained by either."""
-        twin = copy.copy(self)
-        twin._modules = self._modules | {'backbone': frozen.backbone, 'decoder': frozen.decoder}
-        return twin
-
-    def start_from(self, base):
+    def start_from(self, base: 'POP') -> None:
         """Start stage 2 from a network of stage 1: its weights, and phi_n from phi."""
         self.load_state_dict(base.state_dict(), strict=False)
         self.start_novel_classifier()
 
-    def start_novel_classifier(self):
+    def start_novel_classifier(self) -> None:
         """Start phi_n from phi."""
         self.classifier_n.load_state_dict(self.classifier.state_dict())
 
-    def freeze_base(self):
+    def freeze_base(self) -> None:
         """Stage 2: train nothing but the novel prototypes and phi_n."""
         self.requires_grad_(False)
         self.novel_emb.requires_grad_(True)
         self.classifier_n.requires_grad_(True)
 
-    def fix_batch_norm(self):
+    def fix_batch_norm(self) -> None:
         """Fix statistics and affine parameters of every batch normalisation."""
         for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.requires_grad_(False)
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> 'POP':
         """Set training mode; a batch normalisation that is not trained keeps its running statistics too."""
         super().train(mode)
         for module in self.modules():

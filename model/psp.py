@@ -1,16 +1,15 @@
-"""PSP decoder with the pyramid branch folded into one small matrix product.
+"""PSP decoder, with the pyramid's share of its convolution in closed form: one small matrix product.
 
 Dimensions: B batch, C decoder channels, Cb backbone channels, h x w feature size, S = 1 + 4 + 9 + 36 = 50 pyramid
 positions.
 """
 
-from functools import lru_cache
+from collections.abc import Sequence
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-from model.kernels.winograd import conv3x3, transformed
 
 
 class PSP(nn.Module):
@@ -22,16 +21,16 @@ class PSP(nn.Module):
 
         conv3x3(up(z_s)) = sum_t shift_t(U_s) (W_{s,t} z_s)
 
-    which is a [C x 9S] [9S x hw] product: the weights meet 50 pooled positions in place of h*w upsampled ones. Only the
-    backbone's own channels go through the 3x3 convolution. Exact up to rounding.
+    which is a [C x 9S] [9S x hw] product: the weights are applied to 50 pooled positions instead of h*w upsampled ones.
+    Only the backbone's own channels go through the 3x3 convolution. The result is the same up to rounding.
 
     Args:
-        in_channels (int): Cb.
-        channels (int): C.
-        bins (sequence of int): side lengths of the pyramid's maps.
+        in_channels: Cb.
+        channels: C.
+        bins: side lengths of the pyramid's maps.
     """
 
-    def __init__(self, in_channels, channels=512, bins=(1, 2, 3, 6)):
+    def __init__(self, in_channels: int, channels: int = 512, bins: Sequence[int] = (1, 2, 3, 6)) -> None:
         super().__init__()
         self.in_channels = in_channels
         self.out_channels = channels
@@ -51,38 +50,25 @@ class PSP(nn.Module):
             nn.ReLU(inplace=True),
             nn.Conv2d(channels, channels, 1),
         )
-        self.register_buffer('feature_weight', None, persistent=False)
-        self.register_buffer('kernels', None, persistent=False)  # of the feature weight, transformed
+        self.convolve = partial(F.conv2d, padding=1)  # (x, weight, bias): of the backbone's own channels
 
-    def forward(self, x):
-        """Decode backbone features.
-
-        Args:
-            x (Tensor): [B, Cb, h, w].
-
-        Returns:
-            Tensor: [B, C, h, w].
-        """
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Decode backbone features [B, Cb, h, w] to [B, C, h, w]."""
         conv, *rest = self.bottleneck
-        *pyramid, feature = self._weights()
-        y = conv3x3(x, feature, conv.bias, kernels=self.kernels)  # [B, C, h, w]; has a bias only where folded
-        y += self._pyramid(x, pyramid)
+        pyramid_weights, feature_weight = self.split_weight()
+        # the convolution has a bias only if a batch normalisation is fused into it
+        y = self.convolve(x, feature_weight, conv.bias)  # [B, C, h, w]
+        y += self._pyramid(x, pyramid_weights)
         for layer in rest:
             y = layer(y)
         return y
 
-    def freeze_weights(self):
-        """Keep what the convolution makes of its part of the weight; later changes of it go unnoticed."""
-        *_, feature = self._weights()
-        self.feature_weight = feature.contiguous(memory_format=torch.channels_last)
-        self.kernels = transformed(self.feature_weight)
-
-    def _weights(self):
-        """The 3x3 convolution's weight: for each scale [C, 3, 3, C], for the feature [C, Cb, 3, 3]."""
+    def split_weight(self) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """The 3x3 convolution's weight: for each scale [C, 3, 3, C], and for the backbone's channels [C, Cb, 3, 3]."""
         # rows (output channel, tap), columns input channels: no copy where the weight is stored channels-last
         weight = self.bottleneck[0].weight.permute(0, 2, 3, 1)  # [C, 3, 3, n*C + Cb]
         *pyramid, feature = weight.split([self.out_channels] * len(self.bins) + [self.in_channels], dim=3)
-        return *pyramid, feature.permute(0, 3, 1, 2) if self.feature_weight is None else self.feature_weight
+        return pyramid, feature.permute(0, 3, 1, 2)
 
     def _pyramid(self, x, weights):
         """The pyramid's share of the 3x3 convolution: sum over scales and taps, [B, C, h, w]."""
@@ -102,7 +88,7 @@ class PSP(nn.Module):
 def _upsampling_taps(bins, height, width, device, dtype):
     """shift_t(U_s) for every scale and the nine taps of a zero-padded 3x3 convolution, [9 * S, height * width].
 
-    U_s is obtained by upsampling the unit maps, so it is the interpolation that the plain form would do.
+    U_s is made by upsampling unit maps, so it does the interpolation of the plain form.
     """
     taps = []
     for size in bins:

@@ -1,19 +1,16 @@
-"""The fast forms against the oracle, and the shape of the networks."""
+"""The network against its plain form (`model.reference`), and the shape of the networks."""
 
 import copy
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
-from oracle import dense_logits, dense_losses, dense_mlp, dense_psp
 from torch import nn
 from torchvision import models
 
-from model import BACKBONES, POP, PSP, build_backbone, build_model
-from model.backbones import DilatedDepthwiseConv2d
-from model.kernels.fusing import fuse
+from model import BACKBONES, POP, PSP, Head, build_backbone, build_model, reference
+from model.kernels import accelerate, fuse
+from model.kernels.depthwise import DilatedDepthwiseConv2d
 from model.losses import orthogonality, pop_losses, pseudo_label
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -37,7 +34,7 @@ def relative_difference(a, b):
 @pytest.mark.parametrize('dtype', TOLERANCE)
 @pytest.mark.parametrize('num_novel', (0, 5, 20))
 @pytest.mark.parametrize('num_base', (15, 60))
-def test_logits_losses_and_every_gradient_agree_with_the_oracle(num_base, num_novel, dtype):
+def test_logits_losses_and_every_gradient_agree_with_the_reference(num_base, num_novel, dtype):
     net = head(num_base, num_novel, dtype)
     x = torch.randn(2, 32, 9, 7, dtype=dtype)
     mask = torch.randint(0, net.num_logits, (2, 33, 25))
@@ -47,9 +44,10 @@ def test_logits_losses_and_every_gradient_agree_with_the_oracle(num_base, num_no
     trained, fixed = (net.novel_emb, net.base_emb) if num_novel else (net.base_emb, None)
     logits = net(x)
     losses = pop_losses(logits, mask, trained, fixed)
-    plain_features = dense_psp(plain.decoder, x)
-    plain_logits = dense_logits(plain, plain_features)
-    plain_losses = dense_losses(plain_logits, mask, plain)
+    plain_features = reference.decode(plain.decoder, x)
+    plain_logits = reference.classify(plain, plain_features)
+    plain_trained, plain_fixed = (plain.novel_emb, plain.base_emb) if num_novel else (plain.base_emb, None)
+    plain_losses = reference.losses(plain_logits, mask, plain_trained, plain_fixed)
 
     projections = torch.einsum('kc,bchw->bkhw', torch.cat(plain.prototypes()), plain_features)
     assert (projections > 0).any() and (projections < 0).any()
@@ -72,12 +70,66 @@ def test_logits_losses_and_every_gradient_agree_with_the_oracle(num_base, num_no
                 assert (gradient - expected).norm() <= TOLERANCE[dtype] * max(expected.norm(), 1e-3), (name, key)
 
 
+@pytest.mark.parametrize('num_novel', (0, 3))
+def test_reference_follows_the_equations_class_by_class_and_pair_by_pair(num_novel):
+    net = head(4, num_novel, torch.float64)
+    q = torch.randn(2, 64, 5, 7, dtype=torch.float64)
+    residual, expected = q, []
+    phis = (net.classifier, net.classifier_n) if num_novel else (net.classifier,)
+    for prototypes, phi in zip(net.prototypes(), phis, strict=True):
+        for prototype in prototypes:
+            s = (prototype / prototype.norm())[:, None, None]
+            q_k = (q * s).sum(1, keepdim=True) * s
+            residual = residual - q_k
+            expected.append(mlp(phi, q_k))
+    expected.insert(0, mlp(phi, residual))
+    logits = reference.classify(net, q)
+    assert relative_difference(logits, torch.cat(expected, dim=1)) < 1e-12
+
+    mask = torch.randint(0, net.num_logits, (2, 17, 21))
+    mask[0, :3] = 255
+    trained, fixed = (net.novel_emb, net.base_emb) if num_novel else (net.base_emb, None)
+    overlaps = []
+    for i, a in enumerate(trained):
+        others = [*trained[i + 1 :], *(net.base_emb if num_novel else ())]
+        overlaps += [torch.dot(a / a.norm(), b / b.norm()).abs() for b in others]
+    full = F.interpolate(logits, (17, 21), mode='bilinear', align_corners=True).log_softmax(dim=1)
+    picked = full.gather(1, mask.where(mask != 255, 0)[:, None])[:, 0][mask != 255]
+    losses = reference.losses(logits, mask, trained, fixed)
+    assert losses['orth'].item() == pytest.approx(10 * sum(overlaps).item() / len(overlaps), rel=1e-12)
+    assert losses['ce'].item() == pytest.approx(-picked.mean().item(), rel=1e-12)
+    assert torch.equal(reference.pseudo_label(mask, logits, 4), pseudo_label(mask, logits, 4))
+
+
+def mlp(phi, x):
+    """phi written out: [B, C, h, w] to [B, 1, h, w]."""
+    for i in (0, 2, 4):
+        x = torch.einsum('oc,bchw->bohw', phi[i].weight[:, :, 0, 0], x if i == 0 else x.relu())
+    return x
+
+
+@pytest.mark.parametrize('name', ('resnet18', 'mobilenet_v2'))
+def test_networks_with_kernels_agree_with_their_plain_form(name):
+    nets = []
+    for build in (build_model, reference.Reference):
+        torch.manual_seed(0)
+        nets.append(build(name, 4, 2, output_stride=8).eval())
+    ours, plain = nets
+    assert {type(m) for m in plain.modules() if isinstance(m, nn.Conv2d)} == {nn.Conv2d}
+    assert len({type(m) for m in ours.modules() if isinstance(m, nn.Conv2d)}) > 1
+    assert ours.state_dict().keys() == plain.net.state_dict().keys()
+    assert all(torch.equal(value, plain.net.state_dict()[key]) for key, value in ours.state_dict().items())
+    images = torch.randn(1, 3, 241, 233)  # features of 31x30: large enough for Winograd's convolutions
+    with torch.no_grad():
+        assert relative_difference(ours(images), plain(images)) < 1e-4
+
+
 @pytest.mark.parametrize('size', ((1, 1), (4, 9), (6, 6), (17, 17)))
-def test_folded_psp_agrees_on_any_feature_size(size):
+def test_psp_agrees_with_the_reference_on_any_feature_size(size):
     torch.manual_seed(0)
     decoder = PSP(16, 24).double().eval()
     x = torch.randn(3, 16, *size, dtype=torch.float64)
-    assert relative_difference(decoder(x), dense_psp(decoder, x)) < 1e-9
+    assert relative_difference(decoder(x), reference.decode(decoder, x)) < 1e-9
 
 
 def test_decomposition_adds_up_and_orthonormal_prototypes_leave_no_projection_in_the_residual():
@@ -89,15 +141,15 @@ def test_decomposition_adds_up_and_orthonormal_prototypes_leave_no_projection_in
     logits = net.classify(q)
     assert torch.allclose(logits[:, 0], torch.zeros(1, dtype=torch.float64), atol=1e-12)
     for k in range(20):
-        mlp = net.classifier if k < 15 else net.classifier_n
+        phi = net.classifier if k < 15 else net.classifier_n
         component = (along[:, k, None] * basis[k])[:, :, None, None]
-        assert torch.allclose(logits[:, 1 + k], dense_mlp(mlp, component)[:, 0], rtol=1e-9)
+        assert torch.allclose(logits[:, 1 + k], mlp(phi, component)[:, 0], rtol=1e-9)
 
 
 def test_head_runs_the_decomposition_in_float32_under_autocast():
     net = head(15, 5, torch.float32)
     q = torch.randn(1, 64, 9, 9) * 10
-    exact = dense_logits(net, q)
+    exact = reference.classify(net, q)
     with torch.autocast('cpu', torch.bfloat16):
         mixed = net.classify(q)
     assert mixed.dtype == torch.float32
@@ -113,8 +165,10 @@ def test_backbones_have_their_stride_and_dilate_every_block(name, output_stride)
     with torch.no_grad():
         features = backbone(torch.randn(1, 3, 96, 96))
     assert features.shape == (1, backbone.out_channels, side, side)
-    for stage, dilation in zip(backbone.stages, {8: (2, 4), 16: (1, 2), 32: (1, 1)}[output_stride], strict=True):
-        convs = [m for m in stage.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+    for layer, dilation in zip(
+        backbone.dilatable_layers, {8: (2, 4), 16: (1, 2), 32: (1, 1)}[output_stride], strict=True
+    ):
+        convs = [m for m in layer.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
         assert convs and all(conv.dilation == (dilation, dilation) for conv in convs)
 
 
@@ -157,7 +211,7 @@ def test_stage_2_trains_novel_prototypes_and_their_mlp_only_and_leaves_batch_nor
 
 
 @pytest.mark.parametrize('name', BACKBONES)
-def test_folded_networks_have_no_batch_norm_and_the_same_logits(name):
+def test_fused_networks_have_no_batch_norm_and_the_same_logits(name):
     torch.manual_seed(0)
     net = build_model(name, 3, 2, output_stride=16)
     net.train()
@@ -175,34 +229,34 @@ def test_folded_networks_have_no_batch_norm_and_the_same_logits(name):
     assert not any(parameter.requires_grad for parameter in fast.parameters())
 
 
-def test_a_twin_on_frozen_features_trains_the_network_that_it_is_a_twin_of():
+def test_a_head_on_features_of_a_fused_copy_trains_the_network_that_it_belongs_to():
     net = head(3, 2, torch.float32)
     net.freeze_base()
-    fast = net.on_features_of(fuse(net))
+    frozen, trained = fuse(net), Head(net)
     before = net.novel_emb.detach().clone()
     x = torch.randn(2, 32, 9, 9)
-    assert relative_difference(fast(x), net.eval()(x)) < 1e-4
-    fast(x).square().sum().backward()
-    torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.1).step()
+    assert relative_difference(trained(frozen.features(x)), net.eval()(x)) < 1e-4
+    trained(frozen.features(x)).square().sum().backward()
+    torch.optim.SGD([p for p in trained.parameters() if p.requires_grad], 0.1).step()
     assert not torch.equal(net.novel_emb, before)
-    assert relative_difference(fast(x), net(x)) < 1e-4
-    assert any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
+    assert relative_difference(trained(frozen.features(x)), net(x)) < 1e-4
 
 
-@pytest.mark.parametrize('num_novel', (0, 3))
-def test_the_benchmarks_plain_head_is_the_oracles(num_novel):
-    sys.path.append(str(ROOT / 'benchmarks'))
-    import plain
-
-    net = head(4, num_novel, torch.float64)
-    features = torch.randn(2, 64, 5, 7, dtype=torch.float64)
-    expected = dense_logits(net, features)
-    assert relative_difference(plain.batched_logits(net, features), expected) < 1e-12
-    mask = torch.randint(0, 5, (2, 17, 21))
-    trained, fixed = (net.novel_emb, net.base_emb) if num_novel else (net.base_emb, None)
-    losses = pop_losses(expected, mask, trained, fixed)
-    assert plain.loss(expected, mask, trained, fixed).item() == pytest.approx(sum(losses.values()).item(), rel=1e-9)
-    assert torch.equal(plain.pseudo_label(mask, expected, 4), pseudo_label(mask, expected, 4))
+def test_accelerated_networks_can_be_copied_converted_and_compiled():
+    torch.manual_seed(0)
+    net = build_model('resnet18', 3).eval()
+    keys = list(net.state_dict())
+    images = torch.randn(1, 3, 65, 65)
+    with torch.no_grad():
+        expected = net(images)
+        assert torch.equal(copy.deepcopy(net)(images), expected)
+        frozen = fuse(net)
+        assert torch.equal(copy.deepcopy(frozen)(images), frozen(images))
+        frozen.decoder.compile(backend='eager')
+        assert relative_difference(frozen(images), expected) < 1e-4
+        assert net.to(torch.float64)(images.double()).dtype == torch.float64
+    accelerate(net)  # changes nothing the second time
+    assert list(net.state_dict()) == keys
 
 
 def test_orthogonality_is_0_for_orthogonal_1_for_equal_and_defined_for_one_prototype():
@@ -228,6 +282,7 @@ def depthwise_gradients(conv, dtype, size, autocast):
 def test_dilated_depthwise_convolutions_have_right_gradients_in_bfloat16(size, autocast):
     torch.manual_seed(0)
     plain = nn.Conv2d(64, 64, 3, padding=4, dilation=4, groups=64, bias=False).bfloat16()
+    assert DilatedDepthwiseConv2d.fits(plain)
     ours = DilatedDepthwiseConv2d(copy.deepcopy(plain))
     expected = depthwise_gradients(copy.deepcopy(plain).double(), torch.float64, size, False)
     found = depthwise_gradients(
@@ -241,6 +296,18 @@ def test_cross_entropy_of_a_fully_ignored_mask_is_zero():
     net = head(2, 0, torch.float32)
     losses = pop_losses(torch.randn(1, 3, 4, 4), torch.full((1, 9, 9), 255), net.base_emb)
     assert losses['ce'] == 0
+
+
+def test_losses_of_micro_batches_add_up_to_those_of_the_batch():
+    net = head(4, 0, torch.float64)
+    logits = torch.randn(4, 5, 4, 4, dtype=torch.float64)
+    mask = torch.randint(0, 5, (4, 9, 9))
+    mask[0, :8] = 255
+    whole = pop_losses(logits, mask, net.base_emb)
+    share = {'pixel_weight': 1 / int((mask != 255).sum()), 'micro_batches': 2}
+    parts = [pop_losses(logits[i : i + 2], mask[i : i + 2], net.base_emb, **share) for i in (0, 2)]
+    for name, value in whole.items():
+        assert sum(part[name] for part in parts).item() == pytest.approx(value.item(), rel=1e-12)
 
 
 def test_pseudo_labels_change_background_only_and_only_to_novel_classes():

@@ -5,12 +5,10 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import dense_psp
 
-from model import PSP, build_model
-from model.kernels import winograd
-from model.kernels.fusing import fuse
-from model.kernels.winograd import MIN_CHANNELS, MIN_CHANNELS_FORWARD, Conv3x3, conv3x3
+from model import PSP, build_model, reference
+from model.kernels import fuse, winograd
+from model.kernels.winograd import MIN_CHANNELS, MIN_CHANNELS_FORWARD, Conv3x3, FunctionalConv3x3, conv3x3
 
 
 @pytest.mark.parametrize('dilation', [1, 2, 4])
@@ -103,7 +101,7 @@ def test_frozen_convolutions_have_gradients_by_their_input():
     torch.manual_seed(0)
     conv = torch.nn.Conv2d(MIN_CHANNELS_FORWARD, MIN_CHANNELS_FORWARD, 3, padding=2, dilation=2, bias=False)
     frozen = Conv3x3(conv).requires_grad_(False)
-    frozen.freeze_weights()
+    frozen.freeze_weight()
     x = torch.randn(1, MIN_CHANNELS_FORWARD, 29, 31, requires_grad=True)
     ours, theirs = (torch.autograd.grad(form(x).square().sum(), x)[0] for form in (frozen, conv))
     assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
@@ -131,9 +129,13 @@ def test_trains_with_a_bias_as_the_direct_convolution_does(channels, monkeypatch
 def test_decoder_trains_as_its_plain_form_does():
     torch.manual_seed(0)
     decoder = PSP(MIN_CHANNELS_FORWARD, MIN_CHANNELS_FORWARD)
+    assert FunctionalConv3x3.fits(decoder.convolve)
+    decoder.convolve = FunctionalConv3x3(decoder.convolve)
     x = torch.randn(2, MIN_CHANNELS_FORWARD, 31, 31, requires_grad=True)
     wanted = (x, *decoder.parameters())
-    gradients = [torch.autograd.grad(form(x).square().sum(), wanted) for form in (decoder, partial(dense_psp, decoder))]
+    gradients = [
+        torch.autograd.grad(form(x).square().sum(), wanted) for form in (decoder, partial(reference.decode, decoder))
+    ]
     for ours, theirs in zip(*gradients, strict=True):
         assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
 

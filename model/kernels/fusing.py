@@ -1,4 +1,4 @@
-"""Frozen networks run faster with each batch normalisation folded into the convolution before it."""
+"""Frozen networks run faster with each batch normalisation fused into the convolution before it."""
 
 import copy
 
@@ -7,33 +7,39 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
-def fuse(net, dtype=torch.float32):
-    """A frozen copy of a network whose backbone and decoder have no batch normalisations; exact up to rounding.
+def fuse(net: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Make a frozen copy of a network, without batch normalisations in its backbone and decoder.
+
+    Its results are the same up to rounding.
 
     Args:
-        net (POP): left as it is.
-        dtype (torch.dtype): of the copy's backbone and decoder: that of mixed precision, whose autocast would
-            otherwise convert the weights in every call.
+        net (POP): stays as it is.
+        dtype: of the copy's backbone and decoder. With the type of mixed precision, autocast need not convert the
+            weights in every call.
 
     Returns:
-        POP: in eval mode, nothing of it to be trained.
+        POP: in eval mode; none of its parameters is trained. Convolutions keep what they derive from their weights, so
+        later changes of the weights go unnoticed.
     """
     net = copy.deepcopy(net).eval().requires_grad_(False)
     for part in (net.backbone, net.decoder):
-        _fold(part)
+        _fuse_batch_norms(part)
         part.to(dtype, memory_format=torch.channels_last)
-        for module in part.modules():  # after the conversion, which would reorder what they keep
-            if hasattr(module, 'freeze_weights'):
-                module.freeze_weights()
+    # after the conversion, which would reorder what is kept
+    for module in net.backbone.modules():
+        if hasattr(module, 'freeze_weight'):
+            module.freeze_weight()
+    if hasattr(net.decoder.convolve, 'freeze_weight'):
+        net.decoder.convolve.freeze_weight(net.decoder.split_weight()[1])
     return net
 
 
-def _fold(module):
-    """Fold every batch normalisation that is registered right after a convolution, as all of them are here."""
+def _fuse_batch_norms(module):
+    """Fuse every batch normalisation that is registered right after a convolution, as all of them are here."""
     convolution = None
     for name, child in list(module.named_children()):
         if convolution and isinstance(child, nn.BatchNorm2d):
             setattr(module, convolution, fuse_conv_bn_eval(getattr(module, convolution), child))
             setattr(module, name, nn.Identity())
         convolution = name if isinstance(child, nn.Conv2d) else None
-        _fold(child)
+        _fuse_batch_norms(child)

@@ -13,30 +13,31 @@ from torch.autograd.function import once_differentiable
 
 from model.kernels.winograd import float32_on_cpu
 
-MIN_CHANNELS = 1024  # the larger of C and O; below, nothing is gained (measured in benchmarks/NOTES.md)
+MIN_CHANNELS = 1024  # the larger of C and O; with fewer, nothing is gained (measured in benchmarks/NOTES.md)
 
 
 class Conv1x1(nn.Conv2d):
     """A 1x1 convolution of stride 1.
 
     Args:
-        conv (nn.Conv2d): without bias; its weight is taken over.
+        conv: a convolution that `fits`; its weight is taken over.
     """
 
-    def __init__(self, conv):
+    def __init__(self, conv: nn.Conv2d) -> None:
         # on 'meta' no random numbers are drawn for a weight that is not used
         super().__init__(conv.in_channels, conv.out_channels, 1, bias=False, device='meta')
         self.weight = conv.weight
 
     @staticmethod
-    def fits(conv):
-        """Whether a convolution is one that this class computes faster."""
-        return (
-            conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
-            and conv.bias is None and max(conv.in_channels, conv.out_channels) >= MIN_CHANNELS
+    def fits(module: nn.Module) -> bool:
+        """Whether a module is a convolution that this class computes faster."""
+        return type(module) is nn.Conv2d and (
+            module.kernel_size == (1, 1) and module.stride == (1, 1) and module.padding == (0, 0)
+            and module.groups == 1 and module.bias is None
+            and max(module.in_channels, module.out_channels) >= MIN_CHANNELS
         )  # fmt: skip
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         trained = torch.is_grad_enabled() and self.weight.requires_grad and self.bias is None
         if trained and float32_on_cpu(x, self.weight):
             return _Pointwise.apply(x, self.weight)

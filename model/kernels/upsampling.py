@@ -1,4 +1,4 @@
-"""Bilinear upsampling of logits (align_corners=True), some rows at a time: full-size logits are never held whole.
+"""Bilinear upsampling of logits (align_corners=True), a band of rows at a time: full-size logits are never in memory.
 
 Interpolation is linear and separable: with R [H, h] and C [W, w] the interpolation matrices of rows and columns, a map
 x [h, w] is upsampled to R x C^T. A band of rows of R touches few columns of R, hence few rows of x C^T.
@@ -6,25 +6,26 @@ x [h, w] is upsampled to R x C^T. A band of rows of R touches few columns of R, 
 Dimensions: B batch, K logits, h x w feature size, H x W size upsampled to.
 """
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 
-# elements of a band: what stays in a CPU's caches, and what keeps a GPU busy
+# elements of a band: few enough for a CPU's caches, enough to keep a GPU busy
 BAND_ELEMENTS = {'cpu': 2**20, 'cuda': 2**26}
 
 
-def predict(logits, size, shape=None):
-    """Labels of upsampled logits.
+def predict(logits: torch.Tensor, size: tuple[int, int], shape: tuple[int, int] | None = None) -> torch.Tensor:
+    """Labels of upsampled logits, the argmax over K.
 
     Args:
-        logits (Tensor): [B, K, h, w].
-        size ((int, int)): (H, W) to upsample to.
-        shape ((int, int), optional): compute only this top left part of the H x W labels.
+        logits: [B, K, h, w].
+        size: (H, W) to upsample to.
+        shape: height and width of the top left part of the H x W labels to compute; all by default.
 
     Returns:
-        Tensor: int64 [B, *shape], the argmax over K.
+        int64 [B, *shape].
     """
     height, width = shape or size
     with torch.autocast(logits.device.type, enabled=False):
@@ -34,25 +35,27 @@ def predict(logits, size, shape=None):
         return torch.cat([(taps @ wide[:, :, cells]).max(dim=1).indices for _, cells, taps in bands], dim=1)
 
 
-def widened(logits, width):
+def widened(logits: torch.Tensor, width: int) -> torch.Tensor:
     """Upsample the columns only: [B, K, h, w] to [B, K, h, width], in float32 (float64 stays).
 
-    Call this and what multiplies its result outside of autocast, which would round the products.
+    Call this, and multiply its result, with autocast disabled: it would round the products.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return logits @ interpolation(width, logits.shape[-1], logits.dtype, logits.device).T
 
 
-def row_bands(logits, size, height=None):
+def row_bands(
+    logits: torch.Tensor, size: tuple[int, int], height: int | None = None
+) -> Iterator[tuple[slice, slice, torch.Tensor]]:
     """Cut the rows of an upsampling of `logits` to `size` into bands.
 
     Args:
-        logits (Tensor): [B, K, h, w].
-        size ((int, int)): (H, W).
-        height (int, optional): only so many of the H rows.
+        logits: [B, K, h, w].
+        size: (H, W).
+        height: only so many of the H rows; all by default.
 
     Yields:
-        tuple: slice of upsampled rows; slice of the feature rows that they depend on; the band of R between them,
+        slice of upsampled rows; slice of the feature rows that they depend on; the band of R between them,
         [rows, feature rows], float32 (float64 for float64 logits).
     """
     batch, num_logits, source, _ = logits.shape
@@ -67,19 +70,19 @@ def row_bands(logits, size, height=None):
         yield slice(top, bottom), cells, matrix[top:bottom, cells]
 
 
-def needed(count, size, source):
-    """How many of `source` values the first `count` of `size` upsampled ones depend on.
+def needed(count: int, size: int, source: int) -> int:
+    """How many of `source` values the first `count` of `size` upsampled values depend on.
 
-    At most two more than exact quotients would say, as interpolation rounds them.
+    At most two more than the exact quotient says, as interpolation rounds its positions.
     """
     return min((count - 1) * (source - 1) // max(size - 1, 1) + 3, source)
 
 
 @lru_cache(maxsize=64)
-def interpolation(size, source, dtype, device):
+def interpolation(size: int, source: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The matrix [size, source] that upsamples `source` values linearly to `size`.
 
-    Made by upsampling unit vectors, so that it is the interpolation that `F.interpolate` does.
+    It is made by upsampling unit vectors, so it does the interpolation of `F.interpolate`.
     """
     units = torch.eye(source, dtype=dtype, device=device)[None]
     return F.interpolate(units, size, mode='linear', align_corners=True)[0].T.contiguous()

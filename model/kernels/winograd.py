@@ -12,6 +12,7 @@ convolutions are direct; cuDNN has Winograd's already.
 Dimensions: B batch, C input channels, O output channels, h x w feature size, T tiles.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -19,8 +20,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-# with fewer of them, the transforms cost what the products save (measured in benchmarks/NOTES.md); the choice does not
-# depend on the batch size, so that an image's prediction does not depend on the others in its batch
+# With fewer, the transforms cost what the products save (measured in benchmarks/NOTES.md). The choice does not depend
+# on the batch size, so an image's prediction does not depend on the other images of its batch.
 MIN_POSITIONS = 800  # h*w
 MIN_CHANNELS = 64
 MIN_CHANNELS_FORWARD = 128  # PyTorch's backward passes are slower than its forward ones
@@ -39,10 +40,10 @@ class Conv3x3(nn.Conv2d):
     """A 3x3 convolution of stride 1, padded by its dilation, by `conv3x3`.
 
     Args:
-        conv (nn.Conv2d): without bias; settings and weight are taken over.
+        conv: a convolution that `fits`; settings and weight are taken over.
     """
 
-    def __init__(self, conv):
+    def __init__(self, conv: nn.Conv2d) -> None:
         channels = conv.in_channels, conv.out_channels
         # on 'meta' no random numbers are drawn for a weight that is not used
         super().__init__(*channels, 3, 1, conv.padding, conv.dilation, bias=False, device='meta')
@@ -50,34 +51,67 @@ class Conv3x3(nn.Conv2d):
         self.register_buffer('kernels', None, persistent=False)
 
     @staticmethod
-    def fits(conv):
-        """Whether a convolution is one that this class computes faster."""
-        return (
-            conv.kernel_size == (3, 3) and conv.stride == (1, 1) and conv.padding == conv.dilation
-            and conv.dilation[0] == conv.dilation[1] and conv.padding_mode == 'zeros' and conv.groups == 1
-            and conv.bias is None and min(conv.in_channels, conv.out_channels) >= MIN_CHANNELS
+    def fits(module: nn.Module) -> bool:
+        """Whether a module is a convolution that this class computes faster."""
+        return type(module) is nn.Conv2d and (
+            module.kernel_size == (3, 3) and module.stride == (1, 1) and module.padding == module.dilation
+            and module.dilation[0] == module.dilation[1] and module.padding_mode == 'zeros' and module.groups == 1
+            and module.bias is None and min(module.in_channels, module.out_channels) >= MIN_CHANNELS
         )  # fmt: skip
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return conv3x3(x, self.weight, self.bias, self.dilation[0], self.kernels)
 
-    def freeze_weights(self):
+    def freeze_weight(self) -> None:
         """Transform the kernels once for all; later changes of the weight go unnoticed."""
         self.kernels = transformed(self.weight)
 
 
-def conv3x3(x, weight, bias=None, dilation=1, kernels=None):
-    """A 3x3 convolution of stride 1 that keeps the size, by whichever way is faster.
+class FunctionalConv3x3(nn.Module):
+    """`partial(F.conv2d, padding=1)` for 3x3 kernels, by `conv3x3`: a convolution whose weight comes with each call.
 
     Args:
-        x (Tensor): [B, C, h, w].
-        weight (Tensor): [O, C, 3, 3].
-        bias (Tensor, optional): [O].
-        dilation (int): of the kernel, and zero padding on every side.
-        kernels (Tensor, optional): `transformed(weight)` of a frozen weight.
+        convolve: the function that it replaces.
+    """
+
+    def __init__(self, convolve: Callable) -> None:
+        super().__init__()
+        self.register_buffer('weight', None, persistent=False)
+        self.register_buffer('kernels', None, persistent=False)
+
+    @staticmethod
+    def fits(convolve: Callable) -> bool:
+        """Whether a function is the one that this class computes faster."""
+        return isinstance(convolve, partial) and convolve.func is F.conv2d and convolve.keywords == {'padding': 1}
+
+    def forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [B, C, h, w] and weight [O, C, 3, 3] to [B, O, h, w]; after `freeze_weight`, `weight` is ignored."""
+        return conv3x3(x, weight if self.weight is None else self.weight, bias, kernels=self.kernels)
+
+    def freeze_weight(self, weight: torch.Tensor) -> None:
+        """Keep a copy of the weight, channels last, and its transformed kernels for all later calls."""
+        self.weight = weight.contiguous(memory_format=torch.channels_last)
+        self.kernels = transformed(self.weight)
+
+
+def conv3x3(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    dilation: int = 1,
+    kernels: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A 3x3 convolution of stride 1 that keeps the size, by the faster of both ways.
+
+    Args:
+        x: [B, C, h, w].
+        weight: [O, C, 3, 3].
+        bias: [O].
+        dilation: of the kernel, and zero padding on every side.
+        kernels: `transformed(weight)` of a frozen weight.
 
     Returns:
-        Tensor: [B, O, h, w].
+        [B, O, h, w].
     """
     large = x.shape[2] * x.shape[3] >= MIN_POSITIONS and min(weight.shape[:2]) >= MIN_CHANNELS
     if not (float32_on_cpu(x, weight) and large):
@@ -89,14 +123,14 @@ def conv3x3(x, weight, bias=None, dilation=1, kernels=None):
     return y if bias is None else y.add_(bias[:, None, None])
 
 
-def float32_on_cpu(x, weight):
+def float32_on_cpu(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether a convolution of these tensors runs in float32 on the CPU."""
     float32 = x.dtype == weight.dtype == torch.float32
     return x.device.type == 'cpu' and float32 and not torch.is_autocast_enabled('cpu')
 
 
-def transformed(weight):
-    """The transformed kernels of a weight [O, C, 3, 3], [4, 4, C, O]; None where its convolutions are direct ones."""
+def transformed(weight: torch.Tensor) -> torch.Tensor | None:
+    """The transformed kernels [4, 4, C, O] of a weight [O, C, 3, 3]; None where the direct convolution is faster."""
     if weight.device.type != 'cpu' or weight.dtype != torch.float32 or min(weight.shape[:2]) < MIN_CHANNELS_FORWARD:
         return None
     return torch.stack([_kernels(weight, i) for i in range(4)])
@@ -118,8 +152,8 @@ class _Winograd(torch.autograd.Function):
     def backward(ctx, gradient):
         x, weight = ctx.saved_tensors
         by_x = by_weight = None
-        if ctx.needs_input_grad[0]:  # the convolution with the kernel turned round
-            by_x = _convolve(gradient, partial(_kernels, weight, turned=True), weight.shape[1], ctx.dilation)
+        if ctx.needs_input_grad[0]:  # the convolution with the flipped kernel
+            by_x = _convolve(gradient, partial(_kernels, weight, flipped=True), weight.shape[1], ctx.dilation)
         if ctx.needs_input_grad[1]:
             taps = x.new_empty(len(weight), 9, weight.shape[1])
             for some, part in zip(x.split(CHANNELS_AT_ONCE, 1), taps.split(CHANNELS_AT_ONCE, 2), strict=True):
@@ -128,28 +162,28 @@ class _Winograd(torch.autograd.Function):
         return by_x, by_weight, None
 
 
-def _kernels(weight, i, turned=False):
+def _kernels(weight, i, flipped=False):
     """Row i of the transformed kernels of a weight [O, C, 3, 3], [4, C, O].
 
-    With `turned`, of the convolution with the kernel turned round, from O channels to C: [4, O, C].
+    With `flipped`, of the convolution with the flipped kernel, from O channels to C: [4, O, C].
     """
     taps = weight.permute(0, 2, 3, 1).flatten(1, 2)  # [O, 9, C]; no copy where channels are last
-    matrix = KERNEL.flip(1) if turned else KERNEL
+    matrix = KERNEL.flip(1) if flipped else KERNEL
     row = matrix[4 * i : 4 * i + 4].to(weight.dtype) @ taps  # [O, 4, C]
-    return row.transpose(0, 1) if turned else row.permute(1, 2, 0)
+    return row.transpose(0, 1) if flipped else row.permute(1, 2, 0)
 
 
 def _convolve(x, kernels, channels, dilation):
     """The convolution with transformed kernels.
 
     Args:
-        x (Tensor): [B, C, h, w].
-        kernels (callable): i -> row i of the transformed kernels, [4, C, O].
-        channels (int): O.
-        dilation (int): of the kernel.
+        x: [B, C, h, w].
+        kernels: i -> row i of the transformed kernels, [4, C, O].
+        channels: O.
+        dilation: of the kernel.
 
     Returns:
-        Tensor: [B, O, h, w], channels last.
+        [B, O, h, w], channels last.
     """
     batch, _, height, width = x.shape
     th, tw = _tile_count(height, dilation), _tile_count(width, dilation)
@@ -185,14 +219,14 @@ def _correlate(x, gradient, dilation):
     rows = parts[:, :, 0], parts[:, :, 1]
     for i, j, tiles in _transformed_tiles(x, dilation):
         if j == 0:
-            row = _shared_out(rows, i)  # [B, th, d, tw, 2, d, O]
+            row = _gradient_share(rows, i)  # [B, th, d, tw, 2, d, O]
             columns = row[:, :, :, :, 0], row[:, :, :, :, 1]
-        share = _shared_out(columns, j)  # [B, th, d, tw, d, O]
+        share = _gradient_share(columns, j)  # [B, th, d, tw, d, O]
         by_kernels[:, 4 * i + j] = share.flatten(0, -2).T @ tiles.flatten(0, -2)
     return by_kernels
 
 
-def _shared_out(outputs, i):
+def _gradient_share(outputs, i):
     """What position i of a tile receives of the gradients of its two outputs."""
     first, second = OUTPUT[0][i], OUTPUT[1][i]
     if first and second:
@@ -203,11 +237,11 @@ def _shared_out(outputs, i):
 def _transformed_tiles(x, dilation):
     """The 16 positions of all transformed tiles B^T d B, one after the other in the same memory.
 
-    Neighbouring outputs of a dilated convolution are `dilation` pixels apart: each of the d x d grids of such pixels is
-    tiled on its own.
+    Outputs of a dilated convolution that share inputs are `dilation` pixels apart. Each of the d x d grids of such
+    pixels is tiled on its own.
 
     Yields:
-        tuple: i; j; position (i, j) of all tiles, [B, th, d, tw, d, C].
+        i; j; position (i, j) of all tiles, [B, th, d, tw, d, C].
     """
     x = _padded_tiles(x, dilation, 1)  # [B, th+1, 2, d, tw+1, 2, d, C]
     rows = x[:, :-1, 0], x[:, :-1, 1], x[:, 1:, 0], x[:, 1:, 1]
