@@ -180,8 +180,8 @@ def test_resolving_a_restore_from(tmp_path):
         resolve_checkpoint(tmp_path / 'first.pth', seed=234)
 
 
-def test_the_snippet_of_the_readme_runs(tmp_path, monkeypatch):
-    blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)
+def test_the_snippet_of_the_documentation_runs(tmp_path, monkeypatch):
+    blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'docs' / 'checkpoints.md').read_text(), re.DOTALL)
     (code,) = (block for block in blocks if 'import' in block)
     torch.save(build_model('resnet50v2', 15, 5).state_dict(), tmp_path / 'best_123.pth')
     monkeypatch.chdir(tmp_path)
