@@ -5,94 +5,110 @@
     torchrun --nproc_per_node=2 ft_pop.py --batch-size 2 ...
 
 Writes to the snapshot folder, for each seed: best_{seed}.pth, last_{seed}.pth, epoch_N_{seed}.pth with
---save-pred-every; args.json, log.txt, metrics.jsonl, tb/. `best` is chosen on the evaluation images, as the released
-protocol does; `last` is always reported beside it.
+--save-pred-every; args.json, log.txt, metrics.jsonl, tb/. `best` is selected on the evaluation images, as in the
+released protocol, so it is optimistically biased; `last` is always reported beside it.
 """
+
+from dataclasses import dataclass
 
 import torch
 
-from core import signals
 from core.errors import InputError, exits_cleanly
-from dataset import DATASETS, Augmentation, FoldData
+from dataset import DATASETS, Augmentation
 from engine.checkpoint import imagenet_checkpoint, network_config, read_checkpoint, resolve_checkpoint
-from engine.distributed import is_main, main_first, process_group, wrap_ddp
-from engine.evaluation import evaluate
+from engine.distributed import main_first, wrap_ddp
 from engine.feature_cache import cache_features
 from engine.loaders import evaluation_loader, training_loader
-from engine.logger import RunLogger
 from engine.precision import autocast, compile_features, name_of, precision, to_device
-from engine.resume import RunFolder, digests, locked, run_arguments
+from engine.resume import RunFolder, digests, run_arguments
+from engine.run import Run, start_run
+from engine.stage import Stage
 from engine.trainer import Trainer
-from model import BACKBONES, MODELS, build_model
-from model.kernels.fusing import fuse
+from model import BACKBONES, MODELS, POP, Head, build_model
+from model.kernels import fuse
 from model.losses import pop_losses, pseudo_label
 from report.tables import summary_table
 from report.tensorboard import ValidationPanel
-from utils import cli
+from utils import cli, from_flags
 
 
 def parse_args(argv=None):
     parser = cli.make_parser(__doc__)
-    cli.add_data_flags(parser, DATASETS)
+    cli.add_data_flags(parser)
     cli.add_model_flags(
         parser, MODELS, BACKBONES,
         'base network: a stage-1 checkpoint or snapshot folder; "imagenet" and "none" leave the rest random',
     )  # fmt: skip
-    cli.add_training_flags(
-        parser,
-        batch_size=1,
-        num_epoch=500,
-    )
+    cli.add_training_flags(parser, batch_size=1, num_epoch=500)
     cli.add_seeds(parser, '--random-seed', 'seeds of the support draws, one run each, e.g. 123,234 (default: 123)')
     cli.add_process_flags(parser)
     cli.add_few_shot_flags(parser)
-    parser.add_argument('--update-base', action='store_true', help='draw new base images as training goes on')
+    parser.add_argument('--update-base', action='store_true', help='draw new base images during training')
     parser.add_argument(
-        '--update-epoch',
-        type=cli.positive,
-        default=1,
-        metavar='N',
+        '--update-epoch', type=cli.positive, default=1, metavar='N',
         help='with --update-base: draw every N epochs (default: 1)',
-    )
+    )  # fmt: skip
     group = parser.add_argument_group('validation cache')
     group.add_argument(
-        '--val-cache',
-        choices=('auto', 'memory', 'disk', 'off'),
-        default='auto',
+        '--val-cache', choices=('auto', 'memory', 'disk', 'off'), default='auto',
         help="where the frozen network's validation features are kept; auto: in memory within the budget, else in the "
         'snapshot folder, else not at all (default)',
-    )
+    )  # fmt: skip
     group.add_argument(
-        '--val-cache-gb',
-        type=cli.rate,
-        default=8,
-        metavar='GB',
+        '--val-cache-gb', type=cli.rate, default=8, metavar='GB',
         help='memory for them on each host; VOC at 473x473 takes 6 GB (default: 8)',
-    )
-    args = cli.check(parser, parser.parse_args(argv), DATASETS)
+    )  # fmt: skip
+    args = cli.check(parser, parser.parse_args(argv))
     if args.start_epoch and args.restore_from in ('none', 'imagenet'):
-        parser.error(f'--start-epoch goes on from a stage-2 checkpoint; --restore-from {args.restore_from} is none')
+        parser.error(f'--start-epoch needs a stage-2 checkpoint; --restore-from {args.restore_from} is none')
     if not DATASETS[args.dataset].novel_ids(args.fold):
         parser.error(f'--fold {args.fold} has no novel classes, so there is nothing for stage 2 to learn')
     return args
 
 
-def restore(args, data, device, snapshots):
-    """The network that stage 2 starts from and freezes.
+@dataclass(kw_only=True)
+class NovelStage(Stage):
+    """Learns the novel prototypes and phi_n, on features of the frozen base network.
 
-    That is the stage-1 network of --restore-from or a random one where it names none; of a run that is resumed, and
-    with --start-epoch, the base parts of a stage-2 network.
+    Attributes:
+        frozen: the base network, fused; gives the features.
     """
+
+    frozen: POP
+
+    def losses(self, batch, **scale):
+        support, base = batch['support'], batch['base']
+        images = to_device(torch.cat([support['image'], base['image']]), self.device)  # [2B, 3, H, W]
+        masks = torch.cat([support['mask'], base['mask']]).to(self.device, non_blocking=True).long()  # [2B, H, W]
+        with autocast(self.device, self.dtype):
+            logits = self.model(self.frozen.features(images))  # [2B, 1 + Kb + Kn, h, w]
+        count = len(support['image'])
+        base_masks = pseudo_label(masks[count:], logits[count:], self.net.num_base)
+        masks = torch.cat([masks[:count], base_masks])
+        return pop_losses(logits, masks, self.net.novel_emb, self.net.base_emb, **scale)
+
+    @staticmethod
+    def improves(metrics, best):
+        """The released protocol's rule: total mIoU not lower, and either 0.1 points higher or novel mIoU not lower."""
+        if best is None:
+            return True
+        gain = metrics['total'] - best['total']
+        return gain >= 0 and (gain > 0.1 or metrics['novel'] >= best['novel'])
+
+
+def restore_base(args, data, folder):
+    """The network that stage 2 starts from: of --restore-from, or the base parts of the stage-2 run to resume."""
     torch.manual_seed(args.random_seed[0])
     base = build_model(args.backbone, len(data.base_ids), output_stride=args.os)
-    earlier = snapshots.any_path()
-    stage_2 = read_checkpoint(earlier) if earlier else None
-    if args.start_epoch and not earlier:
-        stage_2 = stage_2_checkpoint(args, args.random_seed[0])
-    config = network_config(args, data.legend)
-    if stage_2:
+    config = network_config(args, data.legend.classes)
+    earlier = None
+    if folder.any_path():
+        earlier = read_checkpoint(folder.any_path())
+    elif args.start_epoch:
+        earlier = start_epoch_checkpoint(args, args.random_seed[0])
+    if earlier:
         net = build_model(args.backbone, len(data.base_ids), len(data.novel_ids), args.os)
-        stage_2.load_into(net, config)
+        earlier.load_into(net, config)
         base.load_state_dict({key: value for key, value in net.state_dict().items() if key in base.state_dict()})
     elif args.restore_from == 'imagenet':
         imagenet_checkpoint(args.backbone).load_backbone_into(base)
@@ -103,138 +119,111 @@ def restore(args, data, device, snapshots):
                 f'{stage_1.path} has novel classes already; expected a checkpoint of stage 1 (train_base.py)'
             )
         stage_1.load_into(base, config)
-    return base.to(device, memory_format=torch.channels_last)
+    return base
 
 
-def stage_2_checkpoint(args, seed):
-    """The checkpoint that --start-epoch goes on from."""
+def start_epoch_checkpoint(args, seed):
+    """The stage-2 checkpoint that --start-epoch continues from."""
     checkpoint = read_checkpoint(resolve_checkpoint(args.restore_from, 'last', seed))
     if not checkpoint.class_counts[1]:
-        raise InputError(f'--start-epoch goes on from a stage-2 checkpoint; {checkpoint.path} has no novel classes')
+        raise InputError(f'--start-epoch needs a stage-2 checkpoint; {checkpoint.path} has no novel classes')
     return checkpoint
 
 
-def improves(metrics, best):
-    """The released protocol's rule: total mIoU not lower, and either 0.1 points higher or novel mIoU not lower."""
-    if best is None:
-        return True
-    gain = metrics['total'] - best['total']
-    return gain >= 0 and (gain > 0.1 or metrics['novel'] >= best['novel'])
+def build_novel(args, data, seed, base, folder):
+    """The network to train for a seed: the base network with novel prototypes and phi_n; all else is frozen."""
+    net = build_model(args.backbone, len(data.base_ids), len(data.novel_ids), args.os)
+    net.start_from(base)
+    if args.start_epoch and not folder.holds(seed):
+        earlier = start_epoch_checkpoint(args, seed)
+        earlier.load_into(net, network_config(args, data.legend.classes, seed))
+        if any(not torch.equal(net.state_dict()[key], value.cpu()) for key, value in base.state_dict().items()):
+            raise InputError(
+                f'{earlier.path} has another base network than the checkpoint of seed {args.random_seed[0]}'
+            )
+    net.freeze_base()
+    return net.to(base.base_emb.device, memory_format=torch.channels_last)
 
 
-def update_novel(args, data, seed, base, frozen, dtype, val_batches, snapshots, logger):
-    """Run stage 2 for one seed.
-
-    Args:
-        args (Namespace): the flags.
-        data (FoldData): of the fold.
-        seed (int): of the support draw and all else.
-        base (POP): the network to start from.
-        frozen (POP): its folded copy, whose features training and validation use.
-        dtype (torch.dtype): that convolutions run in.
-        val_batches (iterable): validation images or their features.
-        snapshots (RunFolder): the run's folder.
-        logger (RunLogger): of this run.
+def teach(args, data, seed, *, base, frozen, val_batches, dtype, run):
+    """Run stage 2 for one seed: `base` is what it starts from, `frozen` the fused copy that gives the features.
 
     Returns:
-        dict: validation results of 'best' and of 'last'.
+        dict: validation metrics of 'best' and of 'last'.
     """
     torch.manual_seed(seed)
     device = base.base_emb.device
-    augmentation = Augmentation(args.input_size, args.scale_range)
-    redraw_every = args.update_epoch if args.update_base else 0
-    train_set = data.few_shot_training(augmentation, args.shot, seed, redraw_every)
-    train_loader = training_loader(
-        train_set, args.batch_size, seed, args.num_workers, device, fill_last=True, parts=args.accumulate
-    )
-
-    net = build_model(args.backbone, len(data.base_ids), len(data.novel_ids), args.os)
-    net.start_from(base)
-    config = network_config(args, data.legend, seed)
-    if args.start_epoch and not snapshots.holds(seed):
-        earlier = stage_2_checkpoint(args, seed)
-        earlier.load_into(net, config)
-        if any(not torch.equal(net.state_dict()[key], value.cpu()) for key, value in base.state_dict().items()):
-            raise InputError(
-                f'{earlier.path} rests on another base network than the checkpoint of seed {args.random_seed[0]}'
-            )
-    net.freeze_base()
-    net.to(device, memory_format=torch.channels_last)
-    fast = net.on_features_of(frozen)
-    parallel_net = wrap_ddp(fast, device)
-
-    def losses(batch, share):
-        support, base = batch['support'], batch['base']
-        images = to_device(torch.cat([support['image'], base['image']]), device)  # [2B, 3, H, W]
-        masks = torch.cat([support['mask'], base['mask']]).to(device, non_blocking=True).long()  # [2B, H, W]
-        with autocast(device, dtype):
-            logits = parallel_net(images)  # [2B, 1 + Kb + Kn, h, w]
-        count = len(support['image'])
-        base_masks = pseudo_label(masks[count:], logits[count:], net.num_base)
-        return pop_losses(logits, torch.cat([masks[:count], base_masks]), net.novel_emb, net.base_emb, **share)
-
-    panel = ValidationPanel(data.legend, data.samples('val', False).read_image)
-
-    def validate():
-        return evaluate(fast, val_batches, device, dtype, panel if is_main() else None)
-
-    return Trainer(
-        losses, validate, panel, net, parallel_net, train_loader, args, config, improves, snapshots, logger, seed,
+    train_set = data.few_shot_training(
+        Augmentation(args.input_size, args.scale_range), args.shot, seed,
+        redraw_every=args.update_epoch if args.update_base else 0,
+    )  # fmt: skip
+    loader = training_loader(
+        train_set, args.batch_size, seed, num_workers=args.num_workers, device=device, fill_last=True,
+        micro_batches=args.accumulate,
+    )  # fmt: skip
+    net = build_novel(args, data, seed, base, run.folder)
+    stage = NovelStage(
+        net=net, frozen=frozen, model=wrap_ddp(Head(net), device, sync_bn=False), device=device, dtype=dtype,
+        val_batches=val_batches, panel=ValidationPanel(data.legend, data.samples('val', False).read_image),
+        class_names=data.legend.names, config=network_config(args, data.legend.classes, seed), seed=seed,
         patience=args.num_epoch // 4,
-    ).fit()  # fmt: skip
+    )  # fmt: skip
+    optimization = from_flags.optimization(args, net, loader.batch_sampler.steps)
+    return Trainer(stage, loader, optimization, run, from_flags.plan(args)).fit()
+
+
+def arguments_of_seeds(args, data, dtype):
+    """Seed -> what its run depends on (`resume.run_arguments`)."""
+    files = {'validation list': data.val_list}
+    files |= {f'list of base class {class_id}': data.lists.base_class(class_id) for class_id in data.base_ids}
+    if args.restore_from not in ('none', 'imagenet') and not args.start_epoch:
+        files['base network'] = resolve_checkpoint(args.restore_from)
+    common = run_arguments(args, dtype, files)
+    return {
+        seed: common | {'random_seed': seed} | digests({'support list': data.lists.support(args.shot, seed)})
+        for seed in args.random_seed
+    }
 
 
 @exits_cleanly
 def main(args):
-    with process_group(args.device, args.timeout_minutes, args.deterministic) as device, locked(args.snapshot_dir):
-        signals.listen()
-        spec = DATASETS[args.dataset]
-        data = FoldData(
-            spec, args.data_dir, args.fold, args.train_list, args.val_list, args.filter_novel, args.skip_bad_images
-        )
-        notes = main_first(data.ensure_lists)
-        main_first(data.check_validation_masks)
+    with start_run(args) as device:
+        data, dtype = from_flags.fold_data(args), precision(device, args.fp16)
+        notes = main_first(data.prepare)
         data.check_support(args.shot, args.random_seed)
-        lists = {'validation list': data.val_list}
-        lists |= {f'list of base class {class_id}': data.lists.base_class(class_id) for class_id in data.base_ids}
-        if args.restore_from not in ('none', 'imagenet') and not args.start_epoch:
-            lists['base network'] = resolve_checkpoint(args.restore_from)
-        dtype = precision(device, args.fp16)
-        common = run_arguments(args, dtype, lists)
-        arguments = {
-            seed: common | {'random_seed': seed} | digests({'support list': data.lists.support(args.shot, seed)})
-            for seed in args.random_seed
-        }
-        snapshots = RunFolder(args.snapshot_dir, arguments, args.resume, args.overwrite, data.legend.classes)
+        folder = RunFolder(
+            args.snapshot_dir, arguments_of_seeds(args, data, dtype), args.resume, args.overwrite,
+            classes=data.legend.classes,
+        )  # fmt: skip
         val_set = data.validation(args.base_size, with_novel=True, limit=args.val_limit)
-        # with a cache the loader is gone through once
-        val_loader = evaluation_loader(
-            val_set, args.test_batch_size, args.num_workers, device, keep_workers=args.val_cache == 'off'
-        )
-        base = restore(args, data, device, snapshots)
-        snapshots.make_room()
+        base = restore_base(args, data, folder).to(device, memory_format=torch.channels_last)
         frozen = fuse(base, dtype)
         if args.compile:
             compile_features(frozen)
-        logger = RunLogger(args.snapshot_dir, vars(args), snapshots)
         if args.restore_from == 'none':
             notes.append('--restore-from none: the base network is random and stays so')
-        for note in notes:
-            logger.info(f'note: {note}')
-        logger.info(
+        run = Run(folder, args, notes)
+        run.logger.info(
             f'{args.shot}-shot, novel classes {data.novel_ids}, {len(val_set)} validation images; '
             f'computing in {name_of(dtype)}'
         )
-        val_batches = cache_features(frozen, val_loader, args.base_size, device, dtype, args, logger)
-
+        val_loader = evaluation_loader(
+            val_set, args.test_batch_size, num_workers=args.num_workers, device=device,
+            keep_workers=args.val_cache == 'off',  # a cache reads the images once
+        )  # fmt: skip
+        val_batches = cache_features(
+            frozen, val_loader, args.base_size, device, dtype, place=args.val_cache, budget_gb=args.val_cache_gb,
+            folder=args.snapshot_dir, log=run.logger.info,
+        )  # fmt: skip
         rows = {}
         for seed in args.random_seed:
-            results = update_novel(args, data, seed, base, frozen, dtype, val_batches, snapshots, logger)
+            results = teach(
+                args, data, seed, base=base, frozen=frozen, val_batches=val_batches, dtype=dtype, run=run
+            )  # fmt: skip
             for which, metrics in results.items():
-                mark = ' (selected)' if which == args.select else ''
-                rows[f'seed {seed}, {which}{mark}'] = metrics
-        logger.info(f'validation at {args.base_size[0]}x{args.base_size[1]}, mIoU in %:\n{summary_table(rows)}')
-        logger.close()
+                rows[f'seed {seed}, {which}{" (selected)" if which == args.select else ""}'] = metrics
+        run.logger.info(f'validation at {args.base_size[0]}x{args.base_size[1]}, mIoU in %:\n{summary_table(rows)}')
+        run.logger.close()
 
 
 if __name__ == '__main__':

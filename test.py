@@ -19,9 +19,10 @@ from torch.utils.data import Subset
 
 from core.errors import InputError, exits_cleanly, some
 from core.files import atomic_write, check_writable, json_ready
+from core.ranks import is_main
 from dataset import DATASETS, FoldData
 from engine.checkpoint import imagenet_checkpoint, network_config, read_checkpoint, resolve_checkpoint
-from engine.distributed import all_gather, is_main, main_first, on_main, process_group
+from engine.distributed import all_gather, main_first, on_main, process_group
 from engine.evaluation import evaluate
 from engine.loaders import evaluation_loader
 from engine.metrics import SUMMARY, iou_per_class, summarize
@@ -38,7 +39,7 @@ UNTRAINED = ('none', 'imagenet')  # --restore-from without a checkpoint
 
 def parse_args(argv=None):
     parser = cli.make_parser(__doc__)
-    cli.add_data_flags(parser, DATASETS)
+    cli.add_data_flags(parser)
     cli.add_model_flags(
         parser, MODELS, BACKBONES,
         'checkpoint or snapshot folder; "imagenet" and "none" evaluate an untrained network',
@@ -68,7 +69,7 @@ def parse_args(argv=None):
         help='draw confusion matrix, IoU of each class, similarity of prototypes, and the support images',
     )
     parser.add_argument('--save-path', type=Path, help='folder of the results')
-    args = cli.check(parser, parser.parse_args(argv), DATASETS)
+    args = cli.check(parser, parser.parse_args(argv))
     if args.restore_from in UNTRAINED and not args.save_path:
         parser.error(f'--restore-from {args.restore_from} has no folder of its own: give --save-path')
     return args
@@ -85,7 +86,7 @@ def load_network(args, data, seed):
     checkpoint = read_checkpoint(resolve_checkpoint(args.restore_from, args.select, seed))
     num_novel = len(data.novel_ids) if checkpoint.class_counts[1] else 0
     net = build_model(args.backbone, len(data.base_ids), num_novel, args.os)
-    checkpoint.load_into(net, network_config(args, data.legend, seed))
+    checkpoint.load_into(net, network_config(args, data.legend.classes, seed))
     trained_at = checkpoint.config.get('base_size', list(args.base_size))
     if trained_at != list(args.base_size) and is_main():
         height, width = trained_at
@@ -116,7 +117,7 @@ def evaluate_seed(args, data, seed, device, dtype, folder):
     if args.compile:
         compile_features(net)
     val_set = data.validation(args.base_size, with_novel=net.num_novel > 0, original_size=True)
-    loader = evaluation_loader(val_set, args.test_batch_size, args.num_workers, device)
+    loader = evaluation_loader(val_set, args.test_batch_size, num_workers=args.num_workers, device=device)
     legend = data.legend.cut(net.num_logits)
     scores = ImageScores(legend, folder / f'predictions_{seed}' if args.save else None)
     confusion = evaluate(net, loader, device, dtype, scores if args.save or args.overlay else None)
@@ -142,7 +143,7 @@ def draw_overlays(args, net, val_set, scores, folder, device, dtype):
     panels = PanelWriter(scores.legend, val_set.samples.read_image, folder, chosen, all_scores)
     indices = {image_id: i for i, image_id in enumerate(val_set.image_ids)}
     subset = Subset(val_set, [indices[image_id] for image_id in chosen])
-    evaluate(net, evaluation_loader(subset, 1, 0, device), device, dtype, panels)
+    evaluate(net, evaluation_loader(subset, 1, num_workers=0, device=device), device, dtype, panels)
     if is_main():
         print(''.join(f'picture: {panels.path(image_id)}\n' for image_id in chosen), end='')
 

@@ -59,6 +59,16 @@ class FoldData:
         if self.spec.name == 'shapes':
             ensure_shapes(self.data_dir)
 
+    def prepare(self) -> list[str]:
+        """Check the data before training: class lists are made where they are missing, validation masks are read.
+
+        Returns:
+            Notes on the lists (`ensure_lists`).
+        """
+        notes = self.ensure_lists()
+        self.check_validation_masks()
+        return notes
+
     def ensure_lists(self, overwrite=False):
         """Make the fold's class lists where they are missing, and check them where they are there.
 

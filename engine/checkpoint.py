@@ -1,8 +1,8 @@
 """Checkpoints: written whole or not at all, loaded only where every key fits.
 
 A checkpoint of ours is {'format': 'pop', 'config': {...}, 'model': state dict, 'epoch': int, 'metrics': {...}}, and in
-all but `best` also 'training', from which a run goes on (`trainer.Trainer`); the published code's are flat state dicts.
-Both hold the same keys (README.md, "Checkpoints"). Nothing but tensors and plain values is ever unpickled.
+all but `best` also 'training', from which a run resumes (`resume`); the published code's are flat state dicts.
+Both hold the same keys (docs/checkpoints.md). Nothing but tensors and plain values is ever unpickled.
 """
 
 import pickle
@@ -10,32 +10,42 @@ import re
 import shutil
 import urllib.error
 import zipfile
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from torchvision import models
 
 from core.errors import InputError, some
 from core.files import atomic_write
-from engine.distributed import is_main
+from core.ranks import is_main
 
 STAGE_2_PREFIXES = ('novel_emb', 'classifier_n.')
 # what classification networks have beyond our backbones
 CLASSIFIER_PREFIXES = ('fc.', 'classifier.', 'features.18.')
 
 
-def save_checkpoint(path, net, config, epoch, metrics, training=None, previous=None):
+def save_checkpoint(
+    path: Path,
+    net: nn.Module,
+    config: dict,
+    epoch: int,
+    metrics: dict,
+    training: dict | None = None,
+    previous: Path | None = None,
+):
     """Write a checkpoint; only the main process does.
 
     Args:
-        path (Path): where to.
-        net (POP): the network, unwrapped.
-        config (dict): what the network is for (`network_config`), checked when it is loaded.
-        epoch (int): epochs done.
-        metrics (dict): validation results of these weights.
-        training (dict, optional): what a run goes on from.
-        previous (Path, optional): where the file that is replaced is kept.
+        path: of the file.
+        net: the network, not wrapped.
+        config: what the network is for (`network_config`), checked when it is loaded.
+        epoch: epochs done.
+        metrics: validation metrics of these weights.
+        training: what a run resumes from.
+        previous: where the file that is replaced is kept.
 
     Raises:
         InputError: the file cannot be written; what was there before is still there.
@@ -52,15 +62,15 @@ def save_checkpoint(path, net, config, epoch, metrics, training=None, previous=N
         free = shutil.disk_usage(path.parent).free
         raise InputError(
             f'cannot write {path} ({free / 1e6:.0f} MB are free there): {str(error).splitlines()[0]}. '
-            'The checkpoints that were there are intact: make room and start the same command again.'
+            'The checkpoints that were there are intact: make room and run the same command again to resume.'
         ) from error
 
 
-def read_state(path):
-    """Read all of a checkpoint that a run can go on from.
+def read_state(path: Path | str) -> dict:
+    """Read all of a checkpoint that a run can resume from.
 
     Returns:
-        dict: as `save_checkpoint` wrote it.
+        What `save_checkpoint` wrote.
 
     Raises:
         InputError: missing, damaged or foreign file, or one without the state of training.
@@ -68,34 +78,42 @@ def read_state(path):
     content = _read(path)
     if not isinstance(content, dict) or content.get('format') != 'pop' or 'training' not in content:
         raise InputError(
-            f'{path} is no checkpoint that training can go on from; expected last.pth or epoch_N.pth of a run. '
+            f'{path} is no checkpoint that training can resume from; expected last.pth or epoch_N.pth of a run. '
             'To start from its weights, use --restore-from.'
         )
     return content
 
 
-def network_config(args, legend, seed=None):
-    """What a checkpoint must agree with to be loaded: dataset, fold, classes and network; for stage 2 shot and seed."""
+def network_config(args: Namespace, classes: list, seed: int | None = None) -> dict:
+    """What a checkpoint says of its network: dataset, fold, classes, architecture and size; for stage 2 shot and seed.
+
+    Args:
+        args: the flags.
+        classes: of the fold (`Legend.classes`).
+        seed: of stage 2.
+    """
     config = {
-        'dataset': args.dataset, 'fold': args.fold, 'backbone': args.backbone, 'os': args.os, 'classes': legend.classes
+        'dataset': args.dataset, 'fold': args.fold, 'backbone': args.backbone, 'os': args.os, 'classes': classes,
+        'base_size': list(args.base_size),
     }  # fmt: skip
     return config if seed is None else config | {'shot': args.shot, 'seed': seed}
 
 
-def check_config(path, config, expected):
-    """Compare what a checkpoint is for with what is expected of it, where it says so.
+def check_config(path: Path | str, config: dict, expected: dict):
+    """Compare a checkpoint's config with what is expected, in the entries that both have; any size is accepted.
 
     Args:
-        path (str or Path): for the message.
-        config (dict): the checkpoint's.
-        expected (dict): entries of `network_config`.
+        path: for the message.
+        config: the checkpoint's.
+        expected: entries of `network_config`.
 
     Raises:
         InputError: they differ.
     """
     differing = [
         f'{key} is {config[key]}, expected {value}'
-        for key, value in expected.items() if key in config and config[key] != value and key != 'classes'
+        for key, value in expected.items()
+        if key in config and config[key] != value and key not in ('classes', 'base_size')
     ]  # fmt: skip
     if differing:
         raise InputError(
@@ -120,8 +138,7 @@ class Checkpoint:
     Attributes:
         path: of the file, or another name of the source for messages.
         state: parameter name -> tensor, without any `module.` prefix.
-        config: what the network is for (`network_config`) and the 'base_size' that it was validated at; empty for
-            files of other code.
+        config: what the network is for (`network_config`); empty for files of other code.
     """
 
     path: Path | str
@@ -129,12 +146,12 @@ class Checkpoint:
     config: dict
 
     @property
-    def holds_network(self):
+    def holds_network(self) -> bool:
         """Whether this is a whole POP network rather than a bare backbone."""
         return any(key.startswith(('backbone.', 'decoder.', 'base_emb')) for key in self.state)
 
     @property
-    def class_counts(self):
+    def class_counts(self) -> tuple[int, int]:
         """(Kb, Kn); Kn is 0 for stage 1.
 
         Raises:
@@ -146,15 +163,15 @@ class Checkpoint:
             )
         return len(self.state['base_emb']), len(self.state.get('novel_emb', ()))
 
-    def load_into(self, net, expected=None):
+    def load_into(self, net: nn.Module, expected: dict | None = None) -> list[str]:
         """Load a checkpoint of ours or of the published code into a POP network.
 
         Args:
-            net (POP): changed in place.
-            expected (dict, optional): config entries that the file must agree with where it has them.
+            net: a `POP` network; changed in place.
+            expected: config entries that the file must agree with where it has them.
 
         Returns:
-            list of str: parameters that the file does not hold and that keep their values: the parts that stage 2
+            Names of the parameters that the file does not hold and that keep their values: the parts that stage 2
             adds, when a stage-1 checkpoint is loaded into a network with novel classes. `classifier_n` then starts
             from `classifier`.
 
@@ -169,7 +186,7 @@ class Checkpoint:
             net.start_novel_classifier()
         return absent
 
-    def load_backbone_into(self, net):
+    def load_backbone_into(self, net: nn.Module):
         """Load the weights of a classification network or bare backbone into the backbone of a POP network.
 
         Raises:
@@ -179,7 +196,7 @@ class Checkpoint:
         _load_exactly(net.backbone, state, self.path)
 
 
-def read_checkpoint(path):
+def read_checkpoint(path: Path | str) -> Checkpoint:
     """Read a checkpoint file onto the CPU.
 
     Raises:
@@ -195,8 +212,8 @@ def read_checkpoint(path):
     return Checkpoint(path, {key.removeprefix('module.'): value for key, value in content.items()}, config)
 
 
-def imagenet_checkpoint(backbone):
-    """torchvision's ImageNet weights of a backbone, downloaded where they are not there yet.
+def imagenet_checkpoint(backbone: str) -> Checkpoint:
+    """torchvision's ImageNet weights of a backbone, downloaded unless they are cached.
 
     Raises:
         InputError: no such weights, or no network to download them through.
@@ -218,24 +235,24 @@ def imagenet_checkpoint(backbone):
     return Checkpoint('imagenet', state, {})
 
 
-def of_seeds(path):
-    """The files that are there as PATH's of stage 2: best_123.pth for best.pth."""
+def of_seeds(path: Path) -> list[Path]:
+    """The existing files of stage 2 that PATH stands for: best_123.pth for best.pth."""
     return sorted(
         other for other in path.parent.glob(f'{path.stem}_*.pth')
         if re.fullmatch(r'\d+', other.stem.removeprefix(f'{path.stem}_'))
     )  # fmt: skip
 
 
-def resolve_checkpoint(source, select='best', seed=None):
+def resolve_checkpoint(source: str | Path, select: str = 'best', seed: int | None = None) -> Path:
     """Find the file that a --restore-from means.
 
     Args:
-        source (str or Path): a file, or a snapshot folder. DIR/best.pth means DIR/best_{seed}.pth where that exists.
-        select (str): 'best' or 'last', for folders.
-        seed (int, optional): of stage 2. Without it, a folder means its only seed where it holds no other network.
+        source: a file, or a snapshot folder. DIR/best.pth means DIR/best_{seed}.pth where that exists.
+        select: 'best' or 'last', for folders.
+        seed: of stage 2. Without it, a folder means its only seed where it holds no other network.
 
     Returns:
-        Path: an existing file.
+        An existing file.
 
     Raises:
         InputError: there is none; names what was looked for and what is there.

@@ -1,70 +1,56 @@
-"""Processes of one run: one per GPU under torchrun, or just this one."""
+"""The processes of a run: one per GPU under torchrun, or a single one."""
 
 import contextlib
 import inspect
 import os
 import sys
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from core.errors import InputError
+from core.ranks import is_main, local_rank, rank, world_size
 from model.kernels.malloc import keep_freed_memory
 
-_hosts = None  # the Gloo group beside NCCL's
-
-
-def world_size():
-    """Number of processes of this run, as torchrun announces it; 1 without torchrun."""
-    return int(os.environ.get('WORLD_SIZE', 1))
-
-
-def local_world_size():
-    """How many of this run's processes are on this host."""
-    return int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-
-
-def rank():
-    """This process's number, 0 .. world_size() - 1."""
-    return int(os.environ.get('RANK', 0))
-
-
-def is_main():
-    """Whether this process is the one that prints and writes files."""
-    return rank() == 0
+T = TypeVar('T')
+_gloo = None  # a second group, for what is exchanged on the CPU
 
 
 @contextlib.contextmanager
-def process_group(device, timeout_minutes=30, deterministic=False):
+def process_group(
+    device: str, timeout_minutes: float = 30, deterministic: bool = False
+) -> Iterator[torch.device]:
     """Join the run's processes (NCCL on GPUs, Gloo on CPUs) and leave them at the end.
 
     Args:
-        device (str): 'auto', 'cpu' or 'cuda'.
-        timeout_minutes (float): a process that keeps the others waiting for longer ends the run.
-        deterministic (bool): only algorithms whose results do not vary from run to run.
+        device: 'auto', 'cpu' or 'cuda'.
+        timeout_minutes: a process that keeps the others waiting for longer ends the run.
+        deterministic: only algorithms whose results do not vary from run to run.
 
     Yields:
-        torch.device: this process's device.
+        This process's device.
 
     Raises:
-        InputError: CUDA is asked for and not there.
+        InputError: CUDA is asked for and not available.
     """
     device = _choose_device(device)
     if device.type == 'cpu':
         keep_freed_memory()
     if deterministic:
-        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # what cuBLAS asks for
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS requires it
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     if world_size() > 1:
         timeout = timedelta(minutes=timeout_minutes)
         backend = 'nccl' if device.type == 'cuda' else 'gloo'
         dist.init_process_group(backend, timeout=timeout, **_meeting_place(timeout))
-        # what hosts tell each other in every step goes over Gloo, so that no GPU is waited for
-        global _hosts
-        _hosts = dist.new_group(backend='gloo', timeout=timeout)
+        # what is exchanged in every step goes over Gloo, so that nobody waits for a GPU
+        global _gloo
+        _gloo = dist.new_group(backend='gloo', timeout=timeout)
     try:
         yield device
     finally:
@@ -93,90 +79,82 @@ def _choose_device(name):
         )
     if name == 'cpu' or not torch.cuda.is_available():
         return torch.device('cpu')
-    local_rank = int(os.environ.get('LOCAL_RANK', 0))
-    if local_rank >= torch.cuda.device_count():
+    if local_rank() >= torch.cuda.device_count():
         raise InputError(
-            f'process {local_rank} of this host has no GPU of its own: there are {torch.cuda.device_count()}. '
+            f'process {local_rank()} of this host has no GPU of its own: there are {torch.cuda.device_count()}. '
             'Start at most that many processes per host.'
         )
-    torch.cuda.set_device(local_rank)
+    torch.cuda.set_device(local_rank())
     torch.backends.cudnn.benchmark = True  # crops are all of one size, so one search per layer
     torch.backends.cudnn.allow_tf32 = True  # convolutions only; matrix products stay float32, the head needs that
-    return torch.device('cuda', local_rank)
+    return torch.device('cuda', local_rank())
 
 
-def wrap_ddp(net, device, sync_bn=True):
-    """Wrap a network for gradient averaging over the processes; the network itself where there is one process.
+def wrap_ddp(net: nn.Module, device: torch.device, sync_bn: bool = True) -> nn.Module:
+    """Wrap a network in DistributedDataParallel; with one process, return the network itself.
 
     Args:
-        net (nn.Module): on `device`.
-        device (torch.device): of this process.
-        sync_bn (bool): batch statistics over all processes; PyTorch has that on GPUs only.
+        net: on `device`.
+        device: of this process.
+        sync_bn: batch statistics over all processes; PyTorch has that on GPUs only.
     """
     if world_size() == 1:
         return net
     if device.type == 'cuda' and sync_bn:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    # running statistics do not enter a training step; `broadcast_buffers` makes them one before they are used
+    # a training step does not use running statistics; `broadcast_buffers` makes them equal before they are used
     wrapper = nn.parallel.DistributedDataParallel
     known = inspect.signature(wrapper).parameters
     buffers = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'  # its older name
     return wrapper(net, device_ids=[device.index] if device.type == 'cuda' else None, **{buffers: False})
 
 
-def broadcast_buffers(net):
-    """Give every process the main one's running statistics: without SyncBatchNorm they drift apart between steps."""
+def broadcast_buffers(net: nn.Module):
+    """Give every process the running statistics of the main one: without SyncBatchNorm each process has its own."""
     if world_size() > 1:
         for buffer in net.buffers():
             dist.broadcast(buffer, src=0)
 
 
-def all_sum(tensor):
+def all_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sum a tensor over the processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
-def all_gather(value):
-    """The values of all processes, a list by rank."""
+def all_gather(value) -> list:
+    """The values of all processes by rank."""
     if not dist.is_initialized():
         return [value]
     values = [None] * world_size()
-    dist.all_gather_object(values, value, group=_hosts)
+    dist.all_gather_object(values, value, group=_gloo)
     return values
 
 
 def barrier():
-    """Wait until every process has come here."""
+    """Wait for all processes."""
     if dist.is_initialized():
-        dist.barrier(group=_hosts)
+        dist.barrier(group=_gloo)
 
 
-def sum_over_processes(*values):
-    """Sums of whole numbers over the processes, exchanged on the CPU: a list of int."""
+def sum_over_processes(*values: int) -> list[int]:
+    """Sums of integers over the processes, exchanged on the CPU."""
     if not dist.is_initialized():
         return list(values)
     sums = torch.tensor(values, dtype=torch.int64)
-    dist.all_reduce(sums, group=_hosts)
+    dist.all_reduce(sums, group=_gloo)
     return sums.tolist()
 
 
-def mean_over_processes(values):
-    """Means of scalar tensors over the processes.
-
-    Args:
-        values (dict): name -> scalar tensor.
-
-    Returns:
-        dict: name -> float.
-    """
+def mean_over_processes(values: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Means of scalar tensors over the processes."""
     means = all_sum(torch.stack([value.detach().float() for value in values.values()])) / world_size()
     return dict(zip(values, means.tolist(), strict=True))
 
 
-def on_main(function):
-    """Call a function in the main process only and give its result to all; its InputError, which it tells, ends all."""
+def on_main(function: Callable[[], T]) -> T:
+    """Call a function in the main process only and give its result to all; its InputError ends all of them."""
     if not dist.is_initialized():
         return function()
     answer = [None, None]
@@ -185,7 +163,7 @@ def on_main(function):
             answer = [function(), None]
         except InputError as error:
             answer = [None, str(error)]
-    dist.broadcast_object_list(answer, src=0, group=_hosts)
+    dist.broadcast_object_list(answer, src=0, group=_gloo)
     if answer[1] is not None:
         if is_main():
             raise InputError(answer[1])
@@ -193,12 +171,12 @@ def on_main(function):
     return answer[0]
 
 
-def broadcast(value):
-    """The main process's value, in all processes."""
+def broadcast(value: T) -> T:
+    """The main process's value."""
     return on_main(lambda: value)
 
 
-def main_first(function, *args):
-    """Call a function that makes files in the main process, then in the others; returns what it does."""
+def main_first(function: Callable[..., T], *args) -> T:
+    """Call a function that makes files in the main process first, then in the others; returns its result."""
     made = on_main(lambda: function(*args))
     return made if is_main() else function(*args)

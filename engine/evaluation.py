@@ -1,28 +1,39 @@
 """Evaluation: segment images and compare them with their masks."""
 
+from collections.abc import Callable, Iterable
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
 from core import signals
-from engine.distributed import all_sum, is_main, world_size
+from core.ranks import is_main, world_size
+from engine.distributed import all_sum
 from engine.metrics import confusion_matrix
 from engine.precision import autocast, to_device
 from model.kernels.upsampling import needed, predict
 
 
 @torch.no_grad()
-def evaluate(net, batches, device, dtype=torch.float32, on_prediction=None):
-    """Segment images and compare with their masks.
+def evaluate(
+    net: nn.Module,
+    batches: Iterable[dict],
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    on_prediction: Callable | None = None,
+) -> np.ndarray:
+    """Segment images and compare them with their masks.
 
     Args:
-        net (POP): put into eval mode.
-        batches (iterable of dict): from `evaluation_loader`, or with 'features' in place of 'image' (`cache`).
-        device (torch.device), dtype (torch.dtype): where and in which precision the network runs (`precision`).
-        on_prediction (callable, optional): called with (id, prediction, mask) of each image, tensors [h, w].
+        net: a `POP` network; put into eval mode.
+        batches: from `loaders.evaluation_loader`, or with 'features' in place of 'image' (`feature_cache`).
+        device, dtype: where and in which precision the network runs (`precision.precision`).
+        on_prediction: called with (id, prediction, mask) of each image, integer tensors [h, w].
 
     Returns:
-        ndarray: int64 confusion matrix of all processes' images, row = truth.
+        Confusion matrix of all processes' images, int64 [K, K], row = truth.
     """
     net.eval()
     confusion = torch.zeros(net.num_logits, net.num_logits, dtype=torch.int64, device=device)
@@ -46,19 +57,26 @@ def evaluate(net, batches, device, dtype=torch.float32, on_prediction=None):
     return all_sum(confusion).cpu().numpy()
 
 
-def segment(net, features, scores, canvas, shape, dtype=torch.float32):
-    """Labels of one image from its features; what only shows padding is not computed.
+def segment(
+    net: nn.Module,
+    features: torch.Tensor,
+    scores: tuple[torch.Tensor, torch.Tensor],
+    canvas: tuple[int, int],
+    shape: tuple[int, int],
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Labels of one image from its features. What shows only padding is not computed.
 
     Args:
-        net (POP): classifies the features.
-        features (Tensor): [1, C, h, w].
-        scores (tuple): the network's `score_prototypes()`.
-        canvas ((int, int)): size that the whole feature map is upsampled to.
-        shape ((int, int)): (H, W) of the top left part that shows the image.
-        dtype (torch.dtype): of convolutions.
+        net: classifies the features.
+        features: [1, C, h, w].
+        scores: the network's `score_prototypes()`.
+        canvas: size that the whole feature map is upsampled to.
+        shape: (H, W) of the top left part that shows the image.
+        dtype: of convolutions.
 
     Returns:
-        Tensor: int64 [H, W].
+        int64 [H, W].
     """
     sizes = features.shape[-2:]
     rows, columns = (needed(*sides) for sides in zip(shape, canvas, sizes, strict=True))

@@ -8,36 +8,38 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from core.files import atomic_write, json_ready
-from engine.distributed import is_main
+from core.ranks import is_main
+from engine.resume import RunFolder
 
 
 class RunLogger:
     """Logs to the terminal and to a run's folder.
 
     Args:
-        folder (Path): the snapshot folder; made where it is missing.
-        arguments (dict): written to args.json.
-        snapshots (RunFolder, optional): says which records of metrics.jsonl stay; those made after the checkpoint that
-            a run goes on from are made again. Without it none stay.
+        path: the snapshot folder; made where it is missing.
+        arguments: written to args.json.
+        folder: says which records of metrics.jsonl stay: those made after the checkpoint that a run resumes from are
+            made again. Without it none stay.
     """
 
-    def __init__(self, folder, arguments, snapshots=None):
+    def __init__(self, path: Path, arguments: dict, folder: RunFolder | None = None):
         self._tensorboard = None
         self._records = Counter()  # of metrics.jsonl, by seed
         if is_main():
-            self._folder = Path(folder)
+            self._folder = Path(path)
             with atomic_write(self._folder / 'args.json') as file:
                 json.dump(arguments, file, indent=2, default=str)
-            self._keep_records(snapshots)
+            self._keep_records(folder)
             self._tensorboard = SummaryWriter(str(self._folder / 'tb'))
             self.info(f'{time.strftime("%Y-%m-%d %H:%M:%S")}  {" ".join(sys.argv)}')
 
-    def info(self, text, terminal=True):
-        """Append text to log.txt and, unless the terminal shows it otherwise, print it."""
+    def info(self, text: str, terminal: bool = True):
+        """Append text to log.txt; print it too, unless a progress bar shows it (`terminal=False`)."""
         if is_main():
             if terminal:
                 tqdm.write(text)  # above a progress bar, where there is one
@@ -45,42 +47,44 @@ class RunLogger:
             with open(self._folder / 'log.txt', 'a') as file:
                 file.write(f'{text}\n')
 
-    def _keep_records(self, snapshots):
-        """Remove from metrics.jsonl what does not stay."""
+    def _keep_records(self, folder):
+        """Remove the other records from metrics.jsonl."""
         path = self._folder / 'metrics.jsonl'
         lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
         kept = []
         for line in lines:
             record = _parsed(line)
-            if snapshots and record and snapshots.keeps(record):
+            if folder and record and folder.keeps(record):
                 kept.append(line)
                 self._records[record.get('seed')] += 1
-        for seed, count in snapshots.records.items() if snapshots else ():
+        for seed, count in folder.records.items() if folder else ():
             if self._records[seed] < count:
                 print(f'warning: {path} lacks records of what was done before', flush=True)
         if kept != lines or not path.is_file():
             with atomic_write(path, 'wb') as file:
                 file.writelines(kept)
 
-    def secure_records(self, seed):
-        """Have all records on disk; returns how many there are of a seed, 0 in other processes than the main one."""
+    def sync_records(self, seed: int | None) -> int:
+        """Flush all records to disk; returns how many there are of a seed, 0 in processes other than the main one."""
         if is_main():
             with open(self._folder / 'metrics.jsonl', 'a') as file:
                 os.fsync(file.fileno())
         return self._records[seed]
 
-    def record(self, kind, step, values, timing=None, iou=None, **position):
+    def record(
+        self, kind: str, step: int, values: dict, timing: dict | None = None, iou: dict | None = None, **position
+    ):
         """Append one JSON object to metrics.jsonl and its numbers to TensorBoard.
 
         The file holds nothing that depends on the clock: runs that compute the same have the same.
 
         Args:
-            kind (str): 'train' or 'val'.
-            step (int): optimisation steps so far.
-            values (dict): name -> number; NaN and infinity become null.
-            timing (dict, optional): name -> number; for TensorBoard only.
-            iou (dict, optional): class name -> IoU in percent.
-            position: epoch, seed, ... stored alike but not drawn.
+            kind: 'train' or 'val'.
+            step: optimisation steps so far.
+            values: name -> number; NaN and infinity become null.
+            timing: name -> number; for TensorBoard only.
+            iou: class name -> IoU in percent.
+            position: epoch, seed, ...; stored too, but not drawn.
         """
         if not is_main():
             return
@@ -94,12 +98,12 @@ class RunLogger:
             if value is not None:
                 self._tensorboard.add_scalar(f'{_tag(kind, position)}/{name}', value, step)
 
-    def picture(self, name, picture, step, **position):
+    def picture(self, name: str, picture: np.ndarray, step: int, **position):
         """Show a picture, uint8 [H, W, 3], in TensorBoard."""
         if is_main():
             self._tensorboard.add_image(_tag(name, position), picture, step, dataformats='HWC')
 
-    def hyperparameters(self, arguments, metrics, **position):
+    def hyperparameters(self, arguments: dict, metrics: dict, **position):
         """Show the arguments of a finished run beside its metrics (name -> number) in TensorBoard."""
         if is_main():
             plain = {name: value if isinstance(value, (bool, int, float, str)) else str(value)

@@ -8,15 +8,15 @@ HEAD_LR_FACTOR = 10
 GIVEN = ('initial_lr', 'momentum', 'weight_decay')  # settings of a group that the command line gives
 
 
-def parameter_groups(net, learning_rate, weight_decay):
+def parameter_groups(net: nn.Module, learning_rate: float, weight_decay: float) -> list[dict]:
     """SGD groups: backbone at the learning rate, the rest at ten times it and without weight decay on biases.
 
     Args:
-        net (nn.Module): parameters named backbone.* belong to the backbone; frozen ones are left out.
-        learning_rate, weight_decay (float): of the backbone.
+        net: parameters named backbone.* belong to the backbone; frozen ones are left out.
+        learning_rate, weight_decay: of the backbone.
 
     Returns:
-        list of dict: the groups that have parameters, with a 'name'.
+        The groups that have parameters, each with a 'name'.
     """
     groups = {
         'backbone': {'params': [], 'lr': learning_rate, 'weight_decay': weight_decay},
@@ -34,15 +34,25 @@ class Optimization:
     """SGD with momentum, poly decay per step, gradient clipping and, on CUDA with --fp16, loss scaling.
 
     Args:
-        net (nn.Module): trained where requires_grad.
-        learning_rate, momentum, weight_decay (float): see `parameter_groups`.
-        total_steps (int): steps of the whole run, which the schedule reaches 0 at.
-        first_step (int): the step to start at.
-        power (float): of the poly schedule; 0 keeps the learning rate constant.
-        fp16 (bool): scale the loss on CUDA, whose float16 gradients underflow otherwise.
+        net: trained where requires_grad.
+        learning_rate, momentum, weight_decay: see `parameter_groups`.
+        total_steps: steps of the whole run; the learning rate is 0 after them.
+        first_step: the step to start at.
+        power: of the poly schedule, (1 - step / total_steps)^power; 0 keeps the learning rate constant.
+        fp16: scale the loss on CUDA, whose float16 gradients underflow otherwise.
     """
 
-    def __init__(self, net, learning_rate, momentum, weight_decay, total_steps, first_step=0, power=0.9, fp16=False):
+    def __init__(
+        self,
+        net: nn.Module,
+        learning_rate: float,
+        momentum: float,
+        weight_decay: float,
+        total_steps: int,
+        first_step: int = 0,
+        power: float = 0.9,
+        fp16: bool = False,
+    ):
         groups = parameter_groups(net, learning_rate, weight_decay)
         self.parameters = [parameter for group in groups for parameter in group['params']]
         self.optimizer = torch.optim.SGD(groups, momentum=momentum, fused=True)
@@ -52,31 +62,31 @@ class Optimization:
         self.device = self.parameters[0].device
         self.scaler = torch.amp.GradScaler('cuda', enabled=fp16 and self.device.type == 'cuda')
 
-    def backward(self, loss):
-        """Add a scalar loss's gradients to those that the next step takes."""
+    def backward(self, loss: torch.Tensor):
+        """Add the gradients of a scalar loss to those of the next step."""
         self.scaler.scale(loss).backward()
 
-    def step(self):
-        """Take one step; returns the gradient norm before clipping, a scalar tensor."""
+    def step(self) -> torch.Tensor:
+        """Take one step; returns the gradient norm before clipping, a scalar."""
         self.scaler.unscale_(self.optimizer)
         grad_norm = nn.utils.clip_grad_norm_(self.parameters, GRADIENT_CLIP)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)  # now, so that the next forward pass has their memory
+        self.optimizer.zero_grad(set_to_none=True)  # now: the next forward pass can use their memory
         return grad_norm
 
     @property
-    def scales(self):
+    def scales(self) -> bool:
         """Whether losses are scaled."""
         return self.scaler.is_enabled()
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         """Momentum, schedule position and loss scale."""
         return {name: part.state_dict() for name, part in self._parts.items()}
 
-    def load_state_dict(self, state):
-        """Go on from a `state_dict`; learning rate, momentum and weight decay stay what this run was given."""
+    def load_state_dict(self, state: dict):
+        """Restore a `state_dict`; learning rate, momentum and weight decay stay those that this run was given."""
         given = [{key: group[key] for key in GIVEN} for group in self.optimizer.param_groups]
         for name, part in self._parts.items():
             if state[name]:  # a run without loss scaling has none of its state
@@ -90,6 +100,6 @@ class Optimization:
         return {'optimizer': self.optimizer, 'schedule': self.schedule, 'scaler': self.scaler}
 
     @property
-    def learning_rates(self):
+    def learning_rates(self) -> dict[str, float]:
         """Group name -> current learning rate."""
         return {group['name']: group['lr'] for group in self.optimizer.param_groups}

@@ -5,12 +5,14 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from engine.distributed import broadcast, is_main
+from core.ranks import is_main
+from engine.distributed import broadcast
 
 
-def precision(device, fp16):
-    """The type that convolutions run in: with mixed precision float16 on CUDA, bfloat16 on CPUs that compute in it."""
+def precision(device: torch.device, fp16: bool) -> torch.dtype:
+    """The type that convolutions run in: with `fp16` float16 on CUDA, and bfloat16 on CPUs with instructions for it."""
     if not fp16:
         return torch.float32
     if device.type == 'cuda':
@@ -22,37 +24,37 @@ def precision(device, fp16):
     return torch.float32
 
 
-def name_of(dtype):
+def name_of(dtype: torch.dtype) -> str:
     """'float32', 'float16' or 'bfloat16'."""
     return str(dtype).removeprefix('torch.')
 
 
 @lru_cache
-def computes_in_bfloat16():
+def computes_in_bfloat16() -> bool:
     """Whether the processor has instructions for bfloat16; True where that cannot be told.
 
-    With AVX2 alone PyTorch was found a dozen times slower in bfloat16 than in float32.
+    With AVX2 alone, PyTorch was 12 times slower in bfloat16 than in float32 (benchmarks/NOTES.md).
     """
     processor = Path('/proc/cpuinfo')
     return not processor.is_file() or names_bfloat16(processor.read_text())
 
 
-def names_bfloat16(cpuinfo):
+def names_bfloat16(cpuinfo: str) -> bool:
     """Whether the text of /proc/cpuinfo names bfloat16 instructions of x86 or Arm."""
     return re.search(r'\b(avx512_bf16|amx_bf16|bf16)\b', cpuinfo) is not None
 
 
-def autocast(device, dtype):
-    """Have convolutions run in what `precision` chose."""
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Run convolutions in the type that `precision` chose."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def compile_features(net):
-    """Compile backbone and decoder of a POP network in place (torch.compile); its keys stay as they are."""
+def compile_features(net: nn.Module):
+    """Compile backbone and decoder of a POP network in place (torch.compile); its keys do not change."""
     net.backbone.compile()
     net.decoder.compile()
 
 
-def to_device(images, device):
+def to_device(images: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Move images [B, 3, H, W] to the device, channels last."""
     return images.to(device, non_blocking=True, memory_format=torch.channels_last)

@@ -1,120 +1,162 @@
-"""The snapshot folder of a run: used by one run at a time, and where an interrupted run goes on from."""
+"""How an interrupted run resumes: what its folder must hold, and when a run is refused.
 
-import contextlib
-import fcntl
+A run saves its whole state in `last.pth` (`trainer.Trainer.save`); the file before it stays as `previous.pth`. The same
+command, started again, finds these files here (`RunFolder`), checks that flags, classes, lists and base network are
+those of the interrupted run, and hands the state to `trainer.Trainer.load_state`. Everything random is a function of
+(seed, epoch, index), so a resumed run computes what an uninterrupted one would have, bit for bit on the CPU.
+
+metrics.jsonl is written between saves. Each checkpoint says how many of its records it includes, and `RunFolder.keeps`
+says which ones a resumed run keeps; later ones are made again.
+"""
+
 import hashlib
 import math
-import os
 import shutil
-import socket
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from core.errors import InputError, some
-from core.files import check_writable
 from engine.checkpoint import check_config, of_seeds, read_state
-from engine.distributed import barrier, is_main, on_main
+from engine.distributed import barrier, on_main
 from engine.precision import name_of
 
-# flags that say how a run is carried out, and that may change when it goes on; what comes of it depends on the others
-# (batch statistics of parts, the cache's half precision and images that are skipped aside)
+# Flags that say how a run is carried out; they may change when it resumes. Its result depends on the others only, apart
+# from batch statistics of micro-batches, the half precision of cached features, and skipped images.
 EXECUTION_FLAGS = {
     'accumulate', 'compile', 'data_dir', 'device', 'fp16', 'num_workers', 'overwrite', 'print_frequency', 'resume',
     'save_every_minutes', 'save_every_steps', 'save_pred_every', 'select', 'skip_bad_images', 'snapshot_dir',
     'test_batch_size', 'timeout_minutes', 'train_list', 'val_cache', 'val_cache_gb', 'val_list',
 }  # fmt: skip
-# flags that a run which goes on from a file must share with it: what its network, optimiser and steps rest on
+# What a run that resumes from a file (--resume FILE) must share with it: its network, optimiser and steps depend on it.
 FIXED_FLAGS = (
     'dataset', 'fold', 'model', 'backbone', 'os', 'shot', 'batch_size', 'start_epoch', 'fix_bn',
     'freeze_backbone', 'filter_novel', 'content of training list', 'content of base network',
 )  # fmt: skip
-CHECKPOINTS = ('last', 'previous', 'best')  # with the seed behind it in stage 2
+CHECKPOINTS = ('last', 'previous', 'best')  # stage 2 appends the seed
 RUN_FILES = (
     'last*.pth', 'last*.damaged', 'previous*.pth', 'best*.pth', 'epoch_*.pth', 'metrics.jsonl', 'log.txt', 'args.json',
     'tb',
 )  # fmt: skip
 
 
-class RunFolder:
-    """What a snapshot folder holds of a run.
+@dataclass
+class SavedState:
+    """Where one seed of a run resumes.
 
-    Args:
-        folder (Path): --snapshot-dir.
-        arguments (dict): seed -> what this run depends on (`run_arguments`), stored in its checkpoints; the seed is
-            None in stage 1. Seeds may come later.
-        resume (str): 'auto', 'off' or a checkpoint file.
-        overwrite (bool): unless 'auto': remove an earlier run.
-        classes (list): of the fold (`Legend.classes`), which a run that goes on must have been about.
-
-    Raises:
-        InputError: the folder holds another run, one of the other stage, or one that is not to be continued, or the
-            file is of another run. Nothing has been changed then.
+    Attributes:
+        path: of the checkpoint.
+        arguments: what the interrupted run depended on (`run_arguments`).
+        epoch: epochs done.
+        step: optimisation steps done.
+        records: how many records of metrics.jsonl the checkpoint includes.
+        reopened: a finished run trains on (--resume FILE).
     """
 
-    def __init__(self, folder, arguments, resume, overwrite=False, classes=()):
-        self.folder, self.arguments, self.classes = Path(folder), arguments, classes
-        self._given_up = []
-        self._found = on_main(lambda: self._find(resume, overwrite))  # seed -> where a run goes on from
+    path: str
+    arguments: dict
+    epoch: int
+    step: int
+    records: int
+    reopened: bool = False
 
-    def make_room(self):
-        """Remove the earlier run that --overwrite gives up; called when nothing is left to be refused."""
+    @classmethod
+    def of(cls, path: Path | str, state: dict) -> 'SavedState':
+        """Of a checkpoint that has been read (`checkpoint.read_state`)."""
+        training = state['training']
+        epoch = training['progress']['epoch']
+        return cls(str(path), training['arguments'], epoch, training.get('step', 0), training.get('records', 0))
+
+
+class RunFolder:
+    """A snapshot folder, and where a run in it resumes.
+
+    Args:
+        folder: --snapshot-dir.
+        arguments: seed -> what this run depends on (`run_arguments`); stored in its checkpoints. The seed is None in
+            stage 1. Seeds may be added to a run later.
+        resume: 'auto', 'off' or a checkpoint file.
+        overwrite: unless 'auto': remove an earlier run.
+        classes: of the fold (`Legend.classes`); a resumed run must have the same.
+
+    Raises:
+        InputError: the folder holds a run with other arguments, one of the other stage, or one that is not to be
+            resumed; or the file is of another run. Nothing has been changed then.
+    """
+
+    def __init__(
+        self, folder: Path, arguments: dict, resume: str = 'auto', overwrite: bool = False, classes: Sequence = ()
+    ):
+        self.folder, self.arguments, self.classes = Path(folder), arguments, classes
+        self._given_up = []  # files of an earlier run
+        self._found: dict[int | None, SavedState] = on_main(lambda: self._find(resume, overwrite))
+
+    def remove_earlier_run(self):
+        """Remove the run that --overwrite gives up; to be called when nothing is left to be refused."""
         barrier()  # every process has read what it starts from
         for path in self._given_up:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         self._given_up = []
 
-    def state(self, seed=None):
-        """What `checkpoint.save_checkpoint` stored of a seed, or None."""
+    def state(self, seed: int | None = None) -> dict | None:
+        """What `checkpoint.save_checkpoint` stored of a seed; None where the seed starts from the beginning."""
         found = self._found.get(seed)
         if not found:
             return None
-        state = read_state(found['path'])
-        if found['reopened']:
+        state = read_state(found.path)
+        if found.reopened:
             state['training']['progress']['finished'] = False
-        if not self._contains(found['path']):  # the best checkpoint is not in this folder
+        if not self._contains(found.path):  # the best checkpoint is not in this folder
             state['training']['progress'] |= {'best': None, 'best_epoch': state['epoch']}
         return state
 
-    def holds(self, seed=None):
-        """Whether there is something of this seed to go on from."""
+    def holds(self, seed: int | None = None) -> bool:
+        """Whether there is a state of this seed to resume from."""
         return seed in self._found
 
-    def any_path(self):
-        """A file that holds the base network that this run's states share, or None."""
-        return next((found['path'] for found in self._found.values()), None)
+    def any_path(self) -> str | None:
+        """A checkpoint with the base network that all states of this run share; None where there is no state."""
+        return next((found.path for found in self._found.values()), None)
 
-    def path(self, name, seed=None):
-        """FOLDER/name.pth, or FOLDER/name_{seed}.pth."""
+    def path(self, name: str | None = None, seed: int | None = None) -> Path:
+        """FOLDER, FOLDER/name.pth, or FOLDER/name_{seed}.pth."""
+        if name is None:
+            return self.folder
         return self.folder / (f'{name}.pth' if seed is None else f'{name}_{seed}.pth')
 
-    def keeps(self, record):
-        """Whether a record of metrics.jsonl stays: of seeds left alone, and of what was done before a run goes on."""
+    def keeps(self, record: dict) -> bool:
+        """Whether a record of metrics.jsonl stays: of other seeds, and of what was done before this run resumes."""
         seed = record.get('seed')
         if seed not in self.arguments:
             return True
         if seed not in self._found:
             return False
         found = self._found[seed]
-        return record['epoch'] <= found['epoch'] or (record['kind'] == 'train' and record['step'] <= found['step'])
+        return record['epoch'] <= found.epoch or (record['kind'] == 'train' and record['step'] <= found.step)
 
     @property
-    def records(self):
-        """Seed -> how many records metrics.jsonl must hold of what was done before."""
-        return {seed: found['records'] for seed, found in self._found.items()}
+    def records(self) -> dict[int | None, int]:
+        """Seed -> how many records of what was done before metrics.jsonl must hold."""
+        return {seed: found.records for seed, found in self._found.items()}
 
     def _find(self, resume, overwrite):
+        """Seed -> SavedState."""
         self._check_stage()
         if resume == 'off':
             self._give_up(overwrite)
             return {}
         if resume != 'auto':
-            return self._from_file(resume, overwrite)
+            return self._find_from_file(resume, overwrite)
         found = {seed: latest for seed in self.arguments if (latest := self._latest(seed))}
         for seed, latest in found.items():
             self._check_same(seed, latest)
         return found
 
     def _check_stage(self):
-        """Refuse, also with --overwrite, a folder of the other stage: its arguments and curves would be replaced."""
+        """Refuse a folder of the other stage, also with --overwrite: its arguments and curves would be replaced."""
         stage = 1 if None in self.arguments else 2
         paths = (self.path(name) for name in CHECKPOINTS)
         others = [other for path in paths
@@ -126,8 +168,8 @@ class RunFolder:
                 f'{stage}. Give it a --snapshot-dir of its own.'
             )
 
-    def _from_file(self, path, overwrite):
-        """Go on from a file, as far as it and this run's flags allow, with its own folder's other seeds."""
+    def _find_from_file(self, path, overwrite):
+        """Resume from a file, which this run's flags must fit; other seeds resume from their own files."""
         state = read_state(path)
         seed, training = state['config'].get('seed'), state['training']
         if seed not in self.arguments:
@@ -141,17 +183,17 @@ class RunFolder:
         found = {}
         if self._contains(path):
             found = {other: latest for other in self.arguments if (latest := self._latest(other))}
-        found[seed] = _resumable(path, state)
-        for of_seed, latest in found.items():  # they go on together
-            latest['reopened'] = True
-            if differing := _differing(latest['arguments'], self.arguments[of_seed], FIXED_FLAGS):
+        found[seed] = SavedState.of(path, state)
+        for other, latest in found.items():  # all seeds of a run have the same flags
+            latest.reopened = True
+            if differing := _differing(latest.arguments, self.arguments[other], FIXED_FLAGS):
                 raise InputError(
-                    f'{latest["path"]} cannot be gone on from: its network, optimiser or steps do not fit '
+                    f'cannot resume from {latest.path}: its network, optimiser or steps do not fit '
                     f'({"; ".join(differing)}). Use --restore-from to start from its weights.'
                 )
         if not self._contains(path):
             self._give_up(overwrite)
-            found[seed]['records'] = 0
+            found[seed].records = 0
         return found
 
     def _contains(self, path):
@@ -159,31 +201,32 @@ class RunFolder:
         return Path(path).resolve().parent == self.folder.resolve()
 
     def _latest(self, seed):
-        """Where to go on from: `last`, or `previous` where `last` cannot be read; None where there is neither."""
+        """SavedState of `last`, or of `previous` where `last` cannot be read; None where there is neither."""
         broken = {}
         for name in ('last', 'previous'):
             path = self.path(name, seed)
-            if path.is_file():
-                try:
-                    state = read_state(path)
-                except InputError as error:
-                    broken[path] = error
-                    continue
-                for damaged, error in broken.items():
-                    print(f'warning: {error}\nwarning: going on from {path}', flush=True)
-                    damaged.replace(damaged.with_suffix('.damaged'))  # else it would become `previous`
-                check_config(path, state['config'], {'classes': self.classes})
-                return _resumable(path, state)
+            if not path.is_file():
+                continue
+            try:
+                state = read_state(path)
+            except InputError as error:
+                broken[path] = error
+                continue
+            for damaged, error in broken.items():
+                print(f'warning: {error}\nwarning: resuming from {path}', flush=True)
+                damaged.replace(damaged.with_suffix('.damaged'))  # else it would become `previous`
+            check_config(path, state['config'], {'classes': self.classes})
+            return SavedState.of(path, state)
         if broken:
             error = next(iter(broken.values()))
             raise InputError(f'{error} There is no earlier good checkpoint; --resume off --overwrite starts over.')
         return None
 
     def _check_same(self, seed, found):
-        if differing := _differing(found['arguments'], self.arguments[seed]):
+        if differing := _differing(found.arguments, self.arguments[seed]):
             raise InputError(
                 f'{self.folder} holds a run with other arguments: {"; ".join(differing)}. Use another --snapshot-dir, '
-                f'--resume {found["path"]} to go on from its weights and optimiser with these arguments, or '
+                f'--resume {found.path} to resume from its weights and optimiser with these arguments, or '
                 '--resume off --overwrite to start over.'
             )
 
@@ -197,17 +240,8 @@ class RunFolder:
         self._given_up = present
 
 
-def _resumable(path, state):
-    """What there is to know of a checkpoint that a run goes on from."""
-    training = state['training']
-    return {
-        'path': str(path), 'arguments': training['arguments'], 'reopened': False,
-        'epoch': training['progress']['epoch'], 'step': training.get('step', 0), 'records': training.get('records', 0),
-    }  # fmt: skip
-
-
 def _differing(earlier, now, names=None):
-    """What is not the same in a run's arguments then and now, of all names that both have or of some of them."""
+    """Descriptions of the arguments that differ, of all names that both have or of some of them."""
     return [
         f'{name} was {earlier[name]}, is {now[name]}'
         for name in sorted({*earlier} & {*now} & {*(names or now)})
@@ -215,52 +249,25 @@ def _differing(earlier, now, names=None):
     ]
 
 
-def run_arguments(args, dtype, lists):
-    """What a run depends on: its flags, precision, and the contents of its lists and base network, as plain values.
+def run_arguments(args: Namespace, dtype: torch.dtype, files: dict[str, Path]) -> dict:
+    """What a run depends on, as plain values: its flags, precision, and the contents of its lists and base network.
 
     Args:
-        args (Namespace): the flags.
-        dtype (torch.dtype): that --fp16 comes to on this processor.
-        lists (dict): name -> path of a file.
+        args: the flags.
+        dtype: the precision that --fp16 selects on this device.
+        files: name -> path.
     """
     flags = {name: _plain(value) for name, value in vars(args).items() if name not in EXECUTION_FLAGS}
-    return flags | {'precision': name_of(dtype)} | digests(lists)
+    return flags | {'precision': name_of(dtype)} | digests(files)
 
 
-def digests(lists):
+def digests(files: dict[str, Path]) -> dict[str, str]:
     """Digests of files' contents: 'content of NAME' for each name and path."""
     return {f'content of {name}': hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
-            for name, path in lists.items()}  # fmt: skip
+            for name, path in files.items()}  # fmt: skip
 
 
 def _plain(value):
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
-
-
-@contextlib.contextmanager
-def locked(folder):
-    """Keep other runs out of a snapshot folder until the block ends, or the process, however it does.
-
-    Raises:
-        InputError: another process has it.
-    """
-    if not is_main():
-        yield
-        return
-    check_writable(folder)
-    with open(Path(folder) / '.lock', 'a+') as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader processes do not inherit it
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            raise InputError(
-                f'{folder} is in use by another run ({file.read().strip()}); wait for it, or use another --snapshot-dir'
-            ) from None
-        except OSError as error:  # a file system without locks
-            print(f'warning: {folder} cannot be locked ({error.strerror})', flush=True)
-        file.truncate(0)
-        file.write(f'process {os.getpid()} on {socket.gethostname()}')
-        file.flush()
-        yield

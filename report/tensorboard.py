@@ -62,6 +62,12 @@ class ValidationPanel:
             self._fixed[image_id] = (self._tile(image), self._tile(self.legend.colors[truth]))
         self._predictions[image_id] = self._tile(self.legend.colors[prediction])
 
+    def pictures(self, net):
+        """Name -> picture, uint8 [H, W, 3]: the network's prototypes and, once there are images, its predictions."""
+        predictions = self.draw()
+        shown = {'prototypes': similarity_picture(net.prototypes())}
+        return shown if predictions is None else shown | {'predictions': predictions}
+
     def draw(self):
         """uint8 [rows * side, 3 * side, 3]: image, ground truth and prediction in each row; None without images."""
         rows = [np.hstack([*tiles, self._predictions[image_id]]) for image_id, tiles in self._fixed.items()]

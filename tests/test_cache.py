@@ -1,6 +1,5 @@
 """The validation cache: the same numbers as without it, the backbone run once, and budgets kept."""
 
-import argparse
 import json
 
 import numpy as np
@@ -13,23 +12,12 @@ from core.errors import InputError
 from dataset import DATASETS, FoldData
 from engine import feature_cache as cache
 from engine.evaluation import evaluate
-from engine.feature_cache import FeatureCache, cache_features
+from engine.feature_cache import CachedFeatures, FrozenFeatures, cache_features
 from engine.loaders import evaluation_loader
 from model import POP, PSP
 
 CPU = torch.device('cpu')
-WHERE = CPU, torch.float32  # and in which precision
 SIZE = (65, 129)  # wider than the images, so that there is padding
-
-
-class Log:
-    """Keeps what is logged."""
-
-    def __init__(self):
-        self.lines = []
-
-    def info(self, text):
-        self.lines.append(text)
 
 
 @pytest.fixture
@@ -43,17 +31,19 @@ def loader(shapes):
     spec = DATASETS['shapes']
     lists = spec.list_root(shapes)
     data = FoldData(spec, shapes, 0, lists / spec.train_list, lists / spec.val_list)
-    return evaluation_loader(data.validation(SIZE, with_novel=True), 3, 0, CPU)
+    return evaluation_loader(data.validation(SIZE, with_novel=True), 3, num_workers=0, device=CPU)
 
 
-def flags(folder, **changes):
-    return argparse.Namespace(**{'val_cache': 'auto', 'val_cache_gb': 1, 'snapshot_dir': folder} | changes)
+def cached(network, loader, folder, place='auto', budget_gb=1, log=lambda text: None):
+    return cache_features(
+        network, loader, SIZE, CPU, torch.float32, place=place, budget_gb=budget_gb, folder=folder, log=log
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize('place', ('memory', 'disk'))
 def test_every_pass_counts_what_the_network_counts_and_runs_the_backbone_once(network, loader, tmp_path, place):
     expected = evaluate(network, loader, CPU)
-    batches = cache_features(network, loader, SIZE, *WHERE, flags(tmp_path, val_cache=place), Log())
+    batches = cached(network, loader, tmp_path, place)
     images = []
     network.backbone.register_forward_hook(lambda module, inputs, output: images.append(len(inputs[0])))
     first, second = evaluate(network, batches, CPU), evaluate(network, batches, CPU)
@@ -64,7 +54,7 @@ def test_every_pass_counts_what_the_network_counts_and_runs_the_backbone_once(ne
 
 
 def test_a_pass_that_is_broken_off_is_made_again(network, loader, tmp_path):
-    batches = cache_features(network, loader, SIZE, *WHERE, flags(tmp_path), Log())
+    batches = cached(network, loader, tmp_path)
     for _ in zip(batches, range(2), strict=False):
         pass
     assert not batches.complete
@@ -74,7 +64,7 @@ def test_a_pass_that_is_broken_off_is_made_again(network, loader, tmp_path):
 
 
 def test_only_the_image_is_classified_not_its_padding(network, loader, tmp_path, monkeypatch):
-    batches = cache_features(network, loader, SIZE, *WHERE, flags(tmp_path), Log())
+    batches = cached(network, loader, tmp_path)
     widths = []
     classify = network.classify
     monkeypatch.setattr(network, 'classify', lambda q, scores: widths.append(q.shape[-1]) or classify(q, scores))
@@ -86,22 +76,23 @@ def test_only_the_image_is_classified_not_its_padding(network, loader, tmp_path,
 
 
 def test_the_place_follows_the_budget_and_a_shortage_is_told(network, loader, tmp_path, monkeypatch):
-    log = Log()
-    made = cache_features(network, loader, SIZE, *WHERE, flags(tmp_path, val_cache_gb=0), log)
-    assert isinstance(made, FeatureCache) and 'kept in disk' in log.lines[-1]
+    lines = []
+    made = cached(network, loader, tmp_path, budget_gb=0, log=lines.append)
+    assert isinstance(made, CachedFeatures) and 'kept in disk' in lines[-1]
     monkeypatch.setattr(cache, 'SPARE_DISK', 10**18)
-    assert cache_features(network, loader, SIZE, *WHERE, flags(tmp_path, val_cache_gb=0), log) is loader
-    assert 'need 0.0 GB' in log.lines[-1] and '--val-limit' in log.lines[-1]
+    assert type(cached(network, loader, tmp_path, budget_gb=0, log=lines.append)) is FrozenFeatures
+    assert 'need 0.0 GB' in lines[-1] and '--val-limit' in lines[-1]
     for place in ('memory', 'disk'):
         with pytest.raises(InputError, match=f'--val-cache {place}.*need'):
-            cache_features(network, loader, SIZE, *WHERE, flags(tmp_path, val_cache=place, val_cache_gb=0), log)
-    assert cache_features(network, loader, SIZE, *WHERE, flags(tmp_path, val_cache='off'), log) is loader
+            cached(network, loader, tmp_path, place, budget_gb=0)
+    uncached = cached(network, loader, tmp_path, 'off')
+    assert np.array_equal(evaluate(network, uncached, CPU), evaluate(network, loader, CPU))
 
 
 def test_features_that_half_precision_cannot_hold_are_refused(network, loader, tmp_path):
     with torch.no_grad():
         network.decoder.bottleneck[3].weight.mul_(1e7)
-    batches = cache_features(network, loader, SIZE, *WHERE, flags(tmp_path), Log())
+    batches = cached(network, loader, tmp_path)
     with pytest.raises(InputError, match='--val-cache off'):
         evaluate(network, batches, CPU)
 

@@ -215,7 +215,7 @@ def fold_data(folder, fold=0, **settings):
 
 
 def epoch_of(dataset, epoch, workers):
-    loader = training_loader(dataset, 4, 7, workers, CPU)
+    loader = training_loader(dataset, 4, 7, num_workers=workers, device=CPU)
     loader.batch_sampler.epoch = epoch
     return list(loader)
 
@@ -278,7 +278,7 @@ def test_evaluation_items_fit_pad_and_know_their_canvas(shapes):
         expected = cv2.resize(original['mask'], fitted[::-1], interpolation=cv2.INTER_NEAREST)
         assert np.array_equal(item['mask'], expected)
         assert (item['image'][:, fitted[0] :] == 0).all() and (item['image'][:, :, fitted[1] :] == 0).all()
-    batch = next(iter(evaluation_loader(full, 8, 0, CPU)))
+    batch = next(iter(evaluation_loader(full, 8, num_workers=0, device=CPU)))
     assert len({tuple(mask.shape) for mask in batch['mask']}) > 1
 
 

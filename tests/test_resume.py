@@ -17,7 +17,8 @@ from conftest import launcher, run_process, same_results, stage_1, stage_2, star
 from core.errors import InputError
 from dataset import DATASETS
 from engine.logger import RunLogger
-from engine.resume import RunFolder, locked
+from engine.resume import RunFolder
+from engine.run import locked
 
 
 def kill_when_it_prints(process, text):
@@ -84,7 +85,7 @@ def test_a_finished_run_is_left_alone_and_other_arguments_are_refused(run_script
     code, output = run_script(*command, '--overwrite')
     assert code == 2 and '--resume off' in output
     code, output = run_script(*command, '--resume', tmp_path / 'best.pth')
-    assert code == 1 and 'no checkpoint that training can go on from' in output
+    assert code == 1 and 'no checkpoint that training can resume from' in output
     longer = stage_1(shapes, tmp_path / 'longer', '--num-epoch', 2)
     for changed in (longer, (*command, '--num-epoch', 2, '--learning-rate', '2e-3')):
         code, output = run_script(*changed, '--resume', tmp_path / 'last.pth')
@@ -123,7 +124,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(shapes, whole,
     (run / 'last.pth').write_bytes(content)
     code, output = run_process(sys.executable, *stage_1(shapes, run))
     assert code == 0 and f'{run / "last.pth"} cannot be read' in output, output
-    assert f'going on from {run / "previous.pth"}' in output
+    assert f'resuming from {run / "previous.pth"}' in output
     assert (run / 'last.damaged').read_bytes() == content  # out of the way of the next save
     same_results(whole(1), run, ('best', 'last'))
 

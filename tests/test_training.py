@@ -8,21 +8,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from oracle import dense_logits, dense_losses, dense_psp
 from torch import nn
 
-import ft_pop
 from core.errors import InputError, exits_cleanly
 from core.files import atomic_write, check_writable
 from dataset.legend import Legend
 from engine.loaders import training_loader
-from engine.logger import RunLogger
 from engine.optim import Optimization, parameter_groups
 from engine.resume import RunFolder
+from engine.run import Run
+from engine.stage import Plan, Stage
 from engine.trainer import Trainer
-from model import POP, PSP, build_model
+from ft_pop import NovelStage
+from model import POP, PSP, build_model, reference
 from model.losses import pop_losses
 from report.tensorboard import ValidationPanel
+
+CPU = torch.device('cpu')
 
 
 @pytest.mark.parametrize('num_novel', (0, 3))
@@ -41,11 +43,12 @@ def test_training_follows_the_plain_formulation_step_by_step(num_novel):
             images = torch.randn(4, 3, 9, 9, generator=generator, dtype=torch.float64)
             mask = torch.randint(0, net.num_logits, (4, 17, 17), generator=generator)
             net.train()
+            trained, fixed = (net.novel_emb, net.base_emb) if num_novel else (net.base_emb, None)
             if net is ours:
-                trained, fixed = (net.novel_emb, net.base_emb) if num_novel else (net.base_emb, None)
                 losses = pop_losses(net(images), mask, trained, fixed)
             else:
-                losses = dense_losses(dense_logits(net, dense_psp(net.decoder, net.backbone(images))), mask, net)
+                features = reference.decode(net.decoder, net.backbone(images))
+                losses = reference.losses(reference.classify(net, features), mask, trained, fixed)
             curve.append(sum(losses.values()).item())
             optimization.backward(sum(losses.values()))
             optimization.step()
@@ -104,8 +107,8 @@ def test_the_schedule_decays_from_where_it_starts():
     (49.99, 90.0, False),  # total down
 ))  # fmt: skip
 def test_the_released_rule_for_best(total, novel, better):
-    assert ft_pop.improves({'total': total, 'novel': novel}, {'total': 50.0, 'novel': 20.0}) is better
-    assert ft_pop.improves({'total': total, 'novel': novel}, None)
+    assert NovelStage.improves({'total': total, 'novel': novel}, {'total': 50.0, 'novel': 20.0}) is better
+    assert NovelStage.improves({'total': total, 'novel': novel}, None)
 
 
 @pytest.mark.parametrize(('val_every', 'stops_after', 'validated'), ((1, 5, [1, 2, 3, 4, 5]), (2, 6, [2, 4, 6])))
@@ -114,17 +117,24 @@ def test_a_run_keeps_best_and_last_and_stops_early(tmp_path, monkeypatch, val_ev
     correct = iter([50, 60, 70, 65, 60, 55, 50, 45] if val_every == 1 else [60, 70, 60, 50])
     monkeypatch.setattr(Trainer, 'train_epoch', lambda self: None)
     net = POP(nn.Conv2d(3, 8, 1), PSP(8, 16), 1)
-    args = argparse.Namespace(
-        snapshot_dir=tmp_path, base_size=(65, 65), start_epoch=0, num_epoch=8, val_every=val_every, save_pred_every=3,
-        print_frequency=1, fp16=False, learning_rate=1e-3, momentum=0.9, weight_decay=0.0, power=0.9, fix_lr=True,
+    loader = training_loader(range(4), 2, seed=0, num_workers=0, device=CPU)
+    legend = Legend(('background', 'thing'), (0, 1), 1, 'voc')
+
+    class ScriptedStage(Stage):
+        def validate(self):
+            return np.array([[(hits := next(correct)), 100 - hits], [0, 100]])
+
+        @staticmethod
+        def improves(metrics, best):
+            return best is None or metrics['base'] > best['base']
+
+    stage = ScriptedStage(
+        net=net, model=net, val_batches=(), device=CPU, dtype=torch.float32, class_names=legend.names,
+        panel=ValidationPanel(legend, read_image=None), config={'fold': 0}, seed=7, patience=1,
     )  # fmt: skip
-    loader = training_loader(range(4), 2, 0, 0, torch.device('cpu'))
-    panel = ValidationPanel(Legend(('background', 'thing'), (0, 1), 1, 'voc'), read_image=None)
-    result = Trainer(
-        None, lambda: np.array([[(hits := next(correct)), 100 - hits], [0, 100]]), panel, net, net, loader, args,
-        {'fold': 0}, lambda metrics, best: best is None or metrics['base'] > best['base'],
-        RunFolder(tmp_path, {7: {}}, 'auto'), RunLogger(tmp_path, {}), seed=7, patience=1,
-    ).fit()  # fmt: skip
+    run = Run(RunFolder(tmp_path, {7: {}}), argparse.Namespace())
+    plan = Plan(num_epoch=8, val_every=val_every, save_pred_every=3, print_frequency=1)
+    result = Trainer(stage, loader, Optimization(net, 1e-3, 0.9, 0.0, total_steps=16, power=0), run, plan).fit()
     epochs = {path.stem: torch.load(path, weights_only=True)['epoch'] for path in tmp_path.glob('*.pth')}
     best = 3 if val_every == 1 else 4
     saved = {f'epoch_{n}_7': n for n in range(3, stops_after + 1, 3)}

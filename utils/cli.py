@@ -1,16 +1,18 @@
-"""Command line flags that the three scripts share, and the checks of their values (exit code 2)."""
+"""Command line flags that the scripts share, and the checks of their values (exit code 2)."""
 
 import argparse
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
-from engine.distributed import world_size
+from core.ranks import world_size
+from dataset import DATASETS, DatasetSpec
 
 BASE_SIZE = (473, 473)
 
 
-def parse_switch(text):
+def parse_switch(text: str) -> bool:
     """0/1, false/true, no/yes: the published scripts write `--save 0`."""
     values = {'0': False, 'false': False, 'no': False, '1': True, 'true': True, 'yes': True}
     if text.lower() not in values:
@@ -18,12 +20,12 @@ def parse_switch(text):
     return values[text.lower()]
 
 
-def parse_size(text):
+def parse_size(text: str) -> tuple[int, int]:
     """'H,W' to (H, W)."""
     return _numbers(text, int, 'H,W with positive numbers, e.g. 473,473', 2, lambda h, w: h > 0 and w > 0)
 
 
-def parse_range(text):
+def parse_range(text: str) -> tuple[float, float]:
     """'LO,HI' to (LO, HI)."""
     return _numbers(text, float, 'LO,HI with 0 < LO <= HI, e.g. 0.9,1.1', 2, lambda low, high: 0 < low <= high)
 
@@ -44,8 +46,8 @@ def _are_seeds(*numbers):
     return len(set(numbers)) == len(numbers) and min(numbers) >= 0
 
 
-def add_seeds(group, name, text, default=(123,)):
-    """A flag of one or more seeds."""
+def add_seeds(group, name: str, text: str, default: tuple[int, ...] = (123,)):
+    """Add a flag that takes one or more seeds; `group` is a parser or a group of one."""
     group.add_argument(name, action=_Seeds, nargs='+', default=default, metavar='SEED', help=text)
 
 
@@ -59,37 +61,37 @@ def _numbers(text, kind, expected, count, valid):
     return numbers
 
 
-def positive(text):
+def positive(text: str) -> int:
     """A whole number > 0."""
     return _numbers(text, int, 'a whole number > 0', 1, lambda n: n > 0)[0]
 
 
-def not_negative(text):
+def not_negative(text: str) -> int:
     """A whole number >= 0."""
     return _numbers(text, int, 'a whole number >= 0', 1, lambda n: n >= 0)[0]
 
 
-def rate(text):
+def rate(text: str) -> float:
     """A finite number >= 0."""
     return _numbers(text, float, 'a finite number >= 0', 1, lambda x: 0 <= x < math.inf)[0]
 
 
 class _Parser(argparse.ArgumentParser):
-    """Ends on an error with its message, not with all flags above it."""
+    """Prints an error's message only, without the usage of all flags before it."""
 
     def error(self, message):
         self.exit(2, f'{self.prog}: error: {message}\n({self.prog} --help lists the flags)\n')
 
 
-def make_parser(doc):
-    """A parser that shows the script's docstring."""
+def make_parser(doc: str) -> argparse.ArgumentParser:
+    """A parser whose --help shows the script's docstring."""
     return _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def add_data_flags(parser, datasets):
+def add_data_flags(parser: argparse.ArgumentParser):
     """Which data: --dataset --data-dir --train-list --val-list --fold --base-size --num-workers ..."""
     group = parser.add_argument_group('data')
-    group.add_argument('--dataset', choices=list(datasets), default='voc', help='default: voc')
+    group.add_argument('--dataset', choices=list(DATASETS), default='voc', help='default: voc')
     group.add_argument('--data-dir', type=Path, required=True, help='folder of the images and masks')
     group.add_argument(
         '--train-list',
@@ -105,24 +107,26 @@ def add_data_flags(parser, datasets):
 
 
 def add_evaluation_flags(group):
-    """How images get to the network in evaluation; `group` is a parser or a group of one."""
+    """How evaluation feeds images to the network; `group` is a parser or a group of one."""
     group.add_argument(
         '--base-size',
         type=parse_size,
         default=BASE_SIZE,
         metavar='H,W',
-        help='evaluation: images are resized to fit (default: 473,473; for photographs what the training had)',
+        help='evaluation: images are resized to fit (default: 473,473; for utils.predict: as in training)',
     )
     group.add_argument('--test-batch-size', type=positive, default=1, help='per process (default: 1)')
     group.add_argument(
         '--num-workers',
         type=not_negative,
         default=min(4, os.cpu_count()),
-        help='loader processes per training process (default: 4, or the cores there are)',
+        help='loader processes per training process (default: 4, or the number of cores if that is less)',
     )
 
 
-def add_model_flags(parser, models, backbones, restore_help):
+def add_model_flags(
+    parser: argparse.ArgumentParser, models: tuple[str, ...], backbones: Iterable[str], restore_help: str
+):
     """Which network, from which weights, where and in which precision."""
     group = parser.add_argument_group('model')
     group.add_argument('--model', choices=models, default=models[0], help=f'default: {models[0]}')
@@ -131,14 +135,14 @@ def add_model_flags(parser, models, backbones, restore_help):
     group.add_argument('--restore-from', required=True, help=restore_help)
     add_device_flags(group)
     group.add_argument(
-        '--compile', action='store_true', help='torch.compile backbone and decoder; gains nothing on CPUs tried so far'
+        '--compile', action='store_true', help='torch.compile backbone and decoder; no gain on the CPUs measured'
     )
 
 
 def add_device_flags(group):
     """Where and in which precision; `group` is a parser or a group of one."""
     group.add_argument(
-        '--device', choices=('auto', 'cpu', 'cuda'), default='auto', help='auto: CUDA where there is one (default)'
+        '--device', choices=('auto', 'cpu', 'cuda'), default='auto', help='auto: CUDA if available (default)'
     )
     group.add_argument(
         '--fp16',
@@ -147,9 +151,14 @@ def add_device_flags(group):
     )
 
 
-def add_training_flags(parser, batch_size, num_epoch):
-    """The recipe. Defaults are the paper's."""
-    group = parser.add_argument_group('training')
+def add_training_flags(parser: argparse.ArgumentParser, batch_size: int | None, num_epoch: int):
+    """The recipe, when a run saves and validates, and its folder. Defaults are the paper's."""
+    _add_recipe_flags(parser.add_argument_group('training'), batch_size, num_epoch)
+    _add_run_flags(parser.add_argument_group('run'))
+    _add_validation_flags(parser.add_argument_group('validation'))
+
+
+def _add_recipe_flags(group, batch_size, num_epoch):
     group.add_argument(
         '--input-size', type=parse_size, default=(473, 473), metavar='H,W', help='training crop (default: 473,473)'
     )
@@ -163,13 +172,13 @@ def add_training_flags(parser, batch_size, num_epoch):
         '--batch-size',
         type=positive,
         default=batch_size,
-        help='in all processes together (default: 8 on VOC and 16 on COCO in stage 1, 1 in stage 2)',
+        help='of all processes together (default: 8 on VOC and 16 on COCO in stage 1, 1 in stage 2)',
     )
     group.add_argument(
         '--learning-rate',
         type=rate,
         default=1e-3,
-        help='of the backbone; everything else takes ten times it (default: 1e-3)',
+        help='of the backbone; everything else has ten times this rate (default: 1e-3)',
     )
     group.add_argument('--momentum', type=rate, default=0.9, help='default: 0.9')
     group.add_argument('--weight-decay', type=rate, default=1e-4, help='default: 1e-4')
@@ -179,10 +188,10 @@ def add_training_flags(parser, batch_size, num_epoch):
         '--start-epoch',
         type=not_negative,
         default=0,
-        help='start the schedule and the random draws here, from the weights of --restore-from',
+        help='start the schedule and the random draws at this epoch, from the weights of --restore-from',
     )
     group.add_argument(
-        '--fix-bn', action='store_true', help='keep every batch normalisation as it is loaded (stage 2 always does)'
+        '--fix-bn', action='store_true', help='keep every batch normalisation as loaded (stage 2 always does)'
     )
     group.add_argument('--freeze-backbone', action='store_true', help='do not train the backbone (stage 2 never does)')
     group.add_argument('--fix-lr', action='store_true', help='constant learning rate')
@@ -191,23 +200,26 @@ def add_training_flags(parser, batch_size, num_epoch):
         type=positive,
         default=1,
         metavar='N',
-        help='take the batch in N parts, one after the other: N times less memory; batch normalisation sees one part '
-        '(default: 1)',
+        help='divide the batch into N micro-batches, one after the other, to save memory; batch normalisation then '
+        'sees one of them (default: 1)',
     )
+
+
+def _add_run_flags(group):
     group.add_argument('--snapshot-dir', type=Path, required=True, help='folder for checkpoints, logs and curves')
     group.add_argument(
         '--resume',
         default='auto',
         metavar='auto|off|FILE',
-        help='auto: go on where an interrupted run with the same arguments stopped (default); off: start in an empty '
-        'folder; FILE: go on from a checkpoint, also with other arguments',
+        help='auto: resume an interrupted run with the same arguments (default); off: start in an empty folder; '
+        'FILE: resume from a checkpoint, also with other arguments',
     )
     group.add_argument('--overwrite', action='store_true', help='unless --resume auto: remove an earlier run first')
     group.add_argument(
         '--save-every-steps', type=not_negative, default=0, metavar='N', help='also save within epochs (default: 0, no)'
     )
     group.add_argument(
-        '--save-every-minutes', type=rate, default=0, metavar='M', help='the same, by the clock (default: 0, no)'
+        '--save-every-minutes', type=rate, default=0, metavar='M', help='the same every M minutes (default: 0, no)'
     )
     group.add_argument(
         '--save-pred-every',
@@ -216,6 +228,12 @@ def add_training_flags(parser, batch_size, num_epoch):
         metavar='N',
         help='also keep epoch_N.pth every N epochs (default: 0, never)',
     )
+    group.add_argument(
+        '--print-frequency', type=positive, default=50, metavar='N', help='log every N steps (default: 50)'
+    )
+
+
+def _add_validation_flags(group):
     group.add_argument(
         '--val-every',
         type=positive,
@@ -229,13 +247,10 @@ def add_training_flags(parser, batch_size, num_epoch):
         metavar='N',
         help='validate on a fixed random choice of N images; test.py evaluates on all (default: all)',
     )
-    group.add_argument(
-        '--print-frequency', type=positive, default=50, metavar='N', help='log every N steps (default: 50)'
-    )
 
 
-def add_process_flags(parser):
-    """How processes work together, and what they do about errors."""
+def add_process_flags(parser: argparse.ArgumentParser):
+    """How processes work together, and how they treat errors."""
     group = parser.add_argument_group('processes')
     group.add_argument(
         '--timeout-minutes',
@@ -250,23 +265,23 @@ def add_process_flags(parser):
     group.add_argument(
         '--skip-bad-images',
         action='store_true',
-        help='go on without images that cannot be read, and list them at the end',
+        help='skip images that cannot be read, and list them at the end',
     )
 
 
-def add_few_shot_flags(parser):
-    """Which draw of support images, and which checkpoint of a run a result stands on."""
+def add_few_shot_flags(parser: argparse.ArgumentParser):
+    """Which support images, and which checkpoint of a run is reported."""
     group = parser.add_argument_group('few-shot')
     group.add_argument('--shot', type=positive, default=1, help='support images per novel class (default: 1)')
     group.add_argument(
         '--select',
         choices=('best', 'last'),
         default='best',
-        help='the checkpoint that results stand on (default: best)',
+        help='the checkpoint that is reported (default: best)',
     )
 
 
-def check_folds(parser, spec, folds):
+def check_folds(parser: argparse.ArgumentParser, spec: DatasetSpec, folds: list[int]):
     """End the program with exit code 2 where a DatasetSpec has no such fold."""
     for fold in folds:
         try:
@@ -275,44 +290,45 @@ def check_folds(parser, spec, folds):
             parser.error(f'--fold: {error}')
 
 
-def fill_lists(args, spec):
-    """Where the lists of a DatasetSpec are unless --train-list and --val-list say otherwise; changes args."""
+def fill_lists(args: argparse.Namespace, spec: DatasetSpec):
+    """Set --train-list and --val-list to the default lists of a DatasetSpec where they are not given."""
     args.train_list = args.train_list or spec.list_root(args.data_dir) / spec.train_list
     args.val_list = getattr(args, 'val_list', None) or args.train_list.parent / spec.val_list
 
 
-def check(parser, args, datasets):
-    """Fill the defaults that depend on the dataset, and refuse values that do not go together.
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+    """Set the defaults that depend on the dataset, and refuse values that do not fit together.
 
     Args:
-        parser (ArgumentParser): ends the program with exit code 2.
-        args (Namespace): parsed; changed in place.
-        datasets (dict): name -> DatasetSpec.
-
-    Returns:
-        Namespace: args.
+        parser: ends the program with exit code 2.
+        args: parsed; changed in place.
     """
-    spec = datasets[args.dataset]
+    spec = DATASETS[args.dataset]
     check_folds(parser, spec, [args.fold])
     fill_lists(args, spec)
     if hasattr(args, 'batch_size'):
         args.batch_size = args.batch_size or spec.batch_size
         args.scale_range = args.scale_range or spec.scale_range
-        if args.start_epoch >= args.num_epoch:
-            parser.error(f'--start-epoch {args.start_epoch} leaves nothing of --num-epoch {args.num_epoch}')
-        if args.learning_rate == 0:
-            parser.error(f'--learning-rate: got {args.learning_rate}; expected a number > 0')
-        if args.overwrite and args.resume == 'auto':
-            parser.error('--overwrite goes with --resume off or --resume FILE')
-        source = Path(args.restore_from)
-        if args.overwrite and args.snapshot_dir.resolve() in (source.resolve(), source.resolve().parent):
-            parser.error(f'--overwrite would remove what --restore-from {source} names; use another --snapshot-dir')
-        unit = world_size() * args.accumulate
-        if args.batch_size % unit:
-            below, above = args.batch_size // unit * unit, (args.batch_size // unit + 1) * unit
-            nearest = f'{below} or {above}' if below else f'{above}'
-            parts = f' times {args.accumulate} parts' if args.accumulate > 1 else ''
-            parser.error(
-                f'--batch-size {args.batch_size} is not divisible by {world_size()} processes{parts}; use {nearest}'
-            )
+        _check_training(parser, args)
     return args
+
+
+def _check_training(parser, args):
+    """Refuse training flags that do not fit together."""
+    if args.start_epoch >= args.num_epoch:
+        parser.error(f'--start-epoch {args.start_epoch} leaves nothing of --num-epoch {args.num_epoch}')
+    if args.learning_rate == 0:
+        parser.error(f'--learning-rate: got {args.learning_rate}; expected a number > 0')
+    if args.overwrite and args.resume == 'auto':
+        parser.error('--overwrite needs --resume off or --resume FILE')
+    source = Path(args.restore_from)
+    if args.overwrite and args.snapshot_dir.resolve() in (source.resolve(), source.resolve().parent):
+        parser.error(f'--overwrite would remove what --restore-from {source} names; use another --snapshot-dir')
+    unit = world_size() * args.accumulate
+    if args.batch_size % unit:
+        below, above = args.batch_size // unit * unit, (args.batch_size // unit + 1) * unit
+        nearest = f'{below} or {above}' if below else f'{above}'
+        times = f' times {args.accumulate} micro-batches' if args.accumulate > 1 else ''
+        parser.error(
+            f'--batch-size {args.batch_size} is not divisible by {world_size()} processes{times}; use {nearest}'
+        )

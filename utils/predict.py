@@ -10,9 +10,10 @@ from pathlib import Path
 
 from core.errors import InputError, exits_cleanly, some
 from core.files import check_writable
+from core.ranks import is_main
 from dataset import DATASETS, Photographs, SegmentationDataset
 from engine.checkpoint import read_checkpoint, resolve_checkpoint
-from engine.distributed import is_main, process_group, sum_over_processes
+from engine.distributed import process_group, sum_over_processes
 from engine.evaluation import evaluate
 from engine.loaders import evaluation_loader
 from engine.precision import precision
@@ -87,7 +88,7 @@ def main(args):
         net = fuse(net.to(device), dtype)
         size = args.base_size or tuple(checkpoint.config.get('base_size', cli.BASE_SIZE))
         dataset = SegmentationDataset(photographs.ids, photographs, fit_size=size, skip_bad=args.skip_bad_images)
-        loader = evaluation_loader(dataset, args.test_batch_size, args.num_workers, device)
+        loader = evaluation_loader(dataset, args.test_batch_size, num_workers=args.num_workers, device=device)
         writer = OverlayWriter(legend, photographs.read_image, args.save_path)
         evaluate(net, loader, device, dtype, writer)
         (written,) = sum_over_processes(writer.written)

@@ -1,0 +1,98 @@
+"""A run of training: its processes, its folder, its log and its checkpoints."""
+
+import contextlib
+import fcntl
+import os
+import socket
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from core import signals
+from core.errors import InputError
+from core.files import check_writable
+from core.ranks import is_main
+from engine.checkpoint import save_checkpoint
+from engine.distributed import process_group
+from engine.logger import RunLogger
+from engine.resume import RunFolder
+from engine.stage import Stage
+
+
+@contextlib.contextmanager
+def start_run(args: Namespace) -> Iterator[torch.device]:
+    """Join the processes of a training run, lock its folder, and have SIGTERM and SIGINT save before they end it.
+
+    Yields:
+        This process's device.
+
+    Raises:
+        InputError: there is no such device, or another run uses --snapshot-dir.
+    """
+    with process_group(args.device, args.timeout_minutes, args.deterministic) as device, locked(args.snapshot_dir):
+        signals.listen()
+        yield device
+
+
+class Run:
+    """What a trainer writes to. Made when nothing is left to be refused: it removes what --overwrite gives up.
+
+    Args:
+        folder: the snapshot folder, and what the run resumes from.
+        args: the flags, for args.json.
+        notes: logged first.
+    """
+
+    def __init__(self, folder: RunFolder, args: Namespace, notes: Sequence[str] = ()):
+        folder.remove_earlier_run()
+        self.folder, self.args = folder, args
+        self.logger = RunLogger(folder.path(), vars(args), folder)
+        for note in notes:
+            self.logger.info(f'note: {note}')
+
+    def save(self, name: str, stage: Stage, epoch: int, metrics: dict, training: dict | None = None):
+        """Write a checkpoint of a stage's network.
+
+        Args:
+            name: 'last', whose predecessor becomes 'previous', 'best' or 'epoch_N'.
+            stage: has the network, its config and its seed.
+            epoch: epochs done.
+            metrics: validation metrics of these weights.
+            training: the trainer's state, where the run can resume from this checkpoint.
+        """
+        if training:
+            records = self.logger.sync_records(stage.seed)
+            training = training | {'arguments': self.folder.arguments[stage.seed], 'records': records}
+        save_checkpoint(
+            self.folder.path(name, stage.seed), stage.net, stage.config, epoch, metrics, training,
+            previous=self.folder.path('previous', stage.seed) if name == 'last' else None,
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a snapshot folder until the block or the process ends.
+
+    Raises:
+        InputError: another process has locked it.
+    """
+    if not is_main():
+        yield
+        return
+    check_writable(folder)
+    with open(Path(folder) / '.lock', 'a+') as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader processes do not inherit it
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise InputError(
+                f'{folder} is in use by another run ({file.read().strip()}); wait for it, or use another --snapshot-dir'
+            ) from None
+        except OSError as error:  # a file system without locks
+            print(f'warning: {folder} cannot be locked ({error.strerror})', flush=True)
+        file.truncate(0)
+        file.write(f'process {os.getpid()} on {socket.gethostname()}')
+        file.flush()
+        yield

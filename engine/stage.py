@@ -1,0 +1,75 @@
+"""What differs between runs of the two stages (`Stage`), and how long they train (`Plan`)."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from core.ranks import is_main
+from engine.evaluation import evaluate
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a run trains, and when it validates, saves and logs. The names are those of the flags.
+
+    Attributes:
+        num_epoch: train until so many epochs are done.
+        start_epoch: epochs that count as done before the run.
+        val_every: epochs between validations; the last epoch is always validated.
+        save_pred_every: epochs between `epoch_N.pth`; 0: never.
+        save_every_steps: steps between saves of `last.pth` within an epoch; 0: none.
+        save_every_minutes: the same by the clock.
+        print_frequency: steps between log lines.
+    """
+
+    num_epoch: int
+    start_epoch: int = 0
+    val_every: int = 1
+    save_pred_every: int = 0
+    save_every_steps: int = 0
+    save_every_minutes: float = 0
+    print_frequency: int = 50
+
+
+@dataclass(kw_only=True)
+class Stage:
+    """What a stage trains, minimises and is judged by. train_base.py and ft_pop.py each define theirs.
+
+    Attributes:
+        net: the network that is saved; what requires gradients is trained.
+        model: what `losses` calls: `net` or its head, under DistributedDataParallel where there are several processes.
+        val_batches: validation images or their features (`evaluation.evaluate`).
+        device, dtype: where and in which precision the network runs.
+        panel: is called with each validation prediction; `pictures(net)` then gives the pictures for TensorBoard.
+        class_names: of the logits.
+        config: stored in the checkpoints (`checkpoint.network_config`).
+        seed: of stage 2; part of the file names.
+        patience: stop after more than so many epochs without a new best, as the released code does; None: never.
+    """
+
+    net: nn.Module
+    model: nn.Module
+    val_batches: Iterable[dict]
+    device: torch.device
+    dtype: torch.dtype
+    panel: Callable
+    class_names: tuple[str, ...]
+    config: dict
+    seed: int | None = None
+    patience: int | None = None
+
+    def losses(self, batch: dict, pixel_weight: float, micro_batches: int) -> dict[str, torch.Tensor]:
+        """Named loss terms of a micro-batch, whose sum is minimised; the keywords are those of `losses.pop_losses`."""
+        raise NotImplementedError
+
+    @staticmethod
+    def improves(metrics: dict, best: dict | None) -> bool:
+        """Whether validation metrics (`metrics.summarize`) are better than the best so far."""
+        raise NotImplementedError
+
+    def validate(self) -> np.ndarray:
+        """Confusion matrix on the validation images, int64 [K, K], row = truth."""
+        return evaluate(self.net, self.val_batches, self.device, self.dtype, self.panel if is_main() else None)
