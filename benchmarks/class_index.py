@@ -27,8 +27,8 @@ from dataset.shapes import draw_scene
 SPEC = DATASETS['voc']
 
 
-def plain_pass(samples, ids, fold):
-    """What a fold's lists are made from, in the plain way: ids of each class's images."""
+def plain_pass(samples: Samples, ids: list[str], fold: int) -> tuple[list[str], dict[int, list[str]]]:
+    """A fold's training list and lists by class id, made the plain way."""
     lists = {class_id: [] for class_id in range(1, 21)}
     training = []
     base = set(SPEC.base_ids(fold))
@@ -43,8 +43,8 @@ def plain_pass(samples, ids, fold):
     return training, lists
 
 
-def our_pass(samples, ids):
-    """The same lists of all four folds, from nothing to files."""
+def our_pass(samples: Samples, ids: list[str]) -> list[str]:
+    """Write the same lists of all four folds; returns the training list of the last fold."""
     with tempfile.TemporaryDirectory() as folder:
         train_list = Path(folder) / 'trainaug.txt'
         write_ids(train_list, ids)
@@ -54,8 +54,8 @@ def our_pass(samples, ids):
         return lists.train.read_text().split()
 
 
-def make_samples(folder, count):
-    """Scenes of VOC's size."""
+def make_samples(folder: Path, count: int) -> tuple[Path, Path]:
+    """Write scenes of VOC's size; returns the folders of images and masks."""
     for i in range(count):
         image, mask = draw_scene(np.random.default_rng(i), i % 20 + 1)
         cv2.imwrite(str(folder / f'{i:04d}.jpg'), cv2.resize(image, (500, 375)))

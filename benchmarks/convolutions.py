@@ -2,24 +2,25 @@
 
     python benchmarks/convolutions.py [--precision float32 bfloat16] [--rounds 7]
 
-For each of the network's shapes, the time of the forward pass and that of both passes, both ways in turn, medians; and
-both ways' error against float64, relative to the root mean square. Where a shape has fewer channels than
-`MIN_CHANNELS_FORWARD`, both ways are the same forward. For processors unlike those in NOTES.md.
+For each of the network's shapes: median times of the forward pass, and of forward and backward pass, the two ways
+taking turns; and the error of both ways against float64, relative to the root mean square. With fewer channels than
+`MIN_CHANNELS_FORWARD`, both ways have the same forward pass. Use it on processors unlike those in NOTES.md.
 """
 
 import argparse
 import statistics
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from sides import clock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model.kernels.malloc import keep_freed_memory
+from benchmarks.sides import clock
+from model.kernels import keep_freed_memory
 from model.kernels.winograd import _Winograd
 from utils.cli import positive
 
@@ -33,20 +34,25 @@ SHAPES = {  # batch 2 in training, 1 in the forward pass alone: input and output
 }
 
 
-def direct(x, weight, dilation):
+def direct(x: torch.Tensor, weight: torch.Tensor, dilation: int) -> torch.Tensor:
+    """PyTorch's convolution."""
     return F.conv2d(x, weight, padding=dilation, dilation=dilation)
 
 
-def forward(convolve, x, weight, dilation):
+def forward(convolve: Callable, x: torch.Tensor, weight: torch.Tensor, dilation: int) -> torch.Tensor:
+    """The forward pass alone."""
     with torch.no_grad():
         return convolve(x, weight, dilation)
 
 
-def training(convolve, x, weight, dilation, gradient):
+def training(
+    convolve: Callable, x: torch.Tensor, weight: torch.Tensor, dilation: int, gradient: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Both passes."""
     return torch.autograd.grad(convolve(x, weight, dilation), (x, weight), gradient)
 
 
-def in_turn(calls, rounds):
+def in_turn(calls: Sequence[Callable], rounds: int) -> list[float]:
     """Median milliseconds of calls that take turns."""
     seconds = [[] for _ in calls]
     for call in calls:
@@ -57,8 +63,8 @@ def in_turn(calls, rounds):
     return [1e3 * statistics.median(measured) for measured in seconds]
 
 
-def tensors(shape, dtype):
-    """Input and weight of the size and spread that the network's have."""
+def tensors(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """Input and weight of the size and spread of the network's."""
     channels, outputs, size, _ = shape
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, channels, size, size, generator=generator).relu()

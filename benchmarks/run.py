@@ -1,13 +1,13 @@
-"""Time every path against the plain formulation (`plain.py`), in one run on one machine.
+"""Time every path against the plain form of the method (`model/reference.py`), in one run on one machine.
 
     python benchmarks/run.py [--quick] [--json FILE] [--only PATH ...]
 
 resnet50v2, output stride 8, 473x473. The plain side is always float32; ours runs in float32 and, on processors that
-compute in bfloat16, with --fp16. Each side of a row is a fresh process of its own; after a warm-up they take turns, one
+compute in bfloat16, with --fp16. Each side of a row has a process of its own; after a warm-up they take turns, one
 working while the others wait. Medians are printed, and the processes' peak resident memory. --quick takes fewer rounds.
 
-Ends with the cost against the number of classes, the speed of data loading, a projection to the published protocols,
-and the achieved floating-point rate.
+The end of the output shows the time against the number of classes, the speed of data loading, a projection to the
+published protocols, and the achieved floating-point rate.
 """
 
 import argparse
@@ -19,158 +19,22 @@ import re
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import plain
 import torch
 import torch.nn.functional as F
-from class_index import make_samples
-from sides import clock, measure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.cases import DTYPES, PATHS, SIDES, SIZE, make_call
+from benchmarks.class_index import make_samples
+from benchmarks.sides import clock, measure
 from dataset import Augmentation, SegmentationDataset
 from dataset.images import Samples
 from dataset.labels import label_table
-from engine.evaluation import evaluate
-from engine.metrics import confusion_matrix
-from engine.optim import Optimization
-from engine.precision import autocast, computes_in_bfloat16, to_device
-from model import build_model
-from model.kernels.fusing import fuse
-from model.kernels.malloc import keep_freed_memory, return_freed_memory
-from model.losses import pop_losses, pseudo_label
 
-SIZE = 473
-HEIGHT = 355  # of it, what a photograph of 500x375 takes
-CPU = torch.device('cpu')
-DTYPES = {'plain': torch.float32, 'fp32': torch.float32, 'fp16': torch.bfloat16}
-SIDES = ('plain', 'fp32', 'fp16') if computes_in_bfloat16() else ('plain', 'fp32')
-
-
-def batch(size, num_labels):
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(size, 3, SIZE, SIZE, generator=generator)
-    # masks of objects rather than noise: what a crop's labels look like
-    cells = torch.randint(0, num_labels, (size, 1, 12, 12), generator=generator).float()
-    return images, F.interpolate(cells, (SIZE, SIZE)).long()[:, 0]
-
-
-def network(num_base, num_novel=0, channels_last=True):
-    torch.manual_seed(0)
-    net = build_model('resnet50v2', num_base, num_novel)
-    return net.to(memory_format=torch.channels_last) if channels_last else net
-
-
-def stage1_step(side, num_base, size=2):
-    """One step of stage 1: forward, loss, backward, optimiser."""
-    net = network(num_base, channels_last=side != 'plain').train()
-    images, mask = batch(size, num_base + 1)
-    if side == 'plain':
-        return plain_step(plain.PlainPOP(net), lambda logits: plain.loss(logits, mask, net.base_emb), images)
-    optimization = Optimization(net, 1e-3, 0.9, 1e-4, 1000)
-
-    def step():
-        with autocast(CPU, DTYPES[side]):
-            logits = net(to_device(images, CPU))
-        return_freed_memory(CPU)
-        optimization.backward(sum(pop_losses(logits, mask, net.base_emb).values()))
-        optimization.step()
-
-    return step
-
-
-def stage2_step(side, num_base, num_novel):
-    """One step of stage 2: a support image and a base image."""
-    net = network(num_base, num_novel, channels_last=side != 'plain')
-    images, mask = batch(2, num_base + 1)
-    net.freeze_base()
-    net.train()
-    if side == 'plain':
-
-        def loss(logits):
-            labels = torch.cat([mask[:1], plain.pseudo_label(mask[1:], logits[1:].detach(), num_base)])
-            return plain.loss(logits, labels, net.novel_emb, net.base_emb)
-
-        return plain_step(plain.PlainPOP(net), loss, images)
-    fast = net.on_features_of(fuse(net, DTYPES[side]))
-    optimization = Optimization(net, 1e-3, 0.9, 1e-4, 1000)
-
-    def step():
-        with autocast(CPU, DTYPES[side]):
-            logits = fast(to_device(images, CPU))
-        labels = torch.cat([mask[:1], pseudo_label(mask[1:], logits[1:], num_base)])
-        optimization.backward(sum(pop_losses(logits, labels, net.novel_emb, net.base_emb).values()))
-        optimization.step()
-
-    return step
-
-
-def plain_step(net, loss, images):
-    parameters = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, 1e-3, 0.9, weight_decay=1e-4)
-
-    def step():
-        optimizer.zero_grad()
-        loss(net(images)).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 5)
-        optimizer.step()
-
-    return step
-
-
-def inference(side, num_base, num_novel):
-    """Logits of one image."""
-    net = network(num_base, num_novel, channels_last=side != 'plain').eval()
-    images, _ = batch(1, 2)
-    net = plain.PlainPOP(net) if side == 'plain' else fuse(net, DTYPES[side])
-
-    @torch.no_grad()
-    def run():
-        with autocast(CPU, DTYPES[side]):
-            return net(images if side == 'plain' else to_device(images, CPU))
-
-    return run
-
-
-def cached_validation(side, num_base, num_novel):
-    """Prediction and confusion matrix of one validation image; ours from cached features."""
-    net = network(num_base, num_novel, channels_last=side != 'plain').eval()
-    images, mask = batch(1, num_base + num_novel + 1)
-    mask = mask[0, :HEIGHT]
-    if side == 'plain':
-        whole = plain.PlainPOP(net)
-
-        @torch.no_grad()
-        def run():
-            prediction = plain.upsampled(whole(images), (SIZE, SIZE)).argmax(dim=1)[0, :HEIGHT]
-            return plain.confusion_matrix(mask.numpy(), prediction.numpy(), net.num_logits)
-
-        return run
-    with torch.no_grad(), autocast(CPU, DTYPES[side]):
-        features = net.features(to_device(images, CPU)).half()
-    item = {'features': features, 'mask': [mask.byte()], 'canvas': [(SIZE, SIZE)], 'id': ['']}
-    return lambda: evaluate(net, [item], CPU, DTYPES[side])
-
-
-def confusion(side, num_classes):
-    """Confusion matrix of one 500x500 image."""
-    generator = torch.Generator().manual_seed(0)
-    truth, prediction = torch.randint(0, num_classes, (2, 500, 500), generator=generator)
-    truth[:20] = 255
-    if side == 'plain':
-        return lambda: plain.confusion_matrix(truth.numpy(), prediction.numpy(), num_classes)
-    return lambda: confusion_matrix(truth.byte(), prediction, num_classes)
-
-
-PATHS = {
-    'stage1_step': (stage1_step, ('Kb=15', 'Kb=60')),
-    'stage2_step': (stage2_step, ('15+5', '60+20')),
-    'inference': (inference, ('15+5', '60+20')),
-    'cached_validation': (cached_validation, ('15+5', '60+20')),
-    'confusion_matrix': (confusion, ('81',)),
-}
-CONVOLVING = ('stage1_step', 'stage2_step', 'inference')  # what convolutions bound
+CONVOLVING = ('stage1_step', 'stage2_step', 'inference')  # bound by convolutions
 MANY = (200, 1000)  # classes, beyond those of the table
 EPOCHS = 500  # of stage 2
 PROTOCOLS = {  # stage 2 with 1 shot: setting, steps of an epoch, validation images
@@ -179,20 +43,13 @@ PROTOCOLS = {  # stage 2 with 1 shot: setting, steps of an epoch, validation ima
 }
 
 
-def case(path, setting, side):
-    """The call to be timed; the setting's numbers are its class counts."""
-    if side != 'plain':
-        keep_freed_memory()  # as the scripts do
-    return PATHS[path][0](side, *map(int, re.findall(r'\d+', setting)))
-
-
-def measure_sides(path, setting, sides, rounds, turn=0.2):
+def measure_sides(path: str, setting: str, sides: Sequence[str], rounds: int, turn: float = 0.2) -> dict[str, dict]:
     """`measure` of one row's sides, by name."""
-    return measure({side: functools.partial(case, path, setting, side) for side in sides}, rounds, turn)
+    return measure({side: functools.partial(make_call, path, setting, side) for side in sides}, rounds, turn)
 
 
-def best_convolution_rate(dtype):
-    """Best floating-point rate of forward convolutions of the network's shapes, channels last."""
+def best_convolution_rate(dtype: torch.dtype) -> float:
+    """Best rate of forward convolutions of the network's shapes, channels last: floating-point operations a second."""
     best = 0
     for batch_size in (1, 2):
         for channels, kernel in ((512, 3), (2048, 3), (2048, 1)):
@@ -205,8 +62,8 @@ def best_convolution_rate(dtype):
     return best
 
 
-def loading_speed():
-    """Images a second of one core: training crops and evaluation images of 500x375 photographs."""
+def loading_speed() -> dict[str, float]:
+    """Images a second on one core: training crops and evaluation images of 500x375 photographs."""
     with tempfile.TemporaryDirectory() as folder:
         samples = Samples(*make_samples(Path(folder), 40), label_table(tuple(range(1, 21)), (), True))
         ids = sorted(path.stem for path in Path(folder).glob('*.png'))
@@ -225,8 +82,8 @@ def loading_speed():
         return speeds
 
 
-def compare(paths, quick):
-    """The rows of the main table."""
+def compare(paths: Iterable[str], quick: bool) -> list[dict]:
+    """Measure and print the rows of the main table."""
     rows = []
     for path in paths:
         rounds, turn = (2 if quick else 5), 0.2
@@ -246,15 +103,16 @@ def compare(paths, quick):
     return rows
 
 
-def line(row):
+def line(row: dict) -> str:
+    """A row of the main table."""
     return (
         f'{row["path"]:18} {row["setting"]:7} {row["precision"]:5} {row["plain_s"]:9.4f} s {row["ours_s"]:9.4f} s '
         f'{row["ratio"]:7.1f} {row["plain_mb"]:8.0f} MB {row["ours_mb"]:6.0f} MB {row["memory_ratio"]:6.2f}'
     )
 
 
-def scale(rows, quick):
-    """Our step of stage 1 against the number of classes; goes on from the rows of the main table."""
+def scale(rows: list[dict], quick: bool) -> list[dict]:
+    """Our step of stage 1 against the number of classes; starts with the rows of the main table."""
     side = SIDES[-1]
     known = {int(row['setting'][3:]): row for row in rows if row['path'] == 'stage1_step' and row['precision'] == side}
     points = [{'classes': k, 'precision': side, 'ours_s': row['ours_s'], 'ours_mb': row['ours_mb']}
@@ -268,8 +126,8 @@ def scale(rows, quick):
     return points
 
 
-def toward_the_limit(rows):
-    """Floating-point operations of our calls, and their rate against the best convolution's."""
+def achieved_rates(rows: list[dict]) -> list[dict]:
+    """Floating-point operations of our calls, and their rate against that of the fastest convolution."""
     rows = [row for row in rows if row['path'] in CONVOLVING]
     if not rows:
         return []
@@ -288,8 +146,8 @@ def toward_the_limit(rows):
     return limits
 
 
-def project(rows):
-    """Hours that the whole of stage 2 takes, from the times of its parts; both sides validate after every epoch."""
+def project(rows: list[dict]) -> list[dict]:
+    """Hours that all of stage 2 takes, by the times of its parts; both sides validate after every epoch."""
     seconds = {(row['path'], row['setting'], row['precision']): row for row in rows}
     projected = []
     print(f'\nstage 2, 1 shot, {EPOCHS} epochs: hours by the times above')
@@ -305,7 +163,8 @@ def project(rows):
     return projected
 
 
-def machine():
+def machine() -> str:
+    """Processor, cores, PyTorch's version and threads."""
     name = platform.processor()
     info = Path('/proc/cpuinfo')
     if info.is_file() and (model := re.search(r'^model name\s*: (.*)$', info.read_text(), re.MULTILINE)):
@@ -333,7 +192,7 @@ def main():
         for kind, speed in result['images_per_second_per_core'].items():
             print(f'data loading, {kind}: {speed:.0f} images/s on one core')
         result['projection'] = project(result['rows'])
-    result['limit'] = toward_the_limit(result['rows'])
+    result['limit'] = achieved_rates(result['rows'])
     if args.json:
         args.json.write_text(json.dumps(result, indent=2))
 

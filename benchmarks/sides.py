@@ -1,23 +1,24 @@
-"""Timing calls against each other, each in a fresh process of its own."""
+"""Time calls against each other, each in a process of its own."""
 
 import multiprocessing
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from torch.utils.flop_counter import FlopCounterMode
 
 
-def measure(sides, rounds, turn):
+def measure(sides: dict[str, Callable], rounds: int, turn: float) -> dict[str, dict[str, float]]:
     """Time calls that take turns, one working while the others wait.
 
     Args:
-        sides (dict): name -> picklable function that makes the call to be timed.
-        rounds (int): of turns.
-        turn (float): seconds for which a side makes calls, at least one, when it is its turn.
+        sides: name -> picklable function that makes the call to be timed.
+        rounds: of turns.
+        turn: seconds for which a side makes calls, at least one, when it is its turn.
 
     Returns:
-        dict: name -> {'s': median seconds of a call, 'mb': peak resident memory in MB, 'flop': operations of a call}.
+        name -> {'s': median seconds of a call, 'mb': peak resident memory in MB, 'flop': operations of a call}.
     """
     processes = {name: Side(make) for name, make in sides.items()}
     seconds = {name: [] for name in sides}
@@ -37,13 +38,13 @@ def measure(sides, rounds, turn):
 
 
 class Side:
-    """A process that makes one call again and again when told to.
+    """A process that repeats one call when told to.
 
     Args:
-        make (callable): makes the call, in that process.
+        make: makes the call, in that process.
     """
 
-    def __init__(self, make):
+    def __init__(self, make: Callable):
         context = multiprocessing.get_context('forkserver')  # inherits imports, but neither memory nor settings
         self.pipe, far_end = context.Pipe()
         self.process = context.Process(target=_serve, args=(far_end, make), daemon=True)
@@ -51,12 +52,13 @@ class Side:
         far_end.close()  # so that a process that dies is noticed
         self.pipe.recv()  # warm; sides that warmed up at the same time would hinder each other
 
-    def ask(self, what):
+    def ask(self, what: str) -> float:
         """'time': seconds of one call; 'memory': peak resident memory so far in MB; 'flop': operations of the first."""
         self.pipe.send(what)
         return self.pipe.recv()
 
     def end(self):
+        """End the process."""
         self.pipe.send('end')
         self.process.join()
 
@@ -70,21 +72,21 @@ def _serve(pipe, make):
         pipe.send(answers[what]())
 
 
-def clock(run):
+def clock(run: Callable) -> float:
     """Seconds of one call."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
-def operations(run):
+def operations(run: Callable) -> int:
     """Floating-point operations of one call, as PyTorch counts them."""
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
 
 
-def peak_memory():
+def peak_memory() -> float:
     """Peak resident memory of this process in MB."""
     status = Path('/proc/self/status').read_text()
     return int(status.split('VmHWM:')[1].split()[0]) / 1024

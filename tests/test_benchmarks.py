@@ -1,29 +1,25 @@
 """The benchmark compares forms that compute the same, and runs at all (here on small images)."""
 
-import sys
 import time
 from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / 'benchmarks'))
-
-import run
-from sides import measure
+from benchmarks import cases, run
+from benchmarks.sides import measure
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(run, 'SIZE', 65)
-    monkeypatch.setattr(run, 'HEIGHT', 49)
+    monkeypatch.setattr(cases, 'SIZE', 65)
+    monkeypatch.setattr(cases, 'HEIGHT', 49)
 
 
 @pytest.mark.parametrize('path', ('inference', 'confusion_matrix', 'cached_validation'))
 def test_both_sides_find_the_same(path):
-    setting = run.PATHS[path][1][0]
-    plain, ours = (torch.as_tensor(run.case(path, setting, side)()) for side in run.SIDES[:2])
+    setting = cases.PATHS[path][1][0]
+    plain, ours = (torch.as_tensor(cases.make_call(path, setting, side)()) for side in cases.SIDES[:2])
     if path == 'inference':
         torch.testing.assert_close(ours, plain, rtol=0, atol=1e-4)
     elif path == 'confusion_matrix':
@@ -34,28 +30,27 @@ def test_both_sides_find_the_same(path):
 
 
 @pytest.mark.parametrize('path', ('stage1_step', 'stage2_step'))
-@pytest.mark.parametrize('side', run.SIDES)
+@pytest.mark.parametrize('side', cases.SIDES)
 def test_steps_change_what_is_trained(path, side, monkeypatch):
     nets = []
-    make = run.network
-    monkeypatch.setattr(run, 'network', lambda *args, **settings: nets.append(make(*args, **settings)) or nets[-1])
-    step = run.case(path, run.PATHS[path][1][0], side)
-    before = {name: p.detach().clone() for name, p in nets[0].named_parameters()}
+    make = cases.network
+    monkeypatch.setattr(cases, 'network', lambda *args: nets.append(make(*args)) or nets[-1])
+    step = cases.make_call(path, cases.PATHS[path][1][0], side)
+    net = nets[0].net if side == 'plain' else nets[0]
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
     step()
-    changed = {name for name, p in nets[0].named_parameters() if not torch.equal(p, before[name])}
+    changed = {name for name, p in net.named_parameters() if not torch.equal(p, before[name])}
     if path == 'stage2_step':
         assert changed == {'novel_emb', *(f'classifier_n.{i}.weight' for i in (0, 2, 4))}
     else:
         assert {'base_emb', 'backbone.conv1.weight', 'decoder.bottleneck.0.weight'} <= changed
 
 
-def test_the_plain_side_has_pytorchs_own_convolutions():
-    def convolutions(net):
-        return {type(module) for module in net.modules() if isinstance(module, torch.nn.Conv2d)}
+def test_only_the_plain_side_has_nothing_but_pytorchs_own_convolutions():
+    def convolutions(side):
+        return {type(module) for module in cases.network(side, 3).modules() if isinstance(module, torch.nn.Conv2d)}
 
-    net = run.network(3)
-    assert len(convolutions(net)) > 1
-    assert convolutions(run.plain.PlainPOP(net)) == {torch.nn.Conv2d}
+    assert convolutions('plain') == {torch.nn.Conv2d} < convolutions('fp32')
 
 
 def test_sides_take_turns_in_processes_of_their_own():
@@ -72,7 +67,7 @@ def test_projections_add_up(capsys):
         {'path': path, 'setting': setting, 'precision': side, 'plain_s': plain, 'ours_s': ours}
         for path, (plain, ours) in times.items()
         for setting in ('15+5', '60+20')
-        for side in run.SIDES[1:]
+        for side in cases.SIDES[1:]
     ]
     voc = run.project(rows)[0]
     assert voc['plain_h'] == pytest.approx(500 * (15 * 36 + 1449 * 7.2) / 3600)
