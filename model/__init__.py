@@ -18,7 +18,7 @@ def build_model(backbone: str, num_base: int, num_novel: int = 0, output_stride:
         output_stride: 8, 16 or 32.
 
     Returns:
-        maps images [B, 3, H, W] to logits [B, 1 + Kb + Kn, h, w].
+        Maps images [B, 3, H, W] to logits [B, 1 + Kb + Kn, h, w].
 
     Raises:
         ValueError: unknown backbone, output stride or class count.

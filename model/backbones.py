@@ -92,7 +92,7 @@ def build_backbone(name: str, output_stride: int = 8) -> nn.Module:
         output_stride: input size over feature size: 8, 16 or 32.
 
     Returns:
-        maps [B, 3, H, W] to [B, out_channels, h, w]; carries `out_channels`.
+        Maps [B, 3, H, W] to [B, out_channels, h, w]; carries `out_channels`.
 
     Raises:
         ValueError: unknown name or output stride.

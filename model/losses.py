@@ -46,7 +46,7 @@ def cross_entropy(logits: torch.Tensor, mask: torch.Tensor, pixel_weight: float 
         pixel_weight: of every pixel; by default 1 / number of pixels that are not ignored, which gives the mean.
 
     Returns:
-        scalar; 0 if every pixel is ignored.
+        Scalar; 0 if every pixel is ignored.
     """
     total = summed_cross_entropy(logits, mask)
     if pixel_weight is None:
@@ -62,7 +62,7 @@ def orthogonality(trained: torch.Tensor, fixed: torch.Tensor | None = None) -> t
         fixed: [F, C]; every pair (trained, fixed) counts.
 
     Returns:
-        scalar in [0, 1]; 0 if there is no pair.
+        Scalar in [0, 1]; 0 if there is no pair.
     """
     with torch.autocast(trained.device.type, enabled=False):
         s = F.normalize(trained, dim=1)
@@ -85,7 +85,7 @@ def pseudo_label(mask: torch.Tensor, logits: torch.Tensor, num_base: int) -> tor
         num_base: Kb.
 
     Returns:
-        a new mask; background pixels hold the argmax over background and the novel classes.
+        A new mask; background pixels hold the argmax over background and the novel classes.
     """
     candidates = torch.cat([logits[:, :1], logits[:, 1 + num_base :]], dim=1)
     choice = predict(candidates, mask.shape[-2:])

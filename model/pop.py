@@ -59,7 +59,7 @@ class POP(nn.Module):
             images: float [B, 3, H, W], normalised with ImageNet mean and std.
 
         Returns:
-            logits [B, 1 + Kb + Kn, h, w]: background, base classes, novel classes.
+            Logits [B, 1 + Kb + Kn, h, w]: background, base classes, novel classes.
         """
         return self.classify(self.features(images))
 
@@ -77,7 +77,7 @@ class POP(nn.Module):
             scores: of `score_prototypes`; saves their computation while the head does not change.
 
         Returns:
-            logits [B, 1 + Kb + Kn, h, w].
+            Logits [B, 1 + Kb + Kn, h, w].
         """
         with torch.autocast(features.device.type, enabled=False):
             q = features.double() if features.dtype == torch.float64 else features.float()
@@ -95,16 +95,13 @@ class POP(nn.Module):
     def score_prototypes(self) -> tuple[torch.Tensor, torch.Tensor]:
         """phi(s_k) and phi(-s_k), float32 [K, 1] each; phi_n scores the novel prototypes."""
         mlps = (self.classifier, self.classifier_n) if self.num_novel else (self.classifier,)
+        pairs = list(zip(mlps, self.prototypes(), strict=True))
         with torch.autocast(self.base_emb.device.type, enabled=False):
-            return tuple(
-                torch.cat(
-                    [
-                        _score(mlp, direction * F.normalize(prototypes, dim=1))
-                        for mlp, prototypes in zip(mlps, self.prototypes(), strict=True)
-                    ]
-                )
-                for direction in (1, -1)
+            toward, away = (
+                torch.cat([_score(mlp, sign * F.normalize(prototypes, dim=1)) for mlp, prototypes in pairs])
+                for sign in (1, -1)
             )
+        return toward, away
 
     def prototypes(self) -> tuple[torch.Tensor, ...]:
         """The base prototypes [Kb, C], followed by the novel ones [Kn, C] where there are any."""

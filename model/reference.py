@@ -42,7 +42,7 @@ def decode(decoder: PSP, x: torch.Tensor) -> torch.Tensor:
         x: backbone features [B, Cb, h, w].
 
     Returns:
-        features [B, C, h, w].
+        Features [B, C, h, w].
     """
     maps = [
         F.interpolate(stage(x), x.shape[-2:], mode='bilinear', align_corners=False)  # [B, C, h, w]
@@ -60,7 +60,7 @@ def classify(net: POP, features: torch.Tensor) -> torch.Tensor:
         features: q, [B, C, h, w].
 
     Returns:
-        logits [B, K, h, w].
+        Logits [B, K, h, w].
     """
     base = components(net.base_emb, features)  # [B, Kb, C, h, w]
     residual = features - base.sum(dim=1)  # [B, C, h, w]

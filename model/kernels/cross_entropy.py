@@ -21,7 +21,7 @@ def summed_cross_entropy(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tens
         mask: labels 0..K-1 or 255 (ignored), int64 [B, H, W].
 
     Returns:
-        scalar; 0 if every pixel is ignored.
+        Scalar; 0 if every pixel is ignored.
     """
     with torch.autocast(logits.device.type, enabled=False):
         return _SummedCrossEntropy.apply(logits, mask)

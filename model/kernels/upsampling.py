@@ -55,7 +55,7 @@ def row_bands(
         height: only so many of the H rows; all by default.
 
     Yields:
-        slice of upsampled rows; slice of the feature rows that they depend on; the band of R between them,
+        Slice of upsampled rows; slice of the feature rows that they depend on; the band of R between them,
         [rows, feature rows], float32 (float64 for float64 logits).
     """
     batch, num_logits, source, _ = logits.shape
