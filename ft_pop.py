@@ -20,10 +20,9 @@ from engine.distributed import main_first, wrap_ddp
 from engine.feature_cache import cache_features
 from engine.loaders import evaluation_loader, training_loader
 from engine.precision import autocast, compile_features, name_of, precision, to_device
-from engine.resume import RunFolder, digests, run_arguments
+from engine.resume import digests, run_arguments
 from engine.run import Run, start_run
 from engine.stage import Stage
-from engine.trainer import Trainer
 from model import BACKBONES, MODELS, POP, Head, build_model
 from model.kernels import fuse
 from model.losses import pop_losses, pseudo_label
@@ -168,8 +167,7 @@ def teach(args, data, seed, *, base, frozen, val_batches, dtype, run):
         class_names=data.legend.names, config=network_config(args, data.legend.classes, seed), seed=seed,
         patience=args.num_epoch // 4,
     )  # fmt: skip
-    optimization = from_flags.optimization(args, net, loader.batch_sampler.steps)
-    return Trainer(stage, loader, optimization, run, from_flags.plan(args)).fit()
+    return from_flags.trainer(args, stage, loader, run).fit()
 
 
 def arguments_of_seeds(args, data, dtype):
@@ -191,10 +189,7 @@ def main(args):
         data, dtype = from_flags.fold_data(args), precision(device, args.fp16)
         notes = main_first(data.prepare)
         data.check_support(args.shot, args.random_seed)
-        folder = RunFolder(
-            args.snapshot_dir, arguments_of_seeds(args, data, dtype), args.resume, args.overwrite,
-            classes=data.legend.classes,
-        )  # fmt: skip
+        folder = from_flags.run_folder(args, data, arguments_of_seeds(args, data, dtype))
         val_set = data.validation(args.base_size, with_novel=True, limit=args.val_limit)
         base = restore_base(args, data, folder).to(device, memory_format=torch.channels_last)
         frozen = fuse(base, dtype)
@@ -217,9 +212,7 @@ def main(args):
         )  # fmt: skip
         rows = {}
         for seed in args.random_seed:
-            results = teach(
-                args, data, seed, base=base, frozen=frozen, val_batches=val_batches, dtype=dtype, run=run
-            )  # fmt: skip
+            results = teach(args, data, seed, base=base, frozen=frozen, val_batches=val_batches, dtype=dtype, run=run)
             for which, metrics in results.items():
                 rows[f'seed {seed}, {which}{" (selected)" if which == args.select else ""}'] = metrics
         run.logger.info(f'validation at {args.base_size[0]}x{args.base_size[1]}, mIoU in %:\n{summary_table(rows)}')

@@ -19,10 +19,9 @@ from engine.checkpoint import imagenet_checkpoint, network_config, read_checkpoi
 from engine.distributed import main_first, wrap_ddp
 from engine.loaders import evaluation_loader, training_loader
 from engine.precision import autocast, compile_features, name_of, precision, to_device
-from engine.resume import RunFolder, run_arguments
+from engine.resume import run_arguments
 from engine.run import Run, start_run
 from engine.stage import Stage
-from engine.trainer import Trainer
 from model import BACKBONES, MODELS, build_model
 from model.kernels.malloc import return_freed_memory
 from model.losses import pop_losses
@@ -70,6 +69,18 @@ class BaseStage(Stage):
         return best is None or metrics['base'] >= best['base']
 
 
+def build_network(args, num_base, config, resumes):
+    """The network of stage 1, with the weights of --restore-from unless the run resumes (`Trainer` loads them then)."""
+    net = build_model(args.backbone, num_base, output_stride=args.os)
+    if not resumes:
+        restore(net, args, config)
+    if args.freeze_backbone:
+        net.backbone.requires_grad_(False)
+    if args.fix_bn:
+        net.fix_batch_norm()
+    return net
+
+
 def restore(net, args, config):
     """Load what --restore-from names: nothing, a backbone, or a whole stage-1 network with this `network_config`."""
     checkpoint = None
@@ -86,17 +97,6 @@ def restore(net, args, config):
         checkpoint.load_backbone_into(net)
 
 
-def prepare(net, args, device):
-    """Freeze what the flags say, move the network to the device, and compile it."""
-    if args.freeze_backbone:
-        net.backbone.requires_grad_(False)
-    if args.fix_bn:
-        net.fix_batch_norm()
-    net.to(device, memory_format=torch.channels_last)
-    if args.compile:
-        compile_features(net)
-
-
 @exits_cleanly
 def main(args):
     with start_run(args) as device:
@@ -104,20 +104,18 @@ def main(args):
         data, dtype = from_flags.fold_data(args), precision(device, args.fp16)
         notes = main_first(data.prepare)
         files = {'training list': data.lists.train, 'validation list': data.val_list}
-        folder = RunFolder(
-            args.snapshot_dir, {None: run_arguments(args, dtype, files)}, args.resume, args.overwrite,
-            classes=data.legend.classes,
-        )  # fmt: skip
+        folder = from_flags.run_folder(args, data, {None: run_arguments(args, dtype, files)})
         train_set = data.base_training(Augmentation(args.input_size, args.scale_range), args.random_seed)
         val_set = data.validation(args.base_size, with_novel=False, limit=args.val_limit)
         loading = {'num_workers': args.num_workers, 'device': device}
         loader = training_loader(train_set, args.batch_size, args.random_seed, micro_batches=args.accumulate, **loading)
 
         config = network_config(args, data.legend.classes)
-        net = build_model(args.backbone, len(data.base_ids), output_stride=args.os)
-        if not folder.holds():
-            restore(net, args, config)
-        prepare(net, args, device)
+        net = build_network(args, len(data.base_ids), config, resumes=folder.holds()).to(
+            device, memory_format=torch.channels_last
+        )
+        if args.compile:
+            compile_features(net)
         run = Run(folder, args, notes)
         run.logger.info(
             f'{len(train_set)} training and {len(val_set)} validation images, base classes {data.base_ids}; '
@@ -129,8 +127,7 @@ def main(args):
             val_batches=evaluation_loader(val_set, args.test_batch_size, **loading),
             panel=ValidationPanel(legend, val_set.samples.read_image), class_names=legend.names, config=config,
         )  # fmt: skip
-        optimization = from_flags.optimization(args, net, loader.batch_sampler.steps)
-        Trainer(stage, loader, optimization, run, from_flags.plan(args)).fit()
+        from_flags.trainer(args, stage, loader, run).fit()
         run.logger.close()
 
 
