@@ -56,6 +56,11 @@ class Optimization:
         groups = parameter_groups(net, learning_rate, weight_decay)
         self.parameters = [parameter for group in groups for parameter in group['params']]
         self.optimizer = torch.optim.SGD(groups, momentum=momentum, fused=True)
+        if momentum:
+            # Fused SGD would allocate momentum without initialising it and rely on the first step to write it, which
+            # is skipped where the scaled loss overflows. Zero momentum gives the same first step.
+            for parameter in self.parameters:
+                self.optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: max(1 - (first_step + step) / total_steps, 0) ** power
         )

@@ -57,6 +57,24 @@ def test_training_follows_the_plain_formulation_step_by_step(num_novel):
     assert curves[0][-1] != curves[0][0]
 
 
+def test_an_overflow_in_the_first_step_leaves_momentum_clean():
+    """Loss scaling starts at 65536, so the first steps of --fp16 on CUDA usually overflow and are skipped."""
+    weights = {}
+    for name, gradients in (('overflow', (float('inf'), 1, 1)), ('plain', (1, 1))):
+        torch.manual_seed(0)
+        junk = [torch.full((512, 512), float('nan')) for _ in range(20)]  # memory that is reused uninitialised
+        net = nn.Linear(512, 512, bias=False)
+        optimization = Optimization(net, 0.1, 0.9, 0.0, total_steps=10, power=0)
+        optimization.scaler = torch.amp.GradScaler('cpu')
+        del junk
+        for gradient in gradients:
+            net.weight.grad = torch.full_like(net.weight, gradient) * optimization.scaler.get_scale()
+            optimization.scaler.scale(torch.zeros(()))  # starts the scale, as `backward` does
+            optimization.step()
+        weights[name] = net.weight.detach()
+    assert torch.equal(weights['overflow'], weights['plain']) and weights['plain'].isfinite().all()
+
+
 @pytest.mark.parametrize(('stage', 'seed'), (('stage_1', None), ('stage_2', 123)))
 def test_losses_follow_the_golden_curve(base_run, few_shot_run, stage, seed):
     """Float32 losses of two short runs, written down before any of the steps was made faster."""
