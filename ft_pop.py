@@ -77,8 +77,9 @@ class NovelStage(Stage):
 
     def losses(self, batch, **scale):
         support, base = batch['support'], batch['base']
-        images = to_device(torch.cat([support['image'], base['image']]), self.device)  # [2B, 3, H, W]
-        masks = torch.cat([support['mask'], base['mask']]).to(self.device, non_blocking=True).long()  # [2B, H, W]
+        # moved before they are joined: the halves are pinned, what is joined of them is not
+        images = torch.cat([to_device(half['image'], self.device) for half in (support, base)])  # [2B, 3, H, W]
+        masks = torch.cat([half['mask'].to(self.device, non_blocking=True) for half in (support, base)]).long()
         with autocast(self.device, self.dtype):
             logits = self.model(self.frozen.features(images))  # [2B, 1 + Kb + Kn, h, w]
         count = len(support['image'])

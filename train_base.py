@@ -44,7 +44,9 @@ def parse_args(argv=None):
         help='batch statistics over all GPUs (default: on; not available on CPUs)',
     )  # fmt: skip
     args = cli.check(parser, parser.parse_args(argv))
-    smallest = 2 * world_size() * args.accumulate
+    on_gpus = args.device == 'cuda' or (args.device == 'auto' and torch.cuda.is_available())
+    per_process = 1 if args.sync_bn and on_gpus and world_size() > 1 else 2
+    smallest = per_process * world_size() * args.accumulate
     if args.batch_size < smallest and not args.fix_bn:
         parser.error(
             f'--batch-size {args.batch_size}: batch normalisation needs two images per process and micro-batch, '

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -35,7 +36,7 @@ def process_group(
         This process's device.
 
     Raises:
-        InputError: CUDA is asked for and not available.
+        InputError: CUDA is asked for and not available, or its memory ran out.
     """
     device = _choose_device(device)
     if device.type == 'cpu':
@@ -53,9 +54,23 @@ def process_group(
         _gloo = dist.new_group(backend='gloo', timeout=timeout)
     try:
         yield device
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except torch.cuda.OutOfMemoryError as error:
+        raise InputError(_memory_advice(error, device)) from error
+    # after an error the process just ends: NCCL may wait here for processes that are still at work
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _memory_advice(error, device):
+    """What an out-of-memory error asked for, and what to change."""
+    free, total = torch.cuda.mem_get_info(device)
+    asked = re.search(r'[Tt]ried to allocate ([\d.]+ \w+)', str(error))
+    return (
+        f'out of memory on {device}: {asked[1] if asked else "more memory"} asked for, {free / 1e9:.1f} of '
+        f'{total / 1e9:.1f} GB free. Use --fp16; in training --accumulate 2 or more, or a smaller --batch-size or '
+        '--input-size; in evaluation a smaller --test-batch-size. Memory in pieces that are too small: set '
+        'PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True. nvidia-smi shows other programs on this GPU.'
+    )
 
 
 def _meeting_place(timeout):

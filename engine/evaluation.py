@@ -1,6 +1,6 @@
 """Evaluation: segment images and compare them with their masks."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -10,10 +10,12 @@ from tqdm import tqdm
 
 from core import signals
 from core.ranks import is_main, world_size
-from engine.distributed import all_sum
+from engine.distributed import all_sum, sum_over_processes
 from engine.metrics import confusion_matrix
 from engine.precision import autocast, to_device
 from model.kernels.upsampling import needed, predict
+
+BATCHES_BETWEEN_EXCHANGES = 8  # of several processes, which stop together
 
 
 @torch.no_grad()
@@ -38,9 +40,7 @@ def evaluate(
     net.eval()
     confusion = torch.zeros(net.num_logits, net.num_logits, dtype=torch.int64, device=device)
     scores = net.score_prototypes()
-    for batch in tqdm(batches, 'evaluating', leave=False, disable=None if is_main() else True):
-        if signals.asked() and world_size() == 1:  # several processes could not all stop at the same image
-            raise signals.Stopped(signals.asked())
+    for batch in _interruptible(tqdm(batches, 'evaluating', leave=False, disable=None if is_main() else True)):
         for reason in batch.get('skipped', ()):
             tqdm.write(f'skipped: {reason}')
         if 'features' in batch:
@@ -55,6 +55,28 @@ def evaluate(
             if on_prediction:
                 on_prediction(batch['id'][i], prediction, mask)
     return all_sum(confusion).cpu().numpy()
+
+
+def _interruptible(batches: Iterable[dict]) -> Iterator[dict]:
+    """Yield batches; when a signal has reached a process, raise Stopped in all of them after the same exchange.
+
+    Processes may have different numbers of batches. One that has finished takes part until all have.
+    """
+    every = 1 if world_size() == 1 else BATCHES_BETWEEN_EXCHANGES
+    for i, batch in enumerate(batches):
+        if i % every == 0:
+            _exchange_signals(finished=False)
+        yield batch
+    while not _exchange_signals(finished=True):
+        pass
+
+
+def _exchange_signals(finished):
+    """Whether all processes have finished; Stopped where a signal has reached one of them."""
+    *asked, count = sum_over_processes(*signals.flags(), int(finished))
+    if any(asked):
+        raise signals.stop(asked)
+    return count == world_size()
 
 
 def segment(

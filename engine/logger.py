@@ -1,5 +1,6 @@
 """What a run leaves behind beside its checkpoints: args.json, log.txt, metrics.jsonl, tb/. The main process writes."""
 
+import importlib
 import json
 import math
 import os
@@ -9,12 +10,14 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from core.files import atomic_write, json_ready
 from core.ranks import is_main
 from engine.resume import RunFolder
+
+# modules with a SummaryWriter, and how its `add_hparams` calls the name of a run
+TENSORBOARD_WRITERS = {'tensorboardX': 'name', 'torch.utils.tensorboard': 'run_name'}
 
 
 class RunLogger:
@@ -35,8 +38,8 @@ class RunLogger:
             with atomic_write(self._folder / 'args.json') as file:
                 json.dump(arguments, file, indent=2, default=str)
             self._keep_records(folder)
-            self._tensorboard = SummaryWriter(str(self._folder / 'tb'))
             self.info(f'{time.strftime("%Y-%m-%d %H:%M:%S")}  {" ".join(sys.argv)}')
+            self._tensorboard = self._open_tensorboard()
 
     def info(self, text: str, terminal: bool = True):
         """Append text to log.txt; print it too, unless a progress bar shows it (`terminal=False`)."""
@@ -46,6 +49,17 @@ class RunLogger:
                 sys.stdout.flush()
             with open(self._folder / 'log.txt', 'a') as file:
                 file.write(f'{text}\n')
+
+    def _open_tensorboard(self):
+        """A SummaryWriter of tensorboardX or of PyTorch; None where neither can be imported: no run fails for that."""
+        reasons = []
+        for module in TENSORBOARD_WRITERS:
+            try:
+                return importlib.import_module(module).SummaryWriter(str(self._folder / 'tb'))
+            except Exception as error:  # packages that do not fit each other fail in many ways
+                reasons.append(f'{module}: {type(error).__name__}: {error}')
+        self.info(f'note: no TensorBoard files, as no writer can be imported ({"; ".join(reasons)})')
+        return None
 
     def _keep_records(self, folder):
         """Remove the other records from metrics.jsonl."""
@@ -95,21 +109,22 @@ class RunLogger:
         self._records[position.get('seed')] += 1
         scalars = clean | (timing or {}) | {f'iou/{name}': value for name, value in clean_iou.items()}
         for name, value in scalars.items():
-            if value is not None:
+            if self._tensorboard and value is not None:
                 self._tensorboard.add_scalar(f'{_tag(kind, position)}/{name}', value, step)
 
     def picture(self, name: str, picture: np.ndarray, step: int, **position):
         """Show a picture, uint8 [H, W, 3], in TensorBoard."""
-        if is_main():
+        if self._tensorboard:
             self._tensorboard.add_image(_tag(name, position), picture, step, dataformats='HWC')
 
     def hyperparameters(self, arguments: dict, metrics: dict, **position):
         """Show the arguments of a finished run beside its metrics (name -> number) in TensorBoard."""
-        if is_main():
+        if self._tensorboard:
             plain = {name: value if isinstance(value, (bool, int, float, str)) else str(value)
                      for name, value in (arguments | position).items()}  # fmt: skip
             numbers = {name: value for name, value in metrics.items() if math.isfinite(value)}
-            self._tensorboard.add_hparams(plain, numbers, _tag('hparams', position))
+            name = TENSORBOARD_WRITERS[type(self._tensorboard).__module__.removesuffix('.writer')]
+            self._tensorboard.add_hparams(plain, numbers, **{name: _tag('hparams', position)})
 
     def close(self):
         """Flush TensorBoard."""

@@ -5,6 +5,7 @@ from torch import nn
 
 GRADIENT_CLIP = 5.0
 HEAD_LR_FACTOR = 10
+MIN_LOSS_SCALE = 1.0  # below it, float16 gradients overflow though the loss is not scaled up: training has failed
 GIVEN = ('initial_lr', 'momentum', 'weight_decay')  # settings of a group that the command line gives
 
 
@@ -85,6 +86,11 @@ class Optimization:
     def scales(self) -> bool:
         """Whether losses are scaled."""
         return self.scaler.is_enabled()
+
+    @property
+    def loss_scale(self) -> float:
+        """The factor of the losses; reading it waits for the GPU."""
+        return self.scaler.get_scale()
 
     def state_dict(self) -> dict:
         """Momentum, schedule position and loss scale."""

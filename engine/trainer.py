@@ -16,7 +16,7 @@ from core.errors import InputError
 from core.ranks import is_main, world_size
 from engine.distributed import broadcast, broadcast_buffers, mean_over_processes, sum_over_processes
 from engine.metrics import iou_per_class, summarize
-from engine.optim import Optimization
+from engine.optim import MIN_LOSS_SCALE, Optimization
 from engine.run import Run
 from engine.stage import Plan, Stage
 
@@ -209,15 +209,18 @@ class Trainer:
         memory = _peak_memory(device) / 1e9
         losses = ' '.join(f'{name} {value:.4f}' for name, value in means.items() if name != 'grad_norm')
         shown_rates = ' '.join(f'{name} {rate:.2e}' for name, rate in rates.items() if name != 'head_bias')
+        scale = {'loss_scale': self.optimization.loss_scale} if self.optimization.scales else {}
+        shown_scale = ''.join(f' | loss scale {value:g}' for value in scale.values())
         line = (
-            f'{losses} | lr {shown_rates} | grad norm {means["grad_norm"]:.2f} | {images_per_second:.1f} images/s, '
+            f'{losses} | lr {shown_rates} | grad norm {means["grad_norm"]:.2f}{shown_scale} | '
+            f'{images_per_second:.1f} images/s, '
             f'{waiting:.0%} waiting for data | {memory:.1f} GB | {timedelta(seconds=round(left))} left'
         )
         bar.set_postfix_str(f'{losses}, {timedelta(seconds=round(left))} left')
         self.logger.info(f'{self.title} step {progress.step}/{self.steps} | {line}', terminal=bar.disable)
         self.logger.record(
             'train', progress.epoch * self.steps + progress.step,
-            means | {f'lr_{name}': rate for name, rate in rates.items()},
+            means | scale | {f'lr_{name}': rate for name, rate in rates.items()},
             {'images_per_second': images_per_second, 'waiting_for_data': waiting, 'memory_gb': memory},
             epoch=progress.epoch + 1, **self.position,
         )  # fmt: skip
@@ -229,7 +232,7 @@ class Trainer:
         broadcast_buffers(self.net)
         try:
             confusion = self.stage.validate()
-        except signals.Stopped:  # between two images; the weights are those of the end of the epoch
+        except signals.Stopped:  # between two batches; the weights are those of the end of the epoch
             self.save()
             raise
         metrics, seconds = summarize(confusion, self.net.num_base), {'seconds': time.perf_counter() - began}
@@ -266,12 +269,21 @@ class Trainer:
             self.logger.info(f'{self.prefix}skipped: {reason}')
 
     def check_finite(self, steps: list[tuple]):
-        """InputError at the first of (step, values, image ids) whose loss or gradient is not finite."""
+        """InputError at the first of (step, values, image ids) whose loss or gradient is not finite.
+
+        Also where the loss scale has collapsed, as steps are skipped without end then.
+        """
         # loss scaling overflows gradients on purpose, and skips these steps
         sums = [
             sum(value for name, value in values.items() if name != 'grad_norm' or not self.optimization.scales)
             for _, values, _ in steps
         ]
+        if self.optimization.scales and (scale := self.optimization.loss_scale) < MIN_LOSS_SCALE:
+            raise InputError(
+                f'the loss scale fell to {scale:g} at epoch {self.progress.epoch + 1}, step {steps[-1][0]}: gradients '
+                f'overflow float16 in every step (images: {", ".join(steps[-1][2])}). Lower --learning-rate, or train '
+                'without --fp16.'
+            )
         finite = torch.stack(sums).isfinite().tolist()
         if not all(finite):
             step, values, image_ids = steps[finite.index(False)]

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from conftest import LAUNCH, run_process, same_results, stage_1, stage_2, start
+from conftest import LAUNCH, ROOT, run_process, same_results, stage_1, stage_2, start
 
 
 @pytest.mark.parametrize('stage', (1, 2))
@@ -56,3 +56,33 @@ def test_a_killed_process_is_restarted_and_the_run_goes_on(shapes, whole, tmp_pa
     assert process.wait() == 0 and 'resumed at epoch' in rest, rest
     process.stdout.close()
     same_results(whole(2), tmp_path, ('best', 'last'))
+
+
+STOPPED_EVALUATION = """
+import os, signal, sys
+from core import signals
+from core.errors import exits_cleanly
+from core.ranks import rank
+from engine import evaluation
+from engine.distributed import process_group
+
+@exits_cleanly
+def main():
+    with process_group('cpu', 1):
+        signals.listen()
+        batches = range((3, 40)[rank()])  # one process has finished long before the other
+        assert sum(1 for _ in evaluation._interruptible(batches)) == len(batches)
+        for i, _ in enumerate(evaluation._interruptible(batches)):
+            if rank() == 1 and i == 20:
+                os.kill(os.getpid(), signal.SIGTERM)
+        print('went through', flush=True)
+
+main()
+"""
+
+
+def test_a_signal_stops_the_evaluation_of_all_processes_at_once(tmp_path):
+    (tmp_path / 'evaluate.py').write_text(STOPPED_EVALUATION)
+    code, output = run_process(*LAUNCH, tmp_path / 'evaluate.py', env={'PYTHONPATH': str(ROOT)}, timeout=60)
+    assert code != 0 and 'went through' not in output, output
+    assert output.count('stopped by SIGTERM') == 2, output

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from core.errors import InputError, exits_cleanly
 from core.files import atomic_write, check_writable
 from dataset.legend import Legend
 from engine.loaders import training_loader
+from engine.logger import RunLogger
 from engine.optim import Optimization, parameter_groups
 from engine.resume import RunFolder
 from engine.run import Run
@@ -192,3 +194,36 @@ def test_an_input_error_ends_with_its_message_and_code_1(capsys):
             main(text)
         assert end.value.code == 1
         assert capsys.readouterr().err == 'error: mend it\n'
+
+
+@pytest.mark.parametrize(('broken', 'note'), (
+    (('tensorboardX',), ''),
+    (('tensorboardX', 'torch.utils.tensorboard'), 'no TensorBoard files'),
+))  # fmt: skip
+def test_a_broken_tensorboard_stops_no_run(tmp_path, monkeypatch, capsys, broken, note):
+    for module in broken:
+        monkeypatch.setitem(sys.modules, module, None)  # importing it raises
+    if not note:
+        pytest.importorskip('tensorboard', reason='without it there is no second writer')
+    logger = RunLogger(tmp_path, {})
+    logger.record('train', 1, {'ce': 1.0}, epoch=1)
+    logger.picture('prototypes', np.zeros((4, 4, 3), np.uint8), 1)
+    logger.hyperparameters({'os': 8}, {'best_base': 1.0})
+    logger.close()
+    assert len((tmp_path / 'metrics.jsonl').read_text().splitlines()) == 1
+    assert (tmp_path / 'tb').is_dir() is not bool(note)
+    assert note in (tmp_path / 'log.txt').read_text()
+
+
+def test_a_collapsed_loss_scale_ends_the_run_with_the_images(tmp_path):
+    net = POP(nn.Conv2d(3, 8, 1), PSP(8, 16), 1)
+    optimization = Optimization(net, 1e-3, 0.9, 0.0, total_steps=16)
+    optimization.scaler = torch.amp.GradScaler('cpu', init_scale=0.5)
+    optimization.backward(net.base_emb.sum())
+    loader = training_loader(range(4), 2, seed=0, num_workers=0, device=CPU)
+    stage = Stage(
+        net=net, model=net, val_batches=(), device=CPU, dtype=torch.float16, class_names=(), panel=None, config={}
+    )  # fmt: skip
+    trainer = Trainer(stage, loader, optimization, Run(RunFolder(tmp_path, {None: {}}), argparse.Namespace()), Plan(8))
+    with pytest.raises(InputError, match=r'loss scale fell to 0\.5 at epoch 1, step 3.*images: a, b.*--learning-rate'):
+        trainer.check_finite([(3, {'ce': torch.ones(()), 'grad_norm': torch.ones(())}, ['a', 'b'])])
