@@ -1,38 +1,45 @@
 """A map over processes with a progress bar."""
 
 import os
+import signal
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 
 from tqdm import tqdm
 
 
-def usable_cores():
+def usable_cores() -> int:
     """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 
-def parallel_map(function, items, title, workers=None):
-    """Apply a function to every item in several processes; results come in the items' order, whatever their number.
+def parallel_map(function: Callable, items: Sequence, title: str, workers: int | None = None) -> list:
+    """Apply a function to every item, in several processes, and show a progress bar.
 
     Args:
-        function (callable): of one item; importable, as processes are started with it.
-        items (list): what to work on.
-        title (str): of the progress bar.
-        workers (int, optional): processes; the usable cores by default. 1 stays in this process.
+        function: takes one item; it must be importable, because other processes call it.
+        items: its arguments.
+        title: of the progress bar.
+        workers: number of processes; default: one per usable core. With 1, this process does the work.
 
     Returns:
-        list: results. An exception of the function ends the map and is raised here.
+        The results, in the order of the items.
+
+    Raises:
+        Exception: the first one that the function raises. Items that no process has received yet are dropped.
     """
     workers = min(workers or usable_cores(), max(len(items), 1))
     bar = tqdm(total=len(items), desc=title, leave=False, disable=None)
     with bar:
         if workers == 1:
             return [_tick(bar, function(item)) for item in items]
-        pool = ProcessPoolExecutor(workers)
+        # tqdm's process_map is not used here: with chunks of several items its bar counts chunks, and it cannot make
+        # its workers ignore SIGINT. Ctrl-C reaches the workers too, and an idle worker that it ends blocks the pool.
+        pool = ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
         try:
             chunk = min(64, -(-len(items) // (4 * workers)))
             return [_tick(bar, result) for result in pool.map(function, items, chunksize=chunk)]
-        finally:  # on an error or Ctrl-C the rest is not worked off first
+        finally:
             pool.shutdown(cancel_futures=True)
 
 
