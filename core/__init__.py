@@ -1,3 +1,6 @@
-"""What everything else rests on and that knows nothing of it: errors, files, processes, signals."""
+"""What all packages use and what imports none of them: errors, files, parallel work, process ranks, signals.
 
-IGNORE_INDEX = 255  # the mask value, and the label, of pixels that are not counted
+`signals` is here because `errors.exits_cleanly` ends a command that a signal stopped.
+"""
+
+IGNORE_INDEX = 255  # mask value, and label, of pixels that are not counted

@@ -1,4 +1,4 @@
-"""Which process of a run this is, as torchrun announces it in the environment; without torchrun, the only one."""
+"""Rank of this process and number of processes, from torchrun's environment variables; one process without torchrun."""
 
 import os
 
@@ -14,12 +14,12 @@ def local_world_size() -> int:
 
 
 def rank() -> int:
-    """This process's number, 0 .. world_size() - 1."""
+    """Number of this process, 0 .. world_size() - 1."""
     return int(os.environ.get('RANK', 0))
 
 
 def local_rank() -> int:
-    """This process's number on its host, which is also its GPU's."""
+    """Number of this process on its host, and of its GPU."""
     return int(os.environ.get('LOCAL_RANK', 0))
 
 

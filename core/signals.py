@@ -1,7 +1,8 @@
-"""SIGTERM and SIGINT ask a run to save and stop; what it was asked is remembered here until it looks."""
+"""SIGTERM and SIGINT ask a run to save its state and stop. A signal is remembered here until the run asks for it."""
 
 import multiprocessing
 import signal
+from collections.abc import Sequence
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 _asked = 0
@@ -11,46 +12,50 @@ class Stopped(Exception):
     """The run has saved its state and ends because of a signal.
 
     Args:
-        number (int): of the signal; the exit code is 128 more.
+        number: of the signal; the exit code is 128 + number.
     """
 
-    def __init__(self, number):
+    def __init__(self, number: int):
         super().__init__(f'stopped by {signal.Signals(number).name}')
         self.exit_code = 128 + number
 
 
 def listen():
-    """Remember SIGTERM and SIGINT rather than die of them; a second SIGINT interrupts at once."""
+    """Remember SIGTERM and SIGINT instead of ending at once; a second SIGINT raises KeyboardInterrupt."""
     for number in NUMBERS:
         signal.signal(number, _remember)
 
 
-def asked():
-    """The number of the signal that arrived, 0 before one has."""
+def asked() -> int:
+    """The number of the signal that arrived, or 0."""
     return _asked
 
 
-def flags():
-    """1 for the signal that arrived, 0 for the others, in the order of NUMBERS: what processes can add up."""
+def flags() -> tuple[int, ...]:
+    """One number per signal of NUMBERS: 1 if it arrived, else 0. Processes add these up to agree on a stop."""
     return tuple(int(_asked == number) for number in NUMBERS)
 
 
-def stop(counts):
-    """The Stopped that the added-up flags of all processes mean."""
+def stop(counts: Sequence[float]) -> Stopped:
+    """The exception for the signal that most processes received.
+
+    Args:
+        counts: sum of `flags` over all processes.
+    """
     return Stopped(NUMBERS[max(range(len(NUMBERS)), key=lambda i: counts[i])])
 
 
-def ignore(_worker=None):
-    """Leave signals to the training process: for loader workers, which Ctrl-C or a scheduler reaches too."""
+def ignore(_worker: int | None = None):
+    """Make a loader worker ignore the signals, which reach the whole process group; its training process decides."""
     for number in NUMBERS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def end_workers():
-    """End loader workers that an error left behind: they ignore the SIGTERM that Python would end them with."""
+    """Kill loader workers that an error left running: they ignore the SIGTERM with which Python would end them."""
     workers = multiprocessing.active_children()
     if workers:
-        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's raises where a worker is killed
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises when a worker is killed
         for worker in workers:
             worker.kill()
         for worker in workers:

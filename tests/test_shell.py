@@ -113,7 +113,7 @@ def test_a_signal_to_an_entry_point_reaches_the_run(tmp_path):
             process.terminate()
             break
     said += process.stdout.read()
-    assert process.wait() == 143 and 'goes on from here' in said, said
+    assert process.wait() == 143 and 'run the same command again to resume' in said, said
     process.stdout.close()
 
 
