@@ -1,6 +1,7 @@
 """Curves of runs: losses and validation mIoU against optimisation steps."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +12,14 @@ from core.errors import InputError
 
 LOSSES = {'ce': 'cross-entropy', 'orth': 'orthogonality'}
 MEANS = {'base': '-', 'novel': '--', 'total': ':'}  # line styles
-SMOOTHED = 40  # points that a loss curve is averaged to
+SMOOTHED = 40  # points of a loss curve; each is a mean over neighbouring steps
 
 
-def read_metrics(folder):
-    """The records of a run's metrics.jsonl.
-
-    Returns:
-        list of dict.
+def read_metrics(folder: Path | str) -> list[dict]:
+    """Read the records of a run's metrics.jsonl.
 
     Raises:
-        InputError: there is no such file, it is empty, or a line of it is no JSON object.
+        InputError: the file is missing or empty, or a line of it is not a JSON object.
     """
     path = Path(folder) / 'metrics.jsonl'
     if not path.is_file():
@@ -31,22 +29,19 @@ def read_metrics(folder):
     except json.JSONDecodeError as error:
         raise InputError(f'{path} is damaged: {error}') from error
     if not all(isinstance(record, dict) for record in records):
-        raise InputError(f'{path} is damaged: a line is no JSON object')
+        raise InputError(f'{path} is damaged: a line is not a JSON object')
     if not records:
         raise InputError(f'{path} is empty: the run has not logged a step yet')
     return records
 
 
-def curves_figure(runs):
-    """Losses and mIoU of runs.
+def curves_figure(runs: Mapping[str, Sequence[dict]]) -> Figure:
+    """Losses and validation mIoU of runs.
 
     Args:
-        runs (dict): name -> records (`read_metrics`).
-
-    Returns:
-        Figure.
+        runs: name -> records (`read_metrics`).
     """
-    curves = {}  # a curve of its own for each seed
+    curves = {}  # one for each seed of each run
     for name, records in runs.items():
         for seed in dict.fromkeys(record.get('seed') for record in records):
             curves[name if seed is None else f'{name}, seed {seed}'] = [r for r in records if r.get('seed') == seed]
@@ -66,7 +61,7 @@ def curves_figure(runs):
             if points:
                 axis.plot(*_smoothed(points), color=color, label=name if key == 'ce' else None)
         validations = [record for record in records if record['kind'] == 'val']
-        # without novel classes, total is base
+        # without novel classes, total equals base
         present = MEANS if any(record.get('novel') is not None for record in validations) else ('base',)
         for key in present if validations else ():
             shown.add(key)
@@ -84,6 +79,6 @@ def curves_figure(runs):
 
 
 def _smoothed(points):
-    """Means of neighbouring points: a single step's loss says little."""
+    """Means over neighbouring points, as the loss of single steps is noisy."""
     groups = np.array_split(np.array(points, float), min(SMOOTHED, len(points)))
     return np.array([group.mean(0) for group in groups]).T

@@ -1,15 +1,20 @@
 """Figures of results: panels of predictions, confusion matrix, IoU of each class, prototypes, support images."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from core import IGNORE_INDEX
 from core.files import atomic_write
+from dataset.legend import Legend
 from report.tensorboard import similarity
 
 DPI = 100
-ERRORS = {  # what can be wrong with a pixel, and its colour in error maps (told apart by colour-blind readers too)
+ERRORS = {  # what can be wrong with a pixel, and its colour in error maps (also for colour-blind readers)
     'correct': (224, 224, 224),
     'class missed': (0, 114, 178),
     'background taken for a class': (230, 159, 0),
@@ -19,13 +24,13 @@ ERRORS = {  # what can be wrong with a pixel, and its colour in error maps (told
 BASE_COLOR, NOVEL_COLOR = '#4477AA', '#EE6677'
 
 
-def save_figure(path, figure):
-    """Write a matplotlib figure; the file's suffix says in which format."""
+def save_figure(path: Path, figure: Figure):
+    """Write a figure in the format of the file's suffix."""
     with atomic_write(path, 'wb', sync=False) as file:
         figure.savefig(file, format=path.suffix[1:], dpi=DPI)
 
 
-def error_map(truth, prediction):
+def error_map(truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
     """Colours of `ERRORS`, uint8 [H, W, 3], for labels [H, W]."""
     kind = np.zeros(truth.shape, np.uint8)
     wrong = truth != prediction
@@ -36,17 +41,16 @@ def error_map(truth, prediction):
     return np.array(list(ERRORS.values()), np.uint8)[kind]
 
 
-def panel_figure(image, truth, prediction, legend, title=''):
+def panel_figure(
+    image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, legend: Legend, title: str = ''
+) -> Figure:
     """Image, ground truth, prediction and error map side by side, with a legend of the classes that occur.
 
     Args:
-        image (ndarray): RGB uint8 [H, W, 3].
-        truth, prediction (ndarray): labels uint8 [H, W]; 255 in the truth is not counted.
-        legend (Legend): of the labels.
-        title (str): goes above.
-
-    Returns:
-        Figure.
+        image: RGB uint8 [H, W, 3].
+        truth, prediction: labels uint8 [H, W]; 255 in the truth is not counted.
+        legend: of the labels.
+        title: above the pictures.
     """
     colors = legend.colors
     height, width = truth.shape
@@ -67,12 +71,12 @@ def panel_figure(image, truth, prediction, legend, title=''):
     return figure
 
 
-def similarity_figure(prototypes, legend):
-    """Similarities of different prototypes, base before novel.
+def similarity_figure(prototypes: Sequence[torch.Tensor], legend: Legend) -> Figure:
+    """Cosine similarities of different prototypes, base before novel.
 
     Args:
-        prototypes (sequence of Tensor): as in `similarity`.
-        legend (Legend): of the labels.
+        prototypes: as in `similarity`.
+        legend: of the labels.
     """
     matrix = similarity(prototypes)
     np.fill_diagonal(matrix, np.nan)
@@ -86,12 +90,12 @@ def similarity_figure(prototypes, legend):
     return figure
 
 
-def confusion_figure(confusion, legend):
+def confusion_figure(confusion: np.ndarray, legend: Legend) -> Figure:
     """Confusion matrix, each row in percent of the true class's pixels.
 
     Args:
-        confusion (ndarray): int [K, K], row = truth.
-        legend (Legend): of the K labels.
+        confusion: int [K, K], row = truth.
+        legend: of the K labels.
     """
     percent = 100 * confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     figure, axis = _square(len(percent))
@@ -107,13 +111,13 @@ def confusion_figure(confusion, legend):
     return figure
 
 
-def iou_figure(ious, legend, title):
-    """Bars of each class's IoU: base and novel classes apart, with their means.
+def iou_figure(ious: np.ndarray, legend: Legend, title: str) -> Figure:
+    """Bars of each class's IoU, base and novel classes in different colours, with their means.
 
     Args:
-        ious (ndarray): percent [S, K] of S seeds; NaN for classes that do not occur.
-        legend (Legend): of the K labels.
-        title (str): goes above.
+        ious: percent [S, K] of S seeds; NaN for classes that do not occur.
+        legend: of the K labels.
+        title: above the bars.
     """
     count = len(legend.names)
     means = np.array([np.mean(column[~np.isnan(column)]) if (~np.isnan(column)).any() else np.nan for column in ious.T])
@@ -125,7 +129,7 @@ def iou_figure(ious, legend, title):
         for one in ious:
             axis.plot(one, range(count), 'k.', markersize=4)
     for k, mean in enumerate(means):
-        # beside the bar and the seeds' points
+        # to the right of the bar and of the seeds' points
         end = 0 if np.isnan(mean) else np.nanmax([*ious[:, k], mean])
         axis.text(end + 1, k, 'does not occur' if np.isnan(mean) else f'{mean:.1f}', va='center', fontsize=9)
     axis.set_yticks(range(count), legend.names, fontsize=9)
@@ -145,13 +149,13 @@ def iou_figure(ious, legend, title):
     return figure
 
 
-def support_figure(support, legend, shot):
-    """Support images with their masks, one row for each novel class (more where a row would be too long).
+def support_figure(support: Sequence[tuple[str, np.ndarray, np.ndarray]], legend: Legend, shot: int) -> Figure:
+    """Support images with their masks: rows of at most five images of one novel class.
 
     Args:
-        support (sequence): (image id, RGB uint8 [H, W, 3], labels uint8 [H, W]), `shot` per novel class.
-        legend (Legend): of the labels.
-        shot (int): K.
+        support: image id, RGB uint8 [H, W, 3] and labels uint8 [H, W]; `shot` of them per novel class.
+        legend: of the labels.
+        shot: K.
     """
     columns = min(shot, 5)
     lines = -(-shot // columns) * len(legend.novel_labels)
@@ -165,7 +169,7 @@ def support_figure(support, legend, shot):
     for i, (image_id, image, labels) in enumerate(support):
         axis = axes.flat[i // shot * per_class + i % shot]
         label = legend.novel_labels[i // shot]
-        axis.imshow(coloured(image, labels, legend))
+        axis.imshow(color_classes(image, labels, legend))
         axis.set_title(f'{legend.names[label]}\n{image_id}', fontsize=9)
     present = sorted({k for _, _, labels in support for k in np.unique(labels) if 0 < k < len(legend.names)})
     figure.legend(handles=_patches(legend, present), loc='outside lower center', ncols=max(2, columns + 1),
@@ -173,14 +177,14 @@ def support_figure(support, legend, shot):
     return figure
 
 
-def coloured(image, labels, legend):
-    """An image (RGB uint8 [H, W, 3]) whose classes (labels uint8 [H, W]) shine through in their colours."""
+def color_classes(image: np.ndarray, labels: np.ndarray, legend: Legend) -> np.ndarray:
+    """Blend an image (RGB uint8 [H, W, 3]) with the colours of its classes (labels uint8 [H, W])."""
     shown = ((labels > 0) & (labels < len(legend.names)))[:, :, None]
     return np.where(shown, 0.4 * image + 0.6 * legend.colors[labels], image).astype(np.uint8)
 
 
-def legend_figure(legend):
-    """The colours of all classes."""
+def legend_figure(legend: Legend) -> Figure:
+    """The colours of all classes but background."""
     count = len(legend.names) - 1
     figure = Figure(figsize=(8, 0.6 + 0.25 * -(-count // 4)), layout='constrained')
     figure.legend(handles=_patches(legend, range(1, count + 1)), loc='center', ncols=4, frameon=False, fontsize=10)
@@ -188,7 +192,7 @@ def legend_figure(legend):
 
 
 def _patch(name, color):
-    """An entry of a matplotlib legend; the colour is uint8 RGB."""
+    """Entry of a matplotlib legend; the colour is uint8 RGB."""
     return Patch(facecolor=np.asarray(color) / 255, edgecolor='grey', label=name)
 
 
@@ -198,14 +202,14 @@ def _patches(legend, labels):
 
 
 def _square(count):
-    """A figure whose axes hold count x count cells with names."""
+    """A figure and its axes, large enough for count x count cells with names."""
     side = 2.6 + max(0.3 if count <= 30 else 0.19, 4 / count) * count
     figure = Figure(figsize=(side + 0.8, side), layout='constrained')
     return figure, figure.subplots()
 
 
 def _name_cells(axis, names, border):
-    """Names at both axes of a matrix, and lines between base and novel classes."""
+    """Write the names at both axes of a matrix, and draw lines between base and novel classes."""
     size = 9 if len(names) <= 30 else 8
     axis.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
     axis.set_yticks(range(len(names)), names, fontsize=size)

@@ -1,16 +1,25 @@
-"""Pictures of an evaluation's predictions while they are made: palette PNGs, panels of telling images, overlays."""
+"""Pictures of predictions, written while an evaluation runs: palette PNGs, panels of example images, overlays."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch.utils.data import Subset
 
 from core.files import atomic_write
-from dataset.legend import PALETTES
+from core.ranks import is_main
+from dataset import SegmentationDataset
+from dataset.legend import PALETTES, Legend
+from engine.distributed import all_gather, on_main
+from engine.inference import Segmenter
 from engine.metrics import confusion_matrix, iou_per_class
-from report.figures import coloured, panel_figure, save_figure
+from report.figures import color_classes, panel_figure, save_figure
 from report.tensorboard import label_array
 
 
-def save_palette_png(path, mask, palette):
+def save_palette_png(path: Path, mask: np.ndarray, palette: np.ndarray):
     """Write a mask (uint8 [H, W], class ids) as a palette PNG; the palette is uint8 [256, 3]."""
     picture = Image.fromarray(mask)
     picture.putpalette(palette.tobytes())
@@ -18,29 +27,29 @@ def save_palette_png(path, mask, palette):
         picture.save(file, format='png')
 
 
-def save_labels(path, labels, legend):
+def save_labels(path: Path, labels: np.ndarray, legend: Legend):
     """Write labels (uint8 [H, W], below 255) as a palette PNG of class ids, in the data set's colours."""
     save_palette_png(path, np.array(legend.class_ids, np.uint8)[labels], PALETTES[legend.palette]())
 
 
 class ImageScores:
-    """Takes the predictions of an evaluation: scores each image, and writes it where that is asked for.
+    """Scores each image of an evaluation and, with a folder, writes its prediction.
 
     Args:
-        legend (Legend): of the labels.
-        folder (Path, optional): gets ID.png of every image, a palette PNG of class ids.
+        legend: of the labels.
+        folder: gets ID.png of every image, a palette PNG of class ids.
 
     Attributes:
-        scores (dict): image id -> (mean IoU in percent over the classes in truth or prediction, shows a novel class);
+        scores: image id -> (mean IoU in percent over the classes in truth or prediction, shows a novel class);
             images without a pixel that counts are left out.
     """
 
-    def __init__(self, legend, folder=None):
+    def __init__(self, legend: Legend, folder: Path | None = None):
         self.legend, self.folder = legend, folder
-        self.scores = {}
+        self.scores: dict[str, tuple[float, bool]] = {}
 
-    def __call__(self, image_id, prediction, truth):
-        """Take one image's labels, integer tensors [H, W]."""
+    def __call__(self, image_id: str, prediction: torch.Tensor, truth: torch.Tensor):
+        """Take one image's labels, integer [H, W]."""
         counts = confusion_matrix(truth, prediction, len(self.legend.names)).cpu()
         prediction, truth = label_array(prediction), label_array(truth)
         if counts.any():
@@ -50,15 +59,15 @@ class ImageScores:
             save_labels(self.folder / f'{image_id}.png', prediction, self.legend)
 
 
-def choose_telling(scores, count):
-    """Choose images to look at: worst, median and best ones and ones with novel classes, in turn.
+def choose_examples(scores: Mapping[str, tuple[float, bool]], count: int) -> dict[str, str]:
+    """Choose images to look at: in turn the worst, a median, the best, and one with novel classes.
 
     Args:
-        scores (dict): of `ImageScores`.
-        count (int): how many.
+        scores: of `ImageScores`.
+        count: how many images.
 
     Returns:
-        dict: image id -> what it is an example of, e.g. 'worst1'.
+        Image id -> what it is an example of, e.g. 'worst1'.
     """
     ordered = sorted(scores, key=lambda image_id: (scores[image_id][0], image_id))
     novel = [image_id for image_id in ordered if scores[image_id][1]]
@@ -75,6 +84,7 @@ def choose_telling(scores, count):
 
 
 def _from_the_middle(items):
+    """Items by their distance from the middle of the list."""
     order = sorted(range(len(items)), key=lambda i: abs(i - (len(items) - 1) / 2))
     return [items[i] for i in order]
 
@@ -83,49 +93,82 @@ class PanelWriter:
     """Writes a panel of each prediction that it is given.
 
     Args:
-        legend (Legend): of the labels.
-        read_image (callable): image id -> RGB uint8 [H, W, 3].
-        folder (Path): of the pictures.
-        chosen (dict): image id -> what it is an example of.
-        scores (dict): of `ImageScores`.
+        legend: of the labels.
+        read_image: image id -> RGB uint8 [H, W, 3].
+        folder: of the pictures.
+        chosen: image id -> what it is an example of.
+        scores: of `ImageScores`.
     """
 
-    def __init__(self, legend, read_image, folder, chosen, scores):
+    def __init__(
+        self,
+        legend: Legend,
+        read_image: Callable[[str], np.ndarray],
+        folder: Path,
+        chosen: Mapping[str, str],
+        scores: Mapping[str, tuple[float, bool]],
+    ):
         self.legend, self.read_image, self.folder = legend, read_image, folder
         self.chosen, self.scores = chosen, scores
 
-    def path(self, image_id):
+    def path(self, image_id: str) -> Path:
+        """Where the panel of an image is written."""
         return self.folder / f'{self.chosen[image_id]}_{image_id}.png'
 
-    def __call__(self, image_id, prediction, truth):
-        """Take one image's labels, integer tensors [H, W]."""
+    def __call__(self, image_id: str, prediction: torch.Tensor, truth: torch.Tensor):
+        """Take one image's labels, integer [H, W]."""
         prediction, truth = label_array(prediction), label_array(truth)
         title = f'{image_id} ({self.chosen[image_id].rstrip("0123456789")}): mIoU {self.scores[image_id][0]:.1f} %'
         figure = panel_figure(self.read_image(image_id), truth, prediction, self.legend, title)
         save_figure(self.path(image_id), figure)
 
 
+def draw_examples(segmenter: Segmenter, dataset: SegmentationDataset, scores: ImageScores, folder: Path, count: int):
+    """Choose example images by their scores, segment them once more and write their panels.
+
+    Args:
+        segmenter: gave the scores.
+        dataset: the evaluation images.
+        scores: of this process's images.
+        folder: of the panels; those of an earlier evaluation, whose examples were others, are removed.
+        count: how many images.
+    """
+    all_scores = {image_id: score for share in all_gather(scores.scores) for image_id, score in share.items()}
+    chosen = choose_examples(all_scores, count)
+    on_main(lambda: _remove_pictures(folder))
+    panels = PanelWriter(scores.legend, dataset.samples.read_image, folder, chosen, all_scores)
+    indices = {image_id: i for i, image_id in enumerate(dataset.image_ids)}
+    segmenter.run(Subset(dataset, [indices[image_id] for image_id in chosen]), panels)
+    if is_main():
+        print(''.join(f'picture: {panels.path(image_id)}\n' for image_id in chosen), end='')
+
+
+def _remove_pictures(folder):
+    for path in folder.glob('*.png'):
+        path.unlink(missing_ok=True)
+
+
 class OverlayWriter:
     """Writes the class ids of each prediction, ID.png, and its image with the classes coloured, ID_overlay.jpg.
 
     Args:
-        legend (Legend): of the labels.
-        read_image (callable): image id -> RGB uint8 [H, W, 3].
-        folder (Path): of the pictures.
+        legend: of the labels.
+        read_image: image id -> RGB uint8 [H, W, 3].
+        folder: of the pictures.
 
     Attributes:
-        written (int): images so far.
+        written: number of images so far.
     """
 
-    def __init__(self, legend, read_image, folder):
+    def __init__(self, legend: Legend, read_image: Callable[[str], np.ndarray], folder: Path):
         self.legend, self.read_image, self.folder = legend, read_image, folder
         self.written = 0
 
-    def __call__(self, image_id, prediction, truth):
-        """Take one image's labels, an integer tensor [H, W]; the truth is not looked at."""
+    def __call__(self, image_id: str, prediction: torch.Tensor, truth: torch.Tensor):
+        """Take one image's labels, integer [H, W]; the truth is not used."""
         labels = label_array(prediction)
         save_labels(self.folder / f'{image_id}.png', labels, self.legend)
-        overlay = Image.fromarray(coloured(self.read_image(image_id), labels, self.legend))
+        overlay = Image.fromarray(color_classes(self.read_image(image_id), labels, self.legend))
         with atomic_write(self.folder / f'{image_id}_overlay.jpg', 'wb', sync=False) as file:
             overlay.save(file, format='jpeg', quality=92)
         self.written += 1

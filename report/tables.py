@@ -1,54 +1,70 @@
-"""Result tables in Markdown."""
+"""Result tables in Markdown and LaTeX."""
+
+import re
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from tabulate import SEPARATING_LINE, tabulate
 
 from engine.metrics import SUMMARY
 
 
-def summary_table(rows):
+def summary_table(rows: Mapping[str, Mapping[str, float | str]]) -> str:
     """Markdown table of summaries.
 
     Args:
-        rows (dict): row name -> dict with the keys of `SUMMARY`, in percent; values may be strings.
+        rows: row name -> the keys of `SUMMARY`, in percent; values may be strings.
     """
-
-    def cell(value):
-        return value if isinstance(value, str) else '-' if np.isnan(value) else f'{value:.2f}'
-
-    return markdown_table(
-        [
-            ['', *SUMMARY.values()],
-            *([str(name), *(cell(values[key]) for key in SUMMARY)] for name, values in rows.items()),
-        ]
-    )
+    lines = [[name, *(_cell(values[key]) for key in SUMMARY)] for name, values in rows.items()]
+    return markdown_table(['', *SUMMARY.values()], lines)
 
 
-def mean_and_std(values):
+def class_table(ious: Mapping[str, Mapping[str, float]]) -> str:
+    """Markdown table of each class's IoU.
+
+    Args:
+        ious: column name -> class name -> IoU in percent; NaN for classes that do not occur.
+    """
+    header = ['class', *ious, *(['mean ± std'] if len(ious) > 1 else [])]
+    lines = []
+    for name in next(iter(ious.values())):
+        values = [iou[name] for iou in ious.values()]
+        lines.append([name, *map(_cell, values), *([mean_and_std(values)] if len(ious) > 1 else [])])
+    return markdown_table(header, lines)
+
+
+def mean_and_std(values: Sequence[float]) -> str:
     """'mean ± std' of numbers, (population) standard deviation; '-' where one of them is NaN."""
     return '-' if np.isnan(values).any() else f'{np.mean(values):.2f} ± {np.std(values):.2f}'
 
 
-def class_table(ious):
-    """Markdown table of each class's IoU.
+def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """An aligned Markdown table, the first column to the left and all others to the right."""
+    alignment = ['left'] + ['right'] * (len(header) - 1)
+    return tabulate(lines, header, tablefmt='pipe', colalign=alignment, disable_numparse=True)
+
+
+def latex_table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A LaTeX table (package booktabs) with a rule between numbers of shots.
 
     Args:
-        ious (dict): column name -> dict of class name -> IoU in percent; NaN for classes that do not occur.
+        title: the caption.
+        header: method, shot, fold, and the columns of results, which are centred.
+        lines: rows in the order of the shots.
     """
-    names = next(iter(ious.values()))
-    lines = [['class', *ious, *(['mean ± std'] if len(ious) > 1 else [])]]
-    for name in names:
-        values = [iou[name] for iou in ious.values()]
-        cells = ['-' if np.isnan(value) else f'{value:.2f}' for value in values]
-        lines.append([name, *cells, *([mean_and_std(values)] if len(ious) > 1 else [])])
-    return markdown_table(lines)
+    body = []
+    for i, line in enumerate(lines):
+        if i and line[1] != lines[i - 1][1]:
+            body.append(SEPARATING_LINE)
+        body.append(line)
+    alignment = ['left', 'right', 'right', *['center'] * (len(header) - 3)]
+    tabular = tabulate(body, header, tablefmt='latex_booktabs', colalign=alignment, disable_numparse=True)
+    caption = re.sub(r'([%_&#$])', r'\\\1', title)
+    table = f'% needs \\usepackage{{booktabs}}\n\\begin{{table}}\n\\centering\n\\caption{{{caption}}}\n{tabular}\n'
+    return f'{table}\\end{{table}}\n'.replace('±', r'$\pm$')
 
 
-def markdown_table(lines):
-    """Rows of strings, the header first, as an aligned Markdown table; all but the first column to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rule = ['-' * widths[0], *('-' * (width - 1) + ':' for width in widths[1:])]
-    aligned = [
-        [text.rjust(w) if i else text.ljust(w) for i, (text, w) in enumerate(zip(line, widths, strict=True))]
-        for line in (lines[0], rule, *lines[1:])
-    ]
-    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in aligned)
+def _cell(value):
+    if isinstance(value, str):
+        return value
+    return '-' if np.isnan(value) else f'{value:.2f}'

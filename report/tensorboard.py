@@ -1,25 +1,31 @@
-"""What TensorBoard shows of a run beside its curves: predictions on validation images, similarity of prototypes.
+"""Pictures of a run for TensorBoard: predictions on validation images, and similarity of prototypes.
 
-Drawn with arrays, as matplotlib, which figures of results need (`figures`), would make each start a seventh slower.
+They are made with arrays: importing matplotlib, which `figures` needs,
+would make each start of training a seventh slower.
 """
+
+from collections.abc import Callable, Sequence
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+from dataset.legend import Legend
 
 
-def similarity(prototypes):
-    """Cosine similarities of all prototypes, float32 [K, K] ndarray.
+def similarity(prototypes: Sequence[torch.Tensor]) -> np.ndarray:
+    """Cosine similarities of all prototypes, float32 [K, K].
 
     Args:
-        prototypes (sequence of Tensor): [Kb, C], and [Kn, C] where there are novel classes.
+        prototypes: [Kb, C], and [Kn, C] where there are novel classes.
     """
     s = F.normalize(torch.cat([p.detach().float() for p in prototypes]), dim=1)
     return (s @ s.T).cpu().numpy()
 
 
-def similarity_picture(prototypes, side=320):
+def similarity_picture(prototypes: Sequence[torch.Tensor], side: int = 320) -> np.ndarray:
     """The similarities as a picture, uint8 [side', side', 3] with side' >= side: blue -1, white 0, red 1."""
     matrix = similarity(prototypes).clip(-1, 1)
     red, blue = np.minimum(1 + matrix, 1), np.minimum(1 - matrix, 1)
@@ -28,30 +34,30 @@ def similarity_picture(prototypes, side=320):
     return colors.repeat(cell, axis=0).repeat(cell, axis=1)
 
 
-def label_array(labels):
-    """Labels below 256, an integer tensor, as a uint8 ndarray."""
+def label_array(labels: torch.Tensor) -> np.ndarray:
+    """Labels below 256 as uint8 on the CPU."""
     return labels.byte().cpu().numpy()
 
 
 class ValidationPanel:
-    """The same few validation images after each validation, as one picture for TensorBoard.
+    """Shows the same few validation images after each validation, as one picture.
 
-    These are the first ones that show a novel class, or in stage 1 any class.
+    These are the first images that show a novel class, or in stage 1 any class.
 
     Args:
-        legend (Legend): of the labels.
-        read_image (callable): image id -> RGB uint8 [H, W, 3].
-        count (int): how many images.
-        side (int): pixels that a picture of an image fits.
+        legend: of the labels.
+        read_image: image id -> RGB uint8 [H, W, 3].
+        count: how many images.
+        side: of the square that each image is drawn into, in pixels.
     """
 
-    def __init__(self, legend, read_image, count=6, side=192):
+    def __init__(self, legend: Legend, read_image: Callable[[str], np.ndarray], count: int = 6, side: int = 192):
         self.legend, self.read_image, self.count, self.side = legend, read_image, count, side
         self._wanted = list(legend.novel_labels) or list(range(1, len(legend.names)))
         self._fixed, self._predictions = {}, {}
 
-    def __call__(self, image_id, prediction, truth):
-        """Take one image's labels, integer tensors [H, W]; those of most images are not looked at."""
+    def __call__(self, image_id: str, prediction: torch.Tensor, truth: torch.Tensor):
+        """Take one image's labels, integer [H, W]; those of images that are not shown are ignored."""
         if image_id not in self._fixed and len(self._fixed) == self.count:
             return
         prediction, truth = label_array(prediction), label_array(truth)
@@ -62,19 +68,19 @@ class ValidationPanel:
             self._fixed[image_id] = (self._tile(image), self._tile(self.legend.colors[truth]))
         self._predictions[image_id] = self._tile(self.legend.colors[prediction])
 
-    def pictures(self, net):
+    def pictures(self, net: nn.Module) -> dict[str, np.ndarray]:
         """Name -> picture, uint8 [H, W, 3]: the network's prototypes and, once there are images, its predictions."""
         predictions = self.draw()
         shown = {'prototypes': similarity_picture(net.prototypes())}
         return shown if predictions is None else shown | {'predictions': predictions}
 
-    def draw(self):
+    def draw(self) -> np.ndarray | None:
         """uint8 [rows * side, 3 * side, 3]: image, ground truth and prediction in each row; None without images."""
         rows = [np.hstack([*tiles, self._predictions[image_id]]) for image_id, tiles in self._fixed.items()]
         return np.vstack(rows) if rows else None
 
     def _tile(self, picture):
-        """A picture, shrunk to the side and put into a grey square."""
+        """Shrink a picture to fit a grey square of the side."""
         factor = min(self.side / max(picture.shape[:2]), 1)
         height, width = (max(int(factor * size), 1) for size in picture.shape[:2])
         small = cv2.resize(picture, (width, height), interpolation=cv2.INTER_NEAREST)

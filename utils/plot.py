@@ -1,8 +1,9 @@
-"""Draw the curves of one or several runs: losses and validation mIoU against optimisation steps.
+"""Draw the curves of runs: losses and validation mIoU against optimisation steps.
 
     python -m utils.plot RUN [RUN ...] [--out curves]
 
-RUN is a snapshot folder of train_base.py or ft_pop.py. Writes curves.png and curves.svg, with one run into its folder.
+RUN is a snapshot folder of train_base.py or ft_pop.py. Writes curves.png and curves.svg to the folder of a single run,
+or to the current folder for several runs.
 """
 
 from pathlib import Path
@@ -17,11 +18,11 @@ from utils.cli import make_parser
 def main(argv=None):
     parser = make_parser(__doc__)
     parser.add_argument('runs', type=Path, nargs='+', metavar='RUN', help='snapshot folders')
-    parser.add_argument('--out', type=Path, help='where to, without suffix (default: RUN/curves, or curves here)')
+    parser.add_argument('--out', type=Path, help='path without suffix (default: RUN/curves for one run, else curves)')
     args = parser.parse_args(argv)
     out = args.out or (args.runs[0] / 'curves' if len(args.runs) == 1 else Path('curves'))
     parts = [run.resolve().parts for run in args.runs]
-    # what tells the folders apart
+    # runs are named by the part of their paths that differs
     first = next((i for i, names in enumerate(zip(*parts, strict=False)) if len(set(names)) > 1), -1)
     names = ['/'.join(part[first:]) for part in parts]
     figure = curves_figure({name: read_metrics(run) for name, run in zip(names, args.runs, strict=True)})

@@ -1,9 +1,10 @@
-"""Segment photographs, which need no masks, with a trained network.
+"""Segment photographs without masks with a trained network.
 
     python -m utils.predict --restore-from runs/street_5shot/best_123.pth --images photographs --save-path segmented
 
-The checkpoint says which data set's classes and which network it is. --save-path gets, for each image ID, ID.png, a
-palette PNG of class ids at the original size, and ID_overlay.jpg, the image with its classes coloured as in legend.svg.
+The checkpoint says which network it holds and which classes it knows. Writes to --save-path, for each image ID:
+ID.png, a palette PNG of class ids at the original size, and ID_overlay.jpg, the image with its classes coloured; and
+legend.svg, the colours of the classes.
 """
 
 from pathlib import Path
@@ -12,13 +13,12 @@ from core.errors import InputError, exits_cleanly, some
 from core.files import check_writable
 from core.ranks import is_main
 from dataset import DATASETS, Photographs, SegmentationDataset
-from engine.checkpoint import read_checkpoint, resolve_checkpoint
+from dataset.legend import Legend
+from engine.checkpoint import Checkpoint, read_checkpoint, resolve_checkpoint
 from engine.distributed import process_group, sum_over_processes
-from engine.evaluation import evaluate
-from engine.loaders import evaluation_loader
+from engine.inference import Segmenter
 from engine.precision import precision
-from model import build_model
-from model.kernels.fusing import fuse
+from model import POP, build_model
 from report.figures import legend_figure, save_figure
 from report.panels import OverlayWriter
 from utils import cli
@@ -26,37 +26,37 @@ from utils import cli
 
 def parse_args(argv=None):
     parser = cli.make_parser(__doc__)
-    parser.add_argument('--restore-from', required=True, help='checkpoint of either stage, e.g. best_123.pth')
-    parser.add_argument('--images', type=Path, required=True, help='folder of the photographs, or one of them')
-    parser.add_argument('--save-path', type=Path, required=True, help='folder of the results, another one')
-    parser.add_argument('--skip-bad-images', action='store_true', help='go on without images that cannot be read')
+    parser.add_argument('--restore-from', required=True, help='checkpoint of stage 1 or 2, e.g. best_123.pth')
+    parser.add_argument('--images', type=Path, required=True, help='a photograph, or a folder of them')
+    parser.add_argument('--save-path', type=Path, required=True, help='folder of the results, not of the photographs')
+    parser.add_argument('--skip-bad-images', action='store_true', help='skip images that cannot be read')
     cli.add_evaluation_flags(parser)
     cli.add_device_flags(parser)
     parser.set_defaults(base_size=None)
     args = parser.parse_args(argv)
     folder = args.images if args.images.is_dir() else args.images.parent
     if args.save_path.resolve() == folder.resolve():
-        parser.error(f'--save-path {args.save_path} is the folder of the photographs, which could be overwritten')
+        parser.error(f'--save-path {folder} holds the photographs, which could be overwritten; give another folder')
     return args
 
 
-def load_network(checkpoint):
-    """The network of a Checkpoint and the legend of its classes.
+def load_network(checkpoint: Checkpoint) -> tuple[POP, Legend]:
+    """Load the network that a checkpoint of ours describes, and the legend of its classes.
 
     Raises:
-        InputError: it is of other code and does not say what it was trained on, or dataset/classes.py has no data set
-            with these classes.
+        InputError: the checkpoint does not say what it was trained on, or no data set in dataset/classes.py has its
+            classes.
     """
     path, config = checkpoint.path, checkpoint.config
     if missing := {'dataset', 'fold', 'backbone', 'os'} - set(config):
         raise InputError(
             f'{path} does not say its {", ".join(sorted(missing))}; expected a checkpoint that train_base.py or '
-            'ft_pop.py of this project wrote. Others can be evaluated, on images with masks, by test.py.'
+            'ft_pop.py of this project wrote. test.py can evaluate others, on images with masks.'
         )
     if config['dataset'] not in DATASETS:
         raise InputError(
-            f'{path} is of the data set {config["dataset"]!r}, which has no row in dataset/classes.py; '
-            f'there are {", ".join(DATASETS)}'
+            f'{path} is for the data set {config["dataset"]!r}, which has no row in dataset/classes.py; '
+            f'expected one of {", ".join(DATASETS)}'
         )
     counts = checkpoint.class_counts
     try:
@@ -84,13 +84,11 @@ def main(args):
         checkpoint = read_checkpoint(resolve_checkpoint(args.restore_from))
         net, legend = load_network(checkpoint)
         check_writable(args.save_path)
-        dtype = precision(device, args.fp16)
-        net = fuse(net.to(device), dtype)
+        segmenter = Segmenter(net, device, precision(device, args.fp16))
         size = args.base_size or tuple(checkpoint.config.get('base_size', cli.BASE_SIZE))
         dataset = SegmentationDataset(photographs.ids, photographs, fit_size=size, skip_bad=args.skip_bad_images)
-        loader = evaluation_loader(dataset, args.test_batch_size, num_workers=args.num_workers, device=device)
         writer = OverlayWriter(legend, photographs.read_image, args.save_path)
-        evaluate(net, loader, device, dtype, writer)
+        segmenter.run(dataset, writer, batch_size=args.test_batch_size, num_workers=args.num_workers)
         (written,) = sum_over_processes(writer.written)
         if is_main():
             save_figure(args.save_path / 'legend.svg', legend_figure(legend))

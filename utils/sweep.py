@@ -1,31 +1,29 @@
-"""Run the method on a grid of data sets, folds, shots and seeds, and write a paper's table.
+"""Train and evaluate on a grid of data sets, folds, shots and seeds, and write the paper's table.
 
     python -m utils.sweep --data voc=VOC2012 --shot 1 5 10 --seed 123 234 345 --out runs/voc \\
         --base-flags="--restore-from resnet50_v2.pth" --novel-flags="--fix-lr --update-base"
 
-One base network is trained for each fold; stage 2 starts from it for each shot, with all seeds in one run. The same
-command again skips what is finished and goes on with what was interrupted. Flags of the scripts are handed on.
+One base network is trained for each fold. Stage 2 starts from it for each shot, with all seeds in one run. Run the same
+command again to resume: commands that are done are skipped, and interrupted runs resume. --flags, --base-flags etc. are
+passed on to the scripts.
 
-Writes OUT/DATASET_foldF/base and OUT/DATASET_foldF/Kshot (the runs, each with console.txt and sweep.json: the commands
-that are done), and after each evaluation OUT/table.md, table.tex (mean ± standard deviation over seeds) and table.csv
-(one row for each seed, with the folder that it comes from).
+Writes the runs to OUT/DATASET_foldF/base and OUT/DATASET_foldF/Kshot, each with console.txt (output) and sweep.json
+(commands that are done). Writes after each evaluation OUT/table.md and table.tex (mean ± standard deviation over seeds)
+and OUT/table.csv (one row for each seed, with its run's folder).
 """
 
 import argparse
-import csv
-import io
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from core import signals
@@ -33,12 +31,10 @@ from core.errors import InputError, exits_cleanly
 from core.files import atomic_write, check_writable
 from core.parallel import usable_cores
 from dataset import DATASETS
-from engine.metrics import SUMMARY
-from report.tables import markdown_table, mean_and_std
+from report.sweep_tables import read_results, write_tables
 from utils.cli import add_seeds, check_folds, make_parser, not_negative, positive
 
 ROOT = Path(__file__).resolve().parent.parent
-COLUMNS = ('base', 'novel', 'total', 'harmonic')
 
 
 @dataclass(frozen=True)
@@ -46,31 +42,31 @@ class Step:
     """One command of the sweep.
 
     Attributes:
-        name: what it is, for messages.
-        script: the note's key: train_base, gen_fs_list, ft_pop or test.
-        command: its argument vector.
-        folder: gets its output, and the note that it is done.
+        name: for messages.
+        script: train_base, gen_fs_list, ft_pop or test; the key in sweep.json.
+        command: argument vector.
+        folder: of its output, and of the sweep.json that says whether it is done.
         after: the step that must be done before, or None.
     """
 
     name: str
     script: str
-    command: tuple
+    command: tuple[str, ...]
     folder: Path
     after: 'Step | None' = None
 
-    def notes(self):
-        """What sweep.json of the folder says: script -> 'command' and 'seconds'."""
+    def notes(self) -> dict[str, dict]:
+        """Content of sweep.json: script -> 'command' and 'seconds'."""
         path = self.folder / 'sweep.json'
         return json.loads(path.read_text()) if path.is_file() else {}
 
-    def done(self):
-        """Whether just this command has ended well, on top of what it builds on."""
+    def done(self) -> bool:
+        """Whether exactly this command has succeeded, and so have those that it builds on."""
         same = self.notes().get(self.script, {}).get('command') == list(self.command)
         return same and (self.after is None or self.after.done())
 
-    def note(self, seconds):
-        """Write down that the command has ended well."""
+    def note(self, seconds: float):
+        """Record in sweep.json that the command has succeeded."""
         with atomic_write(self.folder / 'sweep.json') as file:
             json.dump(
                 self.notes() | {self.script: {'command': self.command, 'seconds': round(seconds)}}, file, indent=2
@@ -84,28 +80,34 @@ def parse_args(argv=None):
     parser.add_argument('--shot', type=positive, nargs='+', default=(1, 5), help='default: 1 5')
     add_seeds(parser, '--seed', 'default: 123 234 345', (123, 234, 345))
     parser.add_argument('--out', type=Path, required=True, help='folder of all runs and of the tables')
-    parser.add_argument('--jobs', type=positive, default=1, metavar='N', help='commands at a time (default: 1)')
+    parser.add_argument('--jobs', type=positive, default=1, metavar='N', help='commands to run at a time (default: 1)')
     parser.add_argument(
         '--nproc', type=positive, default=1, metavar='N',
-        help="processes of train_base.py and test.py (default: 1); stage 2's batch of 1 is for one",
+        help="processes of train_base.py and test.py (default: 1); stage 2, with its batch of 1, always has one",
     )  # fmt: skip
-    parser.add_argument('--train-list', help='of the three scripts and the few-shot lists; with one data set only')
+    parser.add_argument('--train-list', help='of the three scripts and the few-shot lists; for one data set only')
     for name, whose in (
         ('--flags', 'all three scripts'),
         ('--training-flags', 'train_base.py and ft_pop.py'),
-        ('--base-flags', 'train_base.py, --restore-from among them'),
+        ('--base-flags', 'train_base.py, e.g. --restore-from'),
         ('--novel-flags', 'ft_pop.py'),
         ('--test-flags', 'test.py'),
     ):
         parser.add_argument(
             name, type=shlex.split, action='extend', default=[], metavar='"FLAG ..."',
-            help=f'flags of {whose}; may be given again',
+            help=f'flags of {whose}; may be repeated',
         )  # fmt: skip
     parser.add_argument(
         '--shot-flags', action='append', default=[], metavar='"SHOT=FLAG ..."',
         help='flags of ft_pop.py for one number of shots, e.g. "5=--num-epoch 200"',
     )  # fmt: skip
     args = parser.parse_args(argv)
+    check_grid(parser, args)
+    return args
+
+
+def check_grid(parser: argparse.ArgumentParser, args: argparse.Namespace):
+    """Refuse a grid that does not fit together; turn --data and --shot-flags into dicts."""
     args.data = dict(pair.split('=', 1) if '=' in pair else (pair, '') for pair in args.data)
     for name, folder in args.data.items():
         if name not in DATASETS or not folder:
@@ -121,15 +123,14 @@ def parse_args(argv=None):
             parser.error(f'--shot-flags {shot}={flags}: --shot has {", ".join(map(str, args.shot))}')
         args.shot_flags[shot] += shlex.split(flags)
     if args.train_list and len(args.data) > 1:
-        parser.error('--train-list goes with one data set')
-    return args
+        parser.error('--train-list can be given for one data set only')
 
 
-def plan(args):
-    """The steps of the grid: base network, lists, and for each shot stage 2 and its evaluation.
+def plan(args: argparse.Namespace) -> list[Step]:
+    """Plan the grid: for each fold the base network, and for each of its shots the lists, stage 2 and evaluation.
 
     Returns:
-        list of Step: in an order that may be kept; the last one of each run is its evaluation.
+        Each step after the one that it builds on.
     """
     python = [sys.executable]
     launch = [*python, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', args.nproc]
@@ -170,19 +171,19 @@ def plan(args):
     return steps
 
 
-def run(steps, jobs, when_done):
-    """Run steps, each after the one that it builds on, so many at a time.
+def run(steps: list[Step], jobs: int, when_done: Callable[[Step], None]) -> list[Step]:
+    """Run steps, each after the one that it builds on.
 
     Args:
-        steps (list of Step): those that are not done yet.
-        jobs (int): at most so many at a time.
-        when_done (callable): called with each step that ended well.
+        steps: those that are not done yet.
+        jobs: how many may run at a time.
+        when_done: called with each step that has succeeded.
 
     Returns:
-        list of Step: those that failed.
+        The steps that failed.
 
     Raises:
-        Stopped: SIGTERM or SIGINT; the commands that ran have saved their state.
+        Stopped: SIGTERM or SIGINT arrived; running commands have saved their state.
     """
     waiting, running, failed = list(steps), {}, []
     try:
@@ -194,13 +195,13 @@ def run(steps, jobs, when_done):
                 print(f'{step.name}: {shlex.join(step.command)}', flush=True)
                 running[step] = (start(step, environment(slot, jobs)), slot, time.monotonic())
             if not running:
-                break  # the others build on failed ones
+                break  # what is waiting builds on failed steps
             time.sleep(0.2)
             if signals.asked():
                 raise signals.Stopped(signals.asked())
             for step in [step for step, (process, *_) in running.items() if process.poll() is not None]:
                 process, _, began = running.pop(step)
-                if ended_well(step, process.returncode, time.monotonic() - began):
+                if succeeded(step, process.returncode, time.monotonic() - began):
                     when_done(step)
                 else:
                     failed.append(step)
@@ -212,29 +213,29 @@ def run(steps, jobs, when_done):
     return failed
 
 
-def ended_well(step, code, seconds):
-    """Note a command that ended with code 0; tell of any other what it said last."""
+def succeeded(step: Step, code: int, seconds: float) -> bool:
+    """Record a command that ended with exit code 0; of any other, print the last lines of its output."""
     if code == 0:
         step.note(seconds)
         print(f'{step.name}: done in {timedelta(seconds=round(seconds))}', flush=True)
     else:
         console = step.folder / 'console.txt'
-        said = console.read_text(errors='replace').rpartition(f'$ {shlex.join(step.command)}\n')[2]
-        tail = '\n'.join(said.splitlines()[-5:])
+        output = console.read_text(errors='replace').rpartition(f'$ {shlex.join(step.command)}\n')[2]
+        tail = '\n'.join(output.splitlines()[-5:])
         print(f'{step.name}: FAILED with exit code {code}, see {console}\n{tail}', flush=True)
     return code == 0
 
 
-def start(step, env):
-    """Start a step's command; its output goes to console.txt."""
+def start(step: Step, env: dict[str, str]) -> subprocess.Popen:
+    """Start a step's command with its output in console.txt."""
     step.folder.mkdir(parents=True, exist_ok=True)
     with open(step.folder / 'console.txt', 'a') as console:
         print(f'$ {shlex.join(step.command)}', file=console, flush=True)
         return subprocess.Popen(step.command, env=env, stdout=console, stderr=subprocess.STDOUT)
 
 
-def environment(slot, jobs):
-    """Environment of one of several jobs: its share of the GPUs, or of the cores."""
+def environment(slot: int, jobs: int) -> dict[str, str]:
+    """Environment variables of job number `slot`: they give it its share of the GPUs, or of the cores."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get('PYTHONPATH'))))
     env = {**os.environ, 'PYTHONUNBUFFERED': '1', 'PYTHONPATH': path}
     listed = os.environ.get('CUDA_VISIBLE_DEVICES')
@@ -246,96 +247,11 @@ def environment(slot, jobs):
     return env
 
 
-def collect(out, steps):
-    """What the evaluations found.
-
-    Returns:
-        list of dict: for each seed 'dataset', 'fold', 'shot', 'seed', the keys of `SUMMARY` in percent, 'checkpoint'
-        and 'run', the folder relative to `out`.
-    """
-    rows = []
-    for step in steps:
-        path = step.folder / 'results.json'
-        if step.script != 'test' or not step.done() or not path.is_file():
-            continue
-        content = json.loads(path.read_text())
-        for seed, result in content['seeds'].items():
-            means = {key: float('nan') if result[key] is None else result[key] for key in SUMMARY}
-            place = {'dataset': content['dataset'], 'fold': content['fold'], 'shot': content['shot'], 'seed': int(seed)}
-            rows.append({**place, **means, 'checkpoint': Path(result['checkpoint']).name,
-                         'run': os.path.relpath(step.folder, out)})  # fmt: skip
-    return rows
-
-
-def table_lines(rows, folds):
-    """The paper's table.
-
-    Args:
-        rows (list of dict): of `collect`, of one data set.
-        folds (sequence of int): of the whole grid.
-
-    Returns:
-        list of list of str: method, shot, fold, then `COLUMNS` as mean ± standard deviation over seeds, run folder. The
-        row of all folds, where all are there, is the mean and deviation over seeds of each seed's mean over folds.
-    """
-    lines = []
-    for shot in sorted({row['shot'] for row in rows}):
-        of_shot = [row for row in rows if row['shot'] == shot]
-        for fold in folds:
-            of_fold = [row for row in of_shot if row['fold'] == fold]
-            cells = [mean_and_std([row[key] for row in of_fold]) if of_fold else '-' for key in COLUMNS]
-            lines.append(['POP', f'{shot}', f'{fold}', *cells, of_fold[0]['run'] if of_fold else '-'])
-        seeds = sorted({row['seed'] for row in of_shot})
-        cells = []
-        for key in COLUMNS:
-            values = [[row[key] for row in of_shot if row['seed'] == seed] for seed in seeds]
-            complete = all(len(of_seed) == len(folds) for of_seed in values)
-            cells.append(mean_and_std([np.mean(of_seed) for of_seed in values]) if complete else '-')
-        if len(folds) > 1:
-            lines.append(['POP', f'{shot}', 'mean', *cells, ''])
-    return lines
-
-
-def write_tables(out, rows, folds):
-    """Write table.md, table.tex and table.csv."""
-    markdown, latex = [], []
-    for dataset in dict.fromkeys(row['dataset'] for row in rows):
-        of_dataset = [row for row in rows if row['dataset'] == dataset]
-        lines = table_lines(of_dataset, folds)
-        seeds = ', '.join(map(str, sorted({row['seed'] for row in of_dataset})))
-        header = ['method', 'shot', 'fold', *(SUMMARY[key] for key in COLUMNS), 'run']
-        title = f'{dataset}: mIoU in %, mean ± standard deviation over seeds {seeds}'
-        markdown.append(f'{title}\n\n{markdown_table([header, *lines])}\n')
-        latex.append(latex_table(title, header[:-1], [line[:-1] for line in lines]))
-    with atomic_write(out / 'table.md') as file:
-        file.write('\n'.join(markdown))
-    with atomic_write(out / 'table.tex') as file:
-        file.write('\n'.join(latex))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    with atomic_write(out / 'table.csv') as file:
-        file.write(text.getvalue())
-
-
-def latex_table(title, header, lines):
-    """A LaTeX table (package booktabs), with a rule under each number of shots."""
-
-    def escaped(text):
-        return re.sub(r'([%_&#$])', r'\\\1', text).replace('±', r'$\pm$')
-
-    body = []
-    for i, line in enumerate(lines):
-        if i and line[1] != lines[i - 1][1]:
-            body.append(r'\midrule')
-        body.append(' & '.join(map(escaped, line)) + r' \\')
-    rows = '\n'.join(body)
-    return (
-        '% needs \\usepackage{booktabs}\n\\begin{table}\n\\centering\n'
-        f'\\caption{{{escaped(title)}}}\n\\begin{{tabular}}{{lrr{"c" * (len(header) - 3)}}}\n\\toprule\n'
-        f'{" & ".join(header)} \\\\\n\\midrule\n{rows}\n\\bottomrule\n\\end{{tabular}}\n\\end{{table}}\n'
-    )
+def update_tables(steps: list[Step], out: Path, folds: list[int]):
+    """Write the tables of the evaluations that are done, if any."""
+    evaluated = [step.folder for step in steps if step.script == 'test' and step.done()]
+    if rows := read_results(evaluated, out):
+        write_tables(out, rows, folds)
 
 
 @exits_cleanly
@@ -348,14 +264,14 @@ def main(argv=None):
     left = [step for step in steps if not step.done()]
     print(f'{len(steps)} commands, {len(steps) - len(left)} of them done before', flush=True)
 
-    def update(step=None):
-        if (step is None or step.script == 'test') and (rows := collect(args.out, steps)):
-            write_tables(args.out, rows, args.fold)
+    def update(step):
+        if step.script == 'test':
+            update_tables(steps, args.out, args.fold)
 
     try:
         failed = run(left, args.jobs, update)
     finally:
-        update()
+        update_tables(steps, args.out, args.fold)
     if (args.out / 'table.md').is_file():
         print((args.out / 'table.md').read_text())
     if failed:

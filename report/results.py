@@ -1,0 +1,121 @@
+"""Results of an evaluation: tables for the screen, results.md, results.json, and the figures of `test.py --plots`."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from core.errors import InputError
+from core.files import atomic_write, json_ready
+from dataset import FoldData
+from dataset.legend import Legend
+from engine.metrics import SUMMARY, iou_per_class, summarize
+from report.figures import confusion_figure, iou_figure, save_figure, similarity_figure, support_figure
+from report.tables import class_table, mean_and_std, summary_table
+
+
+def seed_result(checkpoint: Path | str, confusion: np.ndarray, legend: Legend) -> dict:
+    """The result of one seed.
+
+    Args:
+        checkpoint: what was evaluated.
+        confusion: int64 [K, K], row = truth.
+        legend: of the K labels.
+
+    Returns:
+        'checkpoint', the keys of `SUMMARY`, and 'iou' by class name, in percent.
+    """
+    return {
+        'checkpoint': str(checkpoint),
+        **summarize(confusion, legend.num_base),
+        'iou': dict(zip(legend.names, iou_per_class(confusion).tolist(), strict=True)),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """Results of one or several seeds on one fold.
+
+    Attributes:
+        seeds: seed -> `seed_result`.
+        legend: of the labels that the networks predict.
+        dataset, fold, shot: what was evaluated; `shot` is not reported where there are no novel classes.
+        precision: name of the type that the networks ran in.
+    """
+
+    seeds: dict[int, dict]
+    legend: Legend
+    dataset: str
+    fold: int
+    shot: int
+    precision: str
+
+    @property
+    def weights(self) -> str:
+        """Which weights: 'best' for best_123.pth. From the files' names, as --select does not apply to a file."""
+        names = {Path(r['checkpoint']).stem.removesuffix(f'_{seed}'): None for seed, r in self.seeds.items()}
+        return ', '.join(names)
+
+    @property
+    def title(self) -> str:
+        shots = f'{self.shot}-shot' if self.legend.novel_labels else 'base classes only'
+        return f'{self.dataset} fold {self.fold}, {shots}, weights "{self.weights}"'
+
+    def columns(self) -> dict[str, list[float]]:
+        """Key of `SUMMARY` -> the seeds' values in percent."""
+        return {key: [result[key] for result in self.seeds.values()] for key in SUMMARY}
+
+    def tables(self) -> str:
+        """Means of each seed and over seeds, and IoU of each class, as Markdown."""
+        rows = {f'seed {seed}': result for seed, result in self.seeds.items()}
+        if len(self.seeds) > 1:
+            rows['mean ± std'] = {key: mean_and_std(values) for key, values in self.columns().items()}
+        text = f'{self.title}, mIoU in %\n\n{summary_table(rows)}\n'
+        names, first_novel = self.legend.names, self.legend.num_base + 1
+        for kind, of_kind in (('background and base', names[:first_novel]), ('novel', names[first_novel:])):
+            if of_kind:
+                ious = {f'seed {seed}': {name: r['iou'][name] for name in of_kind} for seed, r in self.seeds.items()}
+                text += f'\nIoU of {kind} classes in %\n\n{class_table(ious)}\n'
+        return text
+
+    def write(self, folder: Path):
+        """Write results.md and results.json."""
+        with atomic_write(folder / 'results.md') as file:
+            file.write(self.tables())
+        columns = self.columns()
+        summary = {
+            'dataset': self.dataset, 'fold': self.fold, 'shot': self.shot if self.legend.novel_labels else None,
+            'weights': self.weights, 'precision': self.precision, 'seeds': self.seeds,
+            'mean': {key: float(np.mean(values)) for key, values in columns.items()},
+            'std': {key: float(np.std(values)) for key, values in columns.items()},
+        }  # fmt: skip
+        with atomic_write(folder / 'results.json') as file:
+            json.dump(json_ready(summary), file, indent=2)
+
+    def draw(self, folder: Path):
+        """Draw the IoU of each class over all seeds: iou.png."""
+        ious = np.array([list(result['iou'].values()) for result in self.seeds.values()])
+        _save(folder / 'iou.png', iou_figure(ious, self.legend, self.title))
+
+
+def draw_seed(
+    folder: Path, seed: int, *, confusion: np.ndarray, prototypes: Sequence, legend: Legend, data: FoldData, shot: int
+):
+    """Draw the figures of one seed: confusion matrix, similarity of prototypes and, in stage 2, the support images."""
+    figures = {'confusion': confusion_figure(confusion, legend), 'prototypes': similarity_figure(prototypes, legend)}
+    if legend.novel_labels:
+        try:
+            ids = data.support_ids(shot, seed)
+            samples = data.samples('train', False, ids)
+            figures['support'] = support_figure([(i, *samples.read(i)) for i in ids], legend, shot)
+        except InputError as error:  # the other figures do not need the training images
+            print(f'no picture of the support images: {error}')
+    for name, figure in figures.items():
+        _save(folder / f'{name}_{seed}.png', figure)
+
+
+def _save(path, figure):
+    save_figure(path, figure)
+    print(f'picture: {path}')
