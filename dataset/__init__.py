@@ -1,4 +1,4 @@
-"""Data sets of the two stages and of evaluation, built from a `DatasetSpec` and list files."""
+"""Data sets of both stages and of evaluation, made from a `DatasetSpec` and list files."""
 
 from dataset.classes import DATASETS, DatasetSpec
 from dataset.fewshot import FewShotDataset

@@ -1,6 +1,6 @@
-"""What distinguishes one dataset from another: a row of `ROWS`. The only place that knows which classes are novel.
+"""What distinguishes one dataset from another: a row of `ROWS`. Only this file knows which classes are novel.
 
-A class id is the dataset's own (1..N; 0 is background, 255 is ignored).
+A class id is the dataset's own number of a class, 1..N; in masks, 0 is background and 255 is ignored.
 """
 
 from dataclasses import dataclass
@@ -8,43 +8,46 @@ from pathlib import Path
 
 from dataset.legend import PALETTES, Legend
 
-MAX_CLASSES = 253  # 0 is background, 254 and 255 mean something else (`labels`)
+MAX_CLASSES = 253  # of the 256 mask values, 0 is background, 254 invalid and 255 ignored (`labels`)
 LIST_ROOT = Path(__file__).parent / 'list'
 
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """A dataset: names, folders, folds and the recipe's settings that depend on it.
+    """A dataset: names, folders, folds, and the training settings that depend on it.
 
     Attributes:
         name: the `--dataset` choice.
-        class_names: names of class ids 1..N.
-        folds: novel class ids of fold 0, 1, ...
+        class_names: names of class ids 1..N, without the background.
+        folds: novel class ids of fold 0, 1, ...; ascending.
         train_list, val_list: file names of the id lists, one image id a line.
         train_images, train_masks, val_images, val_masks: folders under the data folder.
-        scale_range: range of training's random resize factor.
-        batch_size: stage 1's global batch size.
-        min_pixels: a class's image must show this many of its pixels to serve as support or replayed base image.
+        scale_range: (low, high) of the random resize factor in training, relative to the original size.
+        batch_size: global batch size of stage 1.
+        min_pixels: number of pixels that a class must cover in its support images and replayed base images.
         palette: colours of the classes in pictures (`dataset.legend.PALETTES`).
-        lists_in_data: lists live in DATA/list rather than in dataset/list/NAME.
-        mend: how to get the data.
+        lists_in_data: the lists are in DATA/list rather than in dataset/list/NAME.
+        hint: how to get the data, for error messages.
+
+    Raises:
+        ValueError: an attribute has a value that cannot be used.
     """
 
     name: str
-    class_names: tuple
-    folds: tuple
+    class_names: tuple[str, ...]
+    folds: tuple[tuple[int, ...], ...]
     train_list: str
     val_list: str = 'val.txt'
     train_images: str = 'JPEGImages'
     train_masks: str = 'SegmentationClassAug'
     val_images: str = 'JPEGImages'
     val_masks: str = 'SegmentationClassAug'
-    scale_range: tuple = (0.9, 1.1)
+    scale_range: tuple[float, float] = (0.9, 1.1)
     batch_size: int = 8
     min_pixels: int = 16 * 32 * 32
     palette: str = 'spread'
     lists_in_data: bool = False
-    mend: str = 'see "Your own data" in README.md'
+    hint: str = 'see docs/own_data.md'
 
     def __post_init__(self):
         if not isinstance(self.class_names, tuple) or not 0 < self.num_classes <= MAX_CLASSES:
@@ -53,7 +56,7 @@ class DatasetSpec:
                 "('car', 'tree'): masks hold 8 bits"
             )
         if 'background' in self.class_names:
-            raise ValueError(f'{self.name}: background is class 0 already; leave it out of class_names')
+            raise ValueError(f'{self.name}: background is always class 0; leave it out of class_names')
         if repeated := {name for name in self.class_names if self.class_names.count(name) > 1}:
             raise ValueError(f'{self.name}: class_names has {", ".join(repeated)} more than once')
         if not isinstance(self.folds, tuple) or not self.folds:
@@ -63,7 +66,7 @@ class DatasetSpec:
             if not isinstance(ids, tuple) or not ids or not set(ids) < known or list(ids) != sorted(set(ids)):
                 raise ValueError(
                     f'{self.name}: fold {fold} is {ids!r}; expected a tuple of ascending class ids of '
-                    f'1..{self.num_classes} that leaves some classes to the base, e.g. folds=((1, 2), (3, 4))'
+                    f'1..{self.num_classes} that leaves at least one base class, e.g. folds=((1, 2), (3, 4))'
                 )
         if self.palette not in PALETTES:
             raise ValueError(f'{self.name}: palette is {self.palette!r}; expected one of {", ".join(PALETTES)}')
@@ -71,45 +74,46 @@ class DatasetSpec:
             raise ValueError(f'{self.name}: scale_range is {self.scale_range!r}; expected (LO, HI) with 0 < LO <= HI')
 
     @property
-    def num_classes(self):
+    def num_classes(self) -> int:
+        """Number of classes, without the background."""
         return len(self.class_names)
 
-    def novel_ids(self, fold):
-        """Novel class ids of a fold, ascending; none for fold -1."""
+    def novel_ids(self, fold: int) -> tuple[int, ...]:
+        """Novel class ids of a fold, ascending; none for fold -1. Raises ValueError if there is no such fold."""
         if fold == -1:
             return ()
         if not 0 <= fold < len(self.folds):
             raise ValueError(f'fold {fold} not supported; {self.name} has folds 0..{len(self.folds) - 1}, -1 for none')
         return self.folds[fold]
 
-    def base_ids(self, fold):
+    def base_ids(self, fold: int) -> tuple[int, ...]:
         """Base class ids of a fold, ascending."""
         novel = self.novel_ids(fold)
         return tuple(c for c in range(1, self.num_classes + 1) if c not in novel)
 
-    def logit_names(self, fold):
-        """Class names in the order of the logits: background, base, novel."""
+    def logit_names(self, fold: int) -> tuple[str, ...]:
+        """Class names in the order of the labels: background, base, novel."""
         ids = self.base_ids(fold) + self.novel_ids(fold)
         return ('background', *(self.class_names[c - 1] for c in ids))
 
-    def legend(self, fold):
+    def legend(self, fold: int) -> Legend:
         """Names and colours of a fold's labels."""
         base_ids, novel_ids = self.base_ids(fold), self.novel_ids(fold)
         return Legend(self.logit_names(fold), (0, *base_ids, *novel_ids), len(base_ids), self.palette)
 
-    def list_root(self, data_dir):
-        """The folder that lists live in unless --train-list says otherwise."""
+    def list_root(self, data_dir: str | Path | None) -> Path:
+        """Default folder of the lists; `data_dir` may be None unless `lists_in_data`."""
         return Path(data_dir) / 'list' if self.lists_in_data else LIST_ROOT / self.name
 
 
 def _blocks(num_classes, folds=4):
-    """Consecutive novel classes: PASCAL-5i."""
+    """Folds of consecutive novel classes: PASCAL-5i."""
     size = num_classes // folds
     return tuple(tuple(range(f * size + 1, (f + 1) * size + 1)) for f in range(folds))
 
 
 def _interleaved(num_classes, folds=4):
-    """Every fourth class: COCO-20i."""
+    """Folds in which every fourth class is novel: COCO-20i."""
     return tuple(tuple(range(f + 1, num_classes + 1, folds)) for f in range(folds))
 
 
@@ -132,7 +136,7 @@ _COCO_NAMES = (
 _FILLS = (
     'plain', 'pinstriped', 'striped', 'checked', 'tiled', 'dotted', 'spotted', 'netted', 'speckled', 'waved',
 )  # fmt: skip
-# Novel classes of a fold are new combinations of known parts: their fills occur in base classes of the other outline.
+# A fold's novel classes have the fills of base classes with the other outline, so that stage 1 can learn their parts.
 SHAPES = tuple((outline, fill) for outline in ('disc', 'star') for fill in _FILLS)
 
 ROWS = (
@@ -142,7 +146,7 @@ ROWS = (
         folds=_blocks(20),
         train_list='trainaug.txt',
         palette='voc',
-        mend='make it with: python -m utils.voc_parse_script --voc-root VOC2012 --sbd-root SBD (README.md, "Data")',
+        hint='make it with: python -m utils.voc_parse_script --voc-root VOC2012 --sbd-root SBD (see docs/data.md)',
     ),
     DatasetSpec(
         name='coco',
@@ -155,7 +159,7 @@ ROWS = (
         val_masks='val_no_crowd',
         scale_range=(0.8, 1.25),
         batch_size=16,
-        mend='make it with: python -m utils.coco_parse_script --coco-root COCO (README.md, "Data")',
+        hint='make it with: python -m utils.coco_parse_script --coco-root COCO (see docs/data.md)',
     ),
     DatasetSpec(
         name='shapes',
@@ -164,7 +168,7 @@ ROWS = (
         train_list='trainaug.txt',
         min_pixels=16 * 32,
         lists_in_data=True,
-        mend='make it with: python -m dataset.shapes --data-dir DIR',
+        hint='make it with: python -m dataset.shapes --data-dir DIR',
     ),
 )
 DATASETS = {row.name: row for row in ROWS}

@@ -1,4 +1,4 @@
-"""Reading images and masks."""
+"""Read images and masks."""
 
 import glob
 import io
@@ -19,7 +19,7 @@ ORIENTATION_TAG = 0x0112
 
 @dataclass(frozen=True)
 class Samples:
-    """Where images and masks are and what the masks' values mean.
+    """Where the images and masks of a split are, and which labels the values of the masks get.
 
     Attributes:
         image_dir, mask_dir: folders of ID.jpg and ID.png.
@@ -30,24 +30,25 @@ class Samples:
     mask_dir: Path
     table: np.ndarray
 
-    def image_path(self, image_id):
+    def image_path(self, image_id: str) -> Path:
         return self.image_dir / f'{image_id}.jpg'
 
-    def mask_path(self, image_id):
+    def mask_path(self, image_id: str) -> Path:
         return self.mask_dir / f'{image_id}.png'
 
-    def read_image(self, image_id):
+    def read_image(self, image_id: str) -> np.ndarray:
         """Read one image, RGB uint8 [H, W, 3]."""
         return read_image(self.image_path(image_id))
 
-    def read(self, image_id):
+    def read(self, image_id: str) -> tuple[np.ndarray, np.ndarray]:
         """Read one image and its mask.
 
         Returns:
-            tuple: RGB uint8 [H, W, 3], labels uint8 [H, W].
+            RGB uint8 [H, W, 3], labels uint8 [H, W].
 
         Raises:
-            InputError: missing or undecodable file, colour-coded mask, sizes that differ, a class id out of range.
+            InputError: a file is missing or cannot be decoded, the mask is colour-coded or holds a class id out of
+                range, or the sizes differ.
         """
         image = self.read_image(image_id)
         mask_path = self.mask_path(image_id)
@@ -64,21 +65,21 @@ class Samples:
 
 
 class Photographs:
-    """One image or those of a folder, of any common format and without masks; ids are their names without suffix.
+    """One image, or the images of a folder, in any common format and without masks. Ids are names without suffix.
 
     Args:
-        folder (Path): of the images, or the image itself.
+        folder: of the images, or the image itself.
 
     Attributes:
-        left_out (list of str): what else the folder holds.
+        left_out: names of the other files and folders in the folder.
 
     Raises:
-        InputError: no such folder, no image in it, or two of one name.
+        InputError: the folder does not exist, holds no image, or holds two whose names differ by their suffix only.
     """
 
     SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff')
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | Path):
         if not Path(folder).exists():
             raise InputError(f'{folder} does not exist; expected an image, or a folder of images')
         files = [Path(folder)]
@@ -90,25 +91,29 @@ class Photographs:
         self._paths = {path.stem: path for path in paths}
         self.left_out = sorted({path.name for path in files} - {path.name for path in paths})
         if len(self._paths) < len(paths):
-            twins = [path.name for path in paths if self._paths[path.stem] != path]
-            raise InputError(f'{some(twins)} in {folder} and another image have the same name but for the suffix')
+            ambiguous = [path.name for path in paths if self._paths[path.stem] != path]
+            raise InputError(
+                f'{folder} holds {some(ambiguous)} and other images with the same name but another suffix; expected '
+                'different names. Rename or remove one of each pair.'
+            )
 
     @property
-    def ids(self):
+    def ids(self) -> list[str]:
+        """Image ids, in the order of the file names."""
         return list(self._paths)
 
-    def read_image(self, image_id):
+    def read_image(self, image_id: str) -> np.ndarray:
         """Read one image, RGB uint8 [H, W, 3]."""
         return read_image(self._paths[image_id])
 
-    def read(self, image_id):
-        """Read one image, as `Samples.read`; no pixel of its mask counts."""
+    def read(self, image_id: str) -> tuple[np.ndarray, np.ndarray]:
+        """Read one image like `Samples.read`; all pixels of its mask are ignored."""
         image = self.read_image(image_id)
         return image, np.full(image.shape[:2], IGNORE_INDEX, np.uint8)
 
 
-def read_image(path):
-    """Decode an image file to RGB uint8 [H, W, 3]; InputError where it is missing or broken."""
+def read_image(path: str | Path) -> np.ndarray:
+    """Decode an image file to RGB uint8 [H, W, 3]. Raises InputError if it is missing or damaged."""
     try:
         content = Path(path).read_bytes()
     except OSError as error:
@@ -120,7 +125,7 @@ def read_image(path):
 
 
 def _decodes_strictly(content):
-    """OpenCV fills what a truncated file lacks with grey and says nothing; Pillow refuses."""
+    """Whether Pillow decodes the content. OpenCV silently fills the missing part of a truncated file with grey."""
     try:
         Image.open(io.BytesIO(content)).load()
     except (OSError, SyntaxError):
@@ -128,16 +133,19 @@ def _decodes_strictly(content):
     return True
 
 
-def read_header(path):
-    """What an image file's header says.
+def read_header(path: str | Path) -> tuple[tuple[int, int], int]:
+    """Read size and orientation from an image file's header.
 
     Returns:
-        tuple: (width, height) as displayed, that is with the orientation applied which cameras note; and that
-        orientation, 1 where the image is displayed as it is stored (EXIF).
+        (width, height) as displayed, that is with the EXIF orientation applied; the EXIF orientation, 1..8, which is 1
+        if the image is displayed as it is stored.
+
+    Raises:
+        InputError: the file is missing or damaged.
     """
     try:
         with Image.open(path) as image:
-            exif = Image.Exif()  # not image.getexif(), which also knows orientations that OpenCV does not apply
+            exif = Image.Exif()  # image.getexif() also finds orientations that OpenCV does not apply
             exif.load(image.info.get('exif', b''))
             orientation = exif.get(ORIENTATION_TAG)
             orientation = orientation if orientation in range(1, 9) else 1
@@ -146,34 +154,34 @@ def read_header(path):
         raise _unreadable(path, 'image') from error
 
 
-def check_same_size(image_path, image_size, mask_path, mask_size):
-    """InputError where an image and its mask differ in (width, height)."""
+def check_same_size(image_path: Path, image_size: tuple[int, int], mask_path: Path, mask_size: tuple[int, int]):
+    """Raise InputError if an image and its mask differ in (width, height)."""
     if tuple(image_size) != tuple(mask_size):
-        mend = 'Replace whichever was resized.'
+        hint = 'Replace the one that was resized.'
         if tuple(image_size) == tuple(mask_size)[::-1] and read_header(image_path)[1] >= 5:
-            mend = (
-                'The image is displayed turned by a quarter (EXIF orientation), which its mask must be too: turn the '
-                'mask, or write the image anew as it is displayed.'
+            hint = (
+                'The image is displayed rotated by 90 degrees (EXIF orientation), and its mask must have the same '
+                'orientation: rotate the mask, or save the image as it is displayed.'
             )
         raise InputError(
             f'{mask_path} is {mask_size[0]}x{mask_size[1]}, its image {image_path} is {image_size[0]}x{image_size[1]}; '
-            f'an image and its mask must have the same size. {mend}'
+            f'an image and its mask must have the same size. {hint}'
         )
 
 
-def read_mask(path):
-    """Decode a greyscale or palette PNG to its values, uint8 [H, W]; InputError where that cannot be done."""
+def read_mask(path: str | Path) -> np.ndarray:
+    """Decode a greyscale or palette PNG to its values, uint8 [H, W]. Raises as `open_mask`."""
     with open_mask(path) as mask:
         return np.array(mask)
 
 
-def open_mask(path):
+def open_mask(path: str | Path) -> Image.Image:
     """Open and decode a mask as a Pillow image of mode L or P, whose pixel values are class ids.
 
-    OpenCV would turn a palette into colours and those into luminance, and so lose the ids.
+    OpenCV would convert a palette to colours and the colours to luminance, so the class ids would be lost.
 
     Raises:
-        InputError: missing or undecodable file, or a mask that holds colours.
+        InputError: the file is missing or cannot be decoded, or its values cannot be class ids.
     """
     try:
         mask = Image.open(path)
@@ -182,29 +190,29 @@ def open_mask(path):
     except (OSError, SyntaxError) as error:  # Pillow reports some broken PNGs as SyntaxError
         raise _unreadable(path, 'mask') from error
     if mask.mode.startswith('I'):
-        raise InputError(f'{path} has 16 or 32 bits a pixel; expected 8. Save its class ids as an 8-bit greyscale PNG.')
+        raise InputError(f'{path} has 16 or 32 bits per pixel; expected 8. Save its class ids as 8-bit greyscale PNG.')
     if mask.mode not in ('L', 'P'):
         raise InputError(
             f'{path} is a colour-coded mask (mode {mask.mode}); expected one 8-bit channel or a palette whose values '
-            'are class ids. Use SegmentationClassAug rather than colour renderings, or convert colours to ids.'
+            'are class ids. Use SegmentationClassAug rather than colour renderings, or convert colours to class ids.'
         )
     if mask.mode == 'L' and raw_mode != 'L':  # 'L;2', 'L;4': decoders stretch the values to 0..255
         raise InputError(
-            f'{path} is greyscale of fewer than 8 bits, whose values decoders rescale, so class ids are lost. '
-            'Save it as 8-bit greyscale or as a palette PNG.'
+            f'{path} is a greyscale PNG of fewer than 8 bits; decoders rescale its values, so class ids are lost. '
+            'Save it as 8-bit greyscale or palette PNG.'
         )
     return mask
 
 
-def other_suffixes(path):
-    """Names of the files beside a missing one that differ from it by their suffix only."""
+def other_suffixes(path: Path) -> list[str]:
+    """Names of the files in the folder of `path` whose names differ from it by their suffix only."""
     return sorted(other.name for other in path.parent.glob(f'{glob.escape(path.stem)}.*'))
 
 
 def _unreadable(path, kind):
     path = Path(path)
     if not path.is_file():
-        twins = other_suffixes(path)
-        found = f'there is {some(twins)}: rename it' if twins else 'Check --data-dir, or make the lists anew'
-        return InputError(f'{kind} {path} does not exist; {found}')
+        others = other_suffixes(path)
+        hint = f'there is {some(others)}: rename it' if others else 'check --data-dir, or make the lists again'
+        return InputError(f'{kind} {path} does not exist; {hint}')
     return InputError(f'{kind} {path} cannot be decoded: the file is damaged. Copy it again.')

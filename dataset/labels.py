@@ -1,25 +1,27 @@
-"""Class id -> label: the index of a logit.
+"""Class id -> label. A label is the index of a logit.
 
-Label 0 is background, 1..Kb the base classes in ascending class id, Kb+1..Kb+Kn the novel classes in ascending class
-id; 255 is ignored.
+Label 0 is background. Labels 1..Kb are the base classes in ascending class id, labels Kb+1..Kb+Kn the novel classes in
+ascending class id. 255 is ignored.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 
 from core import IGNORE_INDEX
 
-INVALID = 254  # marks mask values that are no class id of the dataset
+INVALID = 254  # marks mask values that are not class ids of the dataset
 
 
-def label_table(base_ids, novel_ids, novel_as_background):
+def label_table(base_ids: Sequence[int], novel_ids: Sequence[int], novel_as_background: bool) -> np.ndarray:
     """Lookup table from mask values to labels.
 
     Args:
-        base_ids, novel_ids (sequence of int): class ids, ascending.
-        novel_as_background (bool): novel pixels become label 0, as stage 1 sees them; otherwise their own labels.
+        base_ids, novel_ids: class ids, ascending.
+        novel_as_background: novel pixels get label 0, as in stage 1; otherwise their own labels.
 
     Returns:
-        ndarray: uint8 [256]; `INVALID` where the value is no class id.
+        uint8 [256]; `INVALID` where the value is not a class id.
     """
     table = np.full(256, INVALID, np.uint8)
     table[0], table[IGNORE_INDEX] = 0, IGNORE_INDEX

@@ -8,8 +8,8 @@ import numpy as np
 
 
 @functools.cache
-def voc_palette():
-    """PASCAL VOC's colours, uint8 [256, 3]: the bits of a value, dealt to red, green and blue from the top down."""
+def voc_palette() -> np.ndarray:
+    """PASCAL VOC's colours, uint8 [256, 3]: the bits of a value go to red, green and blue in turn, high bits first."""
     values = np.arange(256)
     palette = np.zeros((256, 3), np.uint8)
     for bit in range(8):
@@ -19,8 +19,8 @@ def voc_palette():
 
 
 @functools.cache
-def spread_palette():
-    """Colours that stay apart with many classes, uint8 [256, 3]: hues a golden section apart, in three brightnesses."""
+def spread_palette() -> np.ndarray:
+    """Colours that stay distinct with many classes, uint8 [256, 3]: hues at golden-ratio steps, three brightnesses."""
     values = np.arange(256)
     hue = values * 0.618034 % 1 * 360
     saturation = np.array([0.9, 0.55, 0.75])[values % 3]
@@ -36,37 +36,37 @@ PALETTES = {'voc': voc_palette, 'spread': spread_palette}
 
 @dataclass(frozen=True)
 class Legend:
-    """What labels are called and how they are coloured.
+    """Names and colours of labels.
 
     Attributes:
         names: of labels 0..K-1: background, base classes, novel classes.
         class_ids: of the same labels.
-        num_base: how many of them are base classes.
-        palette: 'voc' or 'spread'; colours go by class id, so that a class has one colour in all folds.
+        num_base: number of base classes.
+        palette: 'voc' or 'spread'. The class id determines the colour, so a class has one colour in all folds.
     """
 
-    names: tuple
-    class_ids: tuple
+    names: tuple[str, ...]
+    class_ids: tuple[int, ...]
     num_base: int
     palette: str
 
     @property
-    def novel_labels(self):
-        """The labels of novel classes."""
+    def novel_labels(self) -> range:
+        """Labels of the novel classes."""
         return range(self.num_base + 1, len(self.names))
 
     @property
-    def classes(self):
-        """[class id, name] of each class in the order of the labels, as checkpoints keep them."""
+    def classes(self) -> list[list]:
+        """[class id, name] of each class in the order of the labels, as checkpoints store them."""
         return [list(pair) for pair in zip(self.class_ids, self.names, strict=True)][1:]
 
     @functools.cached_property
-    def colors(self):
-        """Label -> colour, uint8 [256, 3]; white where a pixel is not counted."""
+    def colors(self) -> np.ndarray:
+        """Label -> RGB colour, uint8 [256, 3]; labels that name no class, such as 255, are white."""
         colors = np.full((256, 3), 255, np.uint8)
         colors[: len(self.class_ids)] = PALETTES[self.palette]()[list(self.class_ids)]
         return colors
 
-    def cut(self, count):
-        """The legend of the first labels only: a network of stage 1 knows no novel classes."""
+    def cut(self, count: int) -> 'Legend':
+        """The legend of the first `count` labels: a network of stage 1 has no novel classes."""
         return Legend(self.names[:count], self.class_ids[:count], self.num_base, self.palette)

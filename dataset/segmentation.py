@@ -1,29 +1,45 @@
-"""The one dataset that stage 1, validation and test use: images with labels."""
+"""Images with labels, for training and evaluation."""
+
+from collections.abc import Sequence
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from core.errors import InputError
 from dataset import transforms
+from dataset.images import Photographs, Samples
 
 
 class SegmentationDataset(Dataset):
-    """Images with labels.
+    """Images with labels: training views if `augmentation` is given, evaluation items if `fit_size` is given.
+
+    A training view is asked for as (epoch, index). Its random choices depend on (seed, epoch, index) only, and so
+    neither on the number of workers nor on the epoch at which training starts.
 
     Args:
-        image_ids (sequence of str): in list order.
-        samples (Samples or Photographs): how to read one.
-        augmentation (Augmentation, optional): training views. A training item is asked for as (epoch, index), and
-            everything random about it is a function of (seed, epoch, index): neither the number of workers nor the
-            epoch that training starts from changes what is drawn.
-        seed (int): of the random choices.
-        fit_size ((int, int), optional): evaluation: image resized to fit (H, W) and padded.
-        resize_mask (bool): evaluation: mask resized alike (not padded) rather than left at its original size.
-        skip_bad (bool): an image that cannot be read is no error: a training view shows the next readable image of the
-            list instead, an evaluation item is empty. 'skipped' then says why.
+        image_ids: in list order.
+        samples: reads images and masks.
+        augmentation: of training views.
+        seed: of the random choices.
+        fit_size: evaluation images are resized to fit (H, W) and padded.
+        resize_mask: evaluation masks are resized like their images, but not padded; otherwise they keep their size.
+        skip_bad: an image that cannot be read is not an error. A training view shows the next readable image of the
+            list instead, and an evaluation item is empty; its 'skipped' says why.
+
+    Raises:
+        ValueError: both or neither of `augmentation` and `fit_size` are given.
     """
 
-    def __init__(self, image_ids, samples, augmentation=None, seed=0, fit_size=None, resize_mask=False, skip_bad=False):
+    def __init__(
+        self,
+        image_ids: Sequence[str],
+        samples: Samples | Photographs,
+        augmentation: transforms.Augmentation | None = None,
+        seed: int = 0,
+        fit_size: tuple[int, int] | None = None,
+        resize_mask: bool = False,
+        skip_bad: bool = False,
+    ):
         if (augmentation is None) == (fit_size is None):
             raise ValueError('exactly one of augmentation and fit_size must be given')
         self.image_ids = list(image_ids)
@@ -34,24 +50,24 @@ class SegmentationDataset(Dataset):
         self.resize_mask = resize_mask
         self.skip_bad = skip_bad
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.image_ids)
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: tuple[int, int] | int) -> dict:
         """A training view for (epoch, index), an evaluation item for index.
 
         Returns:
-            dict: 'image' float32 [3, H, W]; 'mask' uint8 [H, W] of labels; 'id'; 'skipped', '' unless an image was; for
-            evaluation also 'canvas', the (H, W) to which logits are upsampled so that their top left corner meets the
-            mask.
+            'image' float32 [3, H, W]; 'mask' uint8 [H, W], labels; 'id'; 'skipped', why an image was skipped, or ''.
+            Evaluation items also have 'canvas', (H, W): logits upsampled to this size match the mask in their top left
+            corner. An evaluation item that is skipped has 'skipped' only.
         """
         if self.augmentation is None:
             return self._evaluation_item(key)
         epoch, index = key
         return self.view(index, np.random.default_rng((self.seed, epoch, index)))
 
-    def view(self, index, rng):
-        """A training view of one image; every random choice comes from the numpy Generator `rng`."""
+    def view(self, index: int, rng: np.random.Generator) -> dict:
+        """A training view of one image; `rng` makes all random choices."""
         first = index
         skipped = ''
         while True:
@@ -72,7 +88,7 @@ class SegmentationDataset(Dataset):
             original, labels = self.samples.read(image_id)
         except InputError as error:
             if not self.skip_bad:
-                raise InputError(f'{error} --skip-bad-images goes on without it.') from error
+                raise InputError(f'{error} Use --skip-bad-images to leave it out.') from error
             return {'skipped': str(error)}
         fitted, mask = transforms.resize_to_fit(original, labels, self.fit_size)
         image, _ = transforms.to_tensors(fitted, mask, self.fit_size)

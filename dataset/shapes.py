@@ -1,8 +1,9 @@
-"""Embedded data: drawn scenes in VOC's folder layout, made in seconds from a seed.
+"""Embedded data set: drawn scenes in VOC's folder layout, made from a seed within seconds.
 
-Twenty classes, each an outline (disc, star) with a fill (plain, striped, ...); colours are random and say nothing about
-the class, backgrounds are textured. Demo and tests run on it without any download. Objects are dark and light on
-medium backgrounds: a network without pretrained weights must learn the patterns within minutes.
+Each of the twenty classes is an outline (disc, star) with a fill (plain, striped, ...). Colours are random and do not
+depend on the class; backgrounds are textured. The demo and the tests use this data, so they need no download. Objects
+are dark and light on backgrounds of medium brightness, so that a network without pretrained weights learns the patterns
+within minutes.
 
     python -m dataset.shapes --data-dir data/shapes
 """
@@ -21,13 +22,13 @@ from dataset.lists import write_ids
 TRAIN_IMAGES, VAL_IMAGES = 800, 100
 
 
-def make_shapes(data_dir, seed=0, train_images=TRAIN_IMAGES, val_images=VAL_IMAGES):
+def make_shapes(data_dir: str | Path, seed: int = 0, train_images: int = TRAIN_IMAGES, val_images: int = VAL_IMAGES):
     """Write images, masks and the two id lists.
 
     Args:
-        data_dir (Path): gets JPEGImages, SegmentationClassAug and list.
-        seed (int): the same seed gives the same files.
-        train_images, val_images (int): how many.
+        data_dir: folder in which JPEGImages, SegmentationClassAug and list are made.
+        seed: the same seed gives the same files.
+        train_images, val_images: number of images.
     """
     spec = DATASETS['shapes']
     names = [f'train_{i:04d}' for i in range(train_images)] + [f'val_{i:04d}' for i in range(val_images)]
@@ -35,31 +36,31 @@ def make_shapes(data_dir, seed=0, train_images=TRAIN_IMAGES, val_images=VAL_IMAG
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
     for i, name in enumerate(names):
-        # class ids go round, so that every class has its share of images whatever the seed
+        # the first classes take turns, so that every class has enough images with any seed
         image, mask = draw_scene(np.random.default_rng((seed, i)), first_class=i % len(SHAPES) + 1)
         cv2.imwrite(str(folders[0] / f'{name}.jpg'), image[:, :, ::-1])
         cv2.imwrite(str(folders[1] / f'{name}.png'), mask)
     root = spec.list_root(data_dir)
     write_ids(root / spec.val_list, names[train_images:])
-    write_ids(root / spec.train_list, names[:train_images])  # last: its presence says that the data is complete
+    write_ids(root / spec.train_list, names[:train_images])  # last: if it exists, the data are complete
 
 
-def ensure_shapes(data_dir):
-    """Make the data set with its default settings where it is not there."""
+def ensure_shapes(data_dir: str | Path):
+    """Make the data set with its default settings if it is missing."""
     spec = DATASETS['shapes']
     if not (spec.list_root(data_dir) / spec.train_list).is_file():
         make_shapes(data_dir)
 
 
-def draw_scene(rng, first_class):
+def draw_scene(rng: np.random.Generator, first_class: int) -> tuple[np.ndarray, np.ndarray]:
     """Draw one to three objects on a textured background.
 
     Args:
-        rng (numpy.random.Generator): source of every choice.
-        first_class (int): class id of the nearest object; the others are random.
+        rng: source of all random choices.
+        first_class: class id of the object in front; the other classes are random.
 
     Returns:
-        tuple: RGB uint8 [H, W, 3], class ids uint8 [H, W] with 255 around the outlines.
+        RGB uint8 [H, W, 3], class ids uint8 [H, W] with 255 along the outlines.
     """
     height, width = (int(side) for side in rng.integers(80, 97, 2))
     image = _background(rng, height, width)
@@ -82,7 +83,7 @@ def draw_scene(rng, first_class):
 
 
 def _background(rng, height, width):
-    """Random colours blended by smooth noise of several scales, float [H, W, 3]."""
+    """Two random colours blended by smooth noise of several scales, float [H, W, 3]."""
     blend = np.zeros((height, width))
     for cells in (3, 8, 20):
         blend += cv2.resize(rng.normal(size=(cells, cells)), (width, height), interpolation=cv2.INTER_CUBIC)
@@ -92,7 +93,7 @@ def _background(rng, height, width):
 
 
 def _texture(rng, fill, height, width):
-    """A fill of two random, clearly different colours over the whole scene, float [H, W, 3]."""
+    """A fill of two random colours of different brightness for the whole scene, float [H, W, 3]."""
     first, second = rng.permutation(_tints(rng, 60, 200))
     angle = rng.uniform(0, np.pi)
     y, x = np.mgrid[:height, :width] + rng.uniform(0, 50, (2, 1, 1))
@@ -114,7 +115,7 @@ def _texture(rng, fill, height, width):
 
 
 def _tints(rng, *brightness):
-    """Random colours of given mean brightness, float [N, 3] in 0..255."""
+    """One random colour for each mean brightness, float [N, 3] in 0..255."""
     tints = rng.uniform(-50, 50, (len(brightness), 3))
     return np.array(brightness)[:, None] + tints - tints.mean(1, keepdims=True)
 
@@ -133,7 +134,7 @@ def _outline(name, angle, radius):
 def main():
     parser = argparse.ArgumentParser(description='Make the embedded data set.')
     parser.add_argument('--data-dir', type=Path, required=True, help='folder to make')
-    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--seed', type=int, default=0, help='of all random choices (default: 0)')
     args = parser.parse_args()
     make_shapes(args.data_dir, args.seed)
     print(f'{TRAIN_IMAGES} training and {VAL_IMAGES} validation images in {args.data_dir}')

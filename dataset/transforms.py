@@ -10,31 +10,33 @@ from core import IGNORE_INDEX
 
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
-# the normalised value of every 8-bit value, [256, 1, 3]: one lookup a pixel in place of three float operations
+# normalised value of each 8-bit value, [256, 1, 3]: one lookup replaces three float operations per value
 NORMALISED = (np.arange(256, dtype=np.float32)[:, None, None] / np.float32(255) - IMAGENET_MEAN) / IMAGENET_STD
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Training's random resize, flip and crop (in this order), then normalisation and padding.
+    """Random resize, flip and crop (in this order) of training images, then normalisation and padding.
 
     Attributes:
         crop_size: (H, W) of the result.
         scale_range: (low, high) of the resize factor, relative to the original size.
     """
 
-    crop_size: tuple
-    scale_range: tuple
+    crop_size: tuple[int, int]
+    scale_range: tuple[float, float]
 
-    def __call__(self, image, mask, rng):
+    def __call__(
+        self, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw one view.
 
         Args:
-            image, mask: see the module.
-            rng (numpy.random.Generator): source of every random choice.
+            image, mask: RGB uint8 [h, w, 3] and uint8 [h, w].
+            rng: source of all random choices.
 
         Returns:
-            tuple: float32 [3, H, W] and uint8 [H, W] tensors.
+            Image float32 [3, H, W] and mask uint8 [H, W].
         """
         image, mask = resize(image, mask, rng.uniform(*self.scale_range))
         if rng.random() < 0.5:
@@ -46,29 +48,33 @@ class Augmentation:
         return to_tensors(image[window], mask[window], self.crop_size)
 
 
-def resize_to_fit(image, mask, size):
-    """Resize image and mask by the one factor with which they just fit `size` (H, W)."""
+def resize_to_fit(image: np.ndarray, mask: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Resize image and mask to the largest size within `size` (H, W) that keeps their aspect ratio."""
     return resize(image, mask, fit_factor(mask.shape, size))
 
 
-def fit_factor(shape, size):
-    """The factor by which [h, w] just fits `size`."""
+def fit_factor(shape: tuple[int, int], size: tuple[int, int]) -> float:
+    """The largest factor by which `shape` (h, w) fits `size` (H, W)."""
     return min(size[0] / shape[0], size[1] / shape[1])
 
 
-def resize(image, mask, factor):
-    """Scale both sides by `factor`, each to int(side * factor + 0.5), at least 1."""
+def resize(image: np.ndarray, mask: np.ndarray, factor: float) -> tuple[np.ndarray, np.ndarray]:
+    """Scale each side to int(side * factor + 0.5), at least 1: the image bilinearly, the mask by nearest pixel."""
     height, width = (max(int(side * factor + 0.5), 1) for side in mask.shape)
     image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
     mask = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST)
     return image, mask
 
 
-def to_tensors(image, mask, size):
+def to_tensors(image: np.ndarray, mask: np.ndarray, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Normalise with ImageNet's mean and std, then pad right and bottom: the image with 0, the mask with 255.
 
+    Args:
+        image, mask: RGB uint8 [h, w, 3] and uint8 [h, w]; h <= H and w <= W.
+        size: (H, W).
+
     Returns:
-        tuple: float32 [3, *size], channels last in memory, and uint8 [*size] tensors.
+        Image float32 [3, H, W], channels last in memory, and mask uint8 [H, W].
     """
     height, width = mask.shape
     pixels = np.zeros((*size, 3), np.float32)
