@@ -1,4 +1,5 @@
-# Source this in an entry point: turns settings from the environment into flags, and finds Python.
+# shellcheck shell=bash
+# Source this in an entry point: it turns settings from the environment into flags, and finds Python.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 NPROC=${NPROC:-1} # processes, one per GPU
@@ -32,7 +33,7 @@ launch() {
 # data_flags DATASET: flags that all three Python scripts share, into the array $shared
 data_flags() {
     need DATA_PATH "the folder of the data set"
-    source "$ROOT/scripts/setup_env.sh" # after the settings: it may have to install
+    source "$ROOT/scripts/setup_env.sh" requirements.txt # after the settings: it may have to install
     shared=(
         --dataset "$1" --data-dir "$DATA_PATH" --fold "${FOLD:-0}"
         --model "${MODEL:-pspnet_pop}" --backbone "${BACKBONE:-resnet50v2}" --os "${OS:-8}"
@@ -61,9 +62,11 @@ novel_stage() {
     data_flags "$1"
     local dataset=$1 seeds=${SEED:-123,234,345}
     shift
+    # shellcheck disable=SC2206 # a list of seeds becomes words
     local lists=(--dataset "$dataset" --data-dir "$DATA_PATH" --fold "${FOLD:-0}" --shot "${SHOT:-1}" --seed ${seeds//,/ })
     if [ -n "${TRAIN_LIST:-}" ]; then lists+=(--train-list "$TRAIN_LIST"); fi
     PYTHONPATH=$ROOT python -m utils.gen_fs_list "${lists[@]}"
+    # shellcheck disable=SC2086 # the recipe is a list of flags
     launch ft_pop.py "${shared[@]}" --restore-from "$RESTORE_PATH" --shot "${SHOT:-1}" \
         --input-size "${INPUT_SIZE:-473,473}" --learning-rate "${LR:-1e-3}" --weight-decay "${WD:-1e-4}" \
         --batch-size "${BS:-1}" --test-batch-size "${BS_TEST:-16}" --num-epoch "${EPOCHS:-500}" \
@@ -93,10 +96,12 @@ reproduce() {
         fi
     done
     local folds=${FOLD:-0 1 2 3} seeds=${SEED:-123 234 345}
+    # shellcheck disable=SC2206 # lists of folds and seeds become words
     local grid=(--fold ${folds//,/ } --seed ${seeds//,/ })
+    # shellcheck disable=SC2086 # so does a list of shots
     if [ -n "${SHOT:-}" ]; then set -- "$@" --shot ${SHOT//,/ }; fi
     if [ -n "${TRAIN_LIST:-}" ]; then grid+=(--train-list "$TRAIN_LIST"); fi
-    source "$ROOT/scripts/setup_env.sh"
+    source "$ROOT/scripts/setup_env.sh" requirements.txt
     export PYTHONPATH=$ROOT
     exec python -m utils.sweep --data "$dataset=$DATA_PATH" --out "${SAVE_DIR:-$ROOT/runs/$dataset}" \
         --nproc "$NPROC" "${grid[@]}" \

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# The whole method on embedded data, from nothing to a table and a picture; minutes on a CPU.
+# Run both stages and the evaluation on embedded data; minutes on a CPU. Prints a table and writes pictures.
 #   bash scripts/demo.sh
 set -euo pipefail
 if [ $# -gt 0 ]; then
-    echo "usage: bash scripts/demo.sh (no arguments; starts runs/demo anew)" >&2
+    echo "usage: bash scripts/demo.sh (no arguments; deletes runs/demo and starts anew)" >&2
     exit 2
 fi
-source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" requirements.txt
 cd "$ROOT"
 
 run=runs/demo
 rm -rf "$run"
 data=(--dataset shapes --data-dir data/shapes --fold 0)
-network=(--backbone resnet18 --os 16 --base-size 97,97 --test-batch-size 10 --fp16)
-training=(--input-size 97,97 --print-frequency 22)
+network=(--backbone resnet18 --os 16 --base-size "97,97" --test-batch-size 10 --fp16)
+training=(--input-size "97,97" --print-frequency 22)
 
 echo "== stage 1: base classes"
 python train_base.py "${data[@]}" "${network[@]}" "${training[@]}" --restore-from none --snapshot-dir "$run/base" \
