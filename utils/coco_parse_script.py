@@ -2,13 +2,17 @@
 
     python -m utils.coco_parse_script --coco-root COCO
 
-Reads COCO_ROOT/annotations/instances_{train,val}2014.json, writes COCO_ROOT/{train,val}_no_crowd/*.png and
-dataset/list/coco/{train,val}.txt (images with a mask, sorted). A mask holds 1 + position of the category in the file's
-category list, later annotations over earlier ones; crowd regions stay background; an image without other annotations
-gets no mask. Files that exist are kept, so an interrupted run is simply run again.
+Reads COCO_ROOT/annotations/instances_{train,val}2014.json. Writes COCO_ROOT/{train,val}_no_crowd/*.png and
+dataset/list/coco/{train,val}.txt, the sorted ids of the images with a mask.
+
+The class id of an annotation is 1 + the position of its category in the file's category list. Later annotations cover
+earlier ones. Crowd regions stay background, and an image without other annotations gets no mask. Existing files are
+kept, so you can run the same command again after an interruption.
 """
 
+import argparse
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -25,44 +29,47 @@ from dataset.lists import keep_or_write_ids
 from utils.cli import make_parser, positive
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument('--coco-root', type=Path, required=True, help='folder of train2014, val2014 and annotations')
-    parser.add_argument('--split', nargs='+', choices=('train', 'val'), default=('train', 'val'))
+    parser.add_argument('--split', nargs='+', choices=('train', 'val'), default=('train', 'val'),
+                        help='default: train val')  # fmt: skip
     parser.add_argument('--rasterizer', choices=('opencv', 'coco'), default='opencv',
-                        help="opencv: fillPoly on truncated vertices, which published numbers rest on (default); "
-                        "coco: pycocotools' exact one")  # fmt: skip
+                        help='opencv: fillPoly on truncated vertices, as for the published results (default); '
+                        'coco: exact masks by pycocotools')  # fmt: skip
     parser.add_argument('--list-dir', type=Path, default=LIST_ROOT / 'coco', help='default: dataset/list/coco')
     parser.add_argument('--workers', type=positive, help='processes (default: one per core)')
-    parser.add_argument('--overwrite', action='store_true', help='make masks and lists anew that exist')
+    parser.add_argument('--overwrite', action='store_true', help='make existing masks and lists again')
     return parser.parse_args(argv)
 
 
-def rasterize(height, width, annotations, rasterizer='opencv'):
+def rasterize(
+    height: int, width: int, annotations: list[tuple[int, list | dict]], rasterizer: str = 'opencv'
+) -> np.ndarray:
     """Draw an image's annotations into a mask.
 
     Args:
-        height, width (int): of the image.
-        annotations (list): (value, segmentation) in annotation order; a segmentation is a list of polygons
-            [x0, y0, x1, y1, ...], or an RLE {'size', 'counts'}, compressed or not.
-        rasterizer (str): 'opencv' or 'coco', for polygons.
+        height, width: of the image.
+        annotations: (class id, segmentation) in annotation order. A segmentation is a list of polygons
+            [x0, y0, x1, y1, ...], or a run-length encoding {'size', 'counts'}, compressed or not.
+        rasterizer: of polygons, 'opencv' or 'coco'.
 
     Returns:
-        ndarray: uint8 [height, width].
+        uint8 [height, width], class ids.
     """
     mask = np.zeros((height, width), np.uint8)
-    for value, segmentation in annotations:
+    for class_id, segmentation in annotations:
         if isinstance(segmentation, list) and rasterizer == 'opencv':
             for polygon in segmentation:
                 vertices = np.asarray(polygon, np.float64).reshape(-1, 2).astype(np.int32)  # truncated
-                cv2.fillPoly(mask, [vertices], int(value))
+                cv2.fillPoly(mask, [vertices], int(class_id))
         else:
-            mask[_decode(segmentation, height, width)] = value
+            mask[_decode(segmentation, height, width)] = class_id
     return mask
 
 
 def _decode(segmentation, height, width):
-    """pycocotools' raster of polygons or RLE, bool [height, width]."""
+    """Region of polygons or of a run-length encoding by pycocotools, bool [height, width]."""
     if isinstance(segmentation, list):
         rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
     elif isinstance(segmentation['counts'], list):
@@ -72,30 +79,31 @@ def _decode(segmentation, height, width):
     return coco_mask.decode(rle).astype(bool)
 
 
-def write_mask(job, rasterizer):
-    """Rasterise and write one (path, height, width, annotations)."""
+def write_mask(job: tuple, rasterizer: str):
+    """Draw and write one mask; `job` is its path, then height, width and annotations as in `rasterize`."""
     path, *image = job
     with atomic_write(path, 'wb', sync=False) as file:
         file.write(cv2.imencode('.png', rasterize(*image, rasterizer))[1].tobytes())
 
 
-def read_annotations(path):
-    """What is to be drawn for each image.
+def read_annotations(path: Path) -> dict[str, tuple[int, int, list]]:
+    """Read the non-crowd annotations of an instances file.
 
     Returns:
-        dict: file stem -> (height, width, [(value, segmentation)]) of the images with non-crowd annotations, by stem.
+        Image id (file name without suffix) -> height, width and annotations as in `rasterize`, sorted by image id.
+        Images without non-crowd annotations are left out.
 
     Raises:
-        InputError: missing or foreign file.
+        InputError: the file is missing or is not a COCO instances file.
     """
     try:
         content = json.loads(path.read_text())
-        value = {category['id']: i for i, category in enumerate(content['categories'], 1)}
+        class_ids = {category['id']: i for i, category in enumerate(content['categories'], 1)}
         images = {image['id']: image for image in content['images']}
         drawn = {}
         for annotation in content['annotations']:
             if not annotation.get('iscrowd', 0):
-                item = (value[annotation['category_id']], annotation['segmentation'])
+                item = (class_ids[annotation['category_id']], annotation['segmentation'])
                 drawn.setdefault(annotation['image_id'], []).append(item)
         by_stem = {
             Path(images[i]['file_name']).stem: (images[i]['height'], images[i]['width'], drawn[i]) for i in drawn
@@ -104,13 +112,13 @@ def read_annotations(path):
         raise InputError(f'{path} does not exist; unpack annotations_trainval2014.zip of COCO in --coco-root') from None
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f'{path} is no COCO instances file ({type(error).__name__}: {error}); unpack it again'
+            f'{path} is not a COCO instances file ({type(error).__name__}: {error}); unpack it again'
         ) from error
     return dict(sorted(by_stem.items()))
 
 
 @exits_cleanly
-def main(args):
+def main(args: argparse.Namespace):
     spec = DATASETS['coco']
     for split in args.split:
         annotated = read_annotations(args.coco_root / 'annotations' / f'instances_{split}2014.json')
@@ -124,7 +132,7 @@ def main(args):
         present = set() if args.overwrite else {path.stem for path in folder.glob('*.png')}
         jobs = [(folder / f'{stem}.png', *image) for stem, image in annotated.items() if stem not in present]
         parallel_map(partial(write_mask, rasterizer=args.rasterizer), jobs, f'writing {split} masks', args.workers)
-        print(f'{split}: {len(jobs)} masks written, {len(annotated) - len(jobs)} were there, '
+        print(f'{split}: {len(jobs)} masks written, {len(annotated) - len(jobs)} existed, '
               f'{len(photographs) - len(annotated)} images without objects')  # fmt: skip
         print(keep_or_write_ids(args.list_dir / getattr(spec, f'{split}_list'), list(annotated), args.overwrite))
 

@@ -1,11 +1,13 @@
-"""Make the few-shot lists of one or many folds, shots and seeds; missing class lists are made on the way.
+"""Make the few-shot lists of one or several folds, shots and seeds, and the class lists that are missing.
 
     python -m utils.gen_fs_list --dataset voc --data-dir VOC2012 --fold 0 1 2 3 --shot 1 5 10 --seed 123 234 345
 
-Published seeds give the published draws. Lists that exist are kept, and refused where they name images that the train
-list does not.
+From the same class lists, a seed gives the images that the published code draws. Existing lists are kept; one that names
+images which are not in the train list is an error.
 """
 
+import argparse
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from core.errors import InputError, exits_cleanly, some
@@ -15,22 +17,24 @@ from dataset.lists import read_ids, write_ids
 from utils.cli import add_seeds, check_folds, fill_lists, make_parser, not_negative, positive
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument('--dataset', choices=list(DATASETS), default='voc')
+    parser.add_argument('--dataset', choices=list(DATASETS), default='voc', help='default: voc')
     parser.add_argument(
         '--data-dir',
         type=Path,
-        help='folder of the images and masks; not needed where the class lists are there already',
+        help='folder of the images and masks; not needed if the class lists exist already',
     )
-    parser.add_argument('--train-list', type=Path, help='training ids; the lists go beside it')
-    parser.add_argument('--fold', type=not_negative, nargs='+', default=[0])
-    parser.add_argument('--shot', type=positive, nargs='+', default=[1, 5, 10])
+    parser.add_argument('--train-list', type=Path, help='training ids; the other lists are kept beside it')
+    parser.add_argument('--fold', type=not_negative, nargs='+', default=[0], help='default: 0')
+    parser.add_argument(
+        '--shot', type=positive, nargs='+', default=[1, 5, 10], help='images per novel class (default: 1 5 10)'
+    )
     add_seeds(parser, '--seed', 'seeds of the draws, e.g. 123,234 or 123 234 (default: 123)')
     parser.add_argument(
-        '--filter-novel', action='store_true', help='make the filtered training lists too (fold{F}_filter)'
+        '--filter-novel', action='store_true', help='also make the filtered training lists (fold{F}_filter)'
     )
-    parser.add_argument('--overwrite', action='store_true', help='make lists anew that exist')
+    parser.add_argument('--overwrite', action='store_true', help='make existing lists again')
     args = parser.parse_args(argv)
     spec = DATASETS[args.dataset]
     check_folds(parser, spec, args.fold)
@@ -41,7 +45,7 @@ def parse_args(argv=None):
 
 
 @exits_cleanly
-def main(args):
+def main(args: argparse.Namespace):
     spec = DATASETS[args.dataset]
     for fold in args.fold:
         for filtered in (False, True) if args.filter_novel else (False,):
@@ -49,30 +53,30 @@ def main(args):
             for note in data.ensure_lists(args.overwrite) if args.data_dir else ():
                 print(f'note: {note}')
         class_lists = {
-            c: read_ids(data.lists.novel_class(c), 'give --data-dir to have it made', allow_empty=True)
+            c: read_ids(data.lists.novel_class(c), 'use --data-dir to make it', allow_empty=True)
             for c in spec.novel_ids(fold)
         }
         for shot in args.shot:
             if few := [
                 f'{spec.class_names[c - 1]} ({len(ids)})' for c, ids in class_lists.items() if 0 < len(ids) < shot
             ]:
-                print(f'note: fold {fold} has fewer than {shot} images of {some(few)}; lists repeat them')
+                print(f'note: fold {fold} has fewer than {shot} images of {some(few)}; the support lists repeat them')
             for seed in args.seed:
                 path = data.lists.support(shot, seed)
                 if path.is_file() and not args.overwrite:
-                    check_support(path, args.train_list, spec.mend)
+                    check_subset(path, args.train_list, read_ids(args.train_list, spec.hint))
                     print(f'kept {path}')
                 else:
                     write_ids(path, draw_support(class_lists, shot, seed))
                     print(f'wrote {path}')
 
 
-def check_support(path, train_list, mend):
-    """Refuse a support list with images that are not in the train list."""
-    strangers = sorted(set(read_ids(path, '', allow_repeats=True)) - set(read_ids(train_list, mend)))
-    if strangers:
+def check_subset(path: Path, train_list: Path, train_ids: Collection[str]):
+    """Raise InputError if a support list names images that are not in the train list."""
+    foreign = sorted(set(read_ids(path, allow_repeats=True)) - set(train_ids))
+    if foreign:
         raise InputError(
-            f'list {path} names {some(strangers)}, which {train_list} does not: it belongs to other data. '
+            f'list {path} names {some(foreign)}, which {train_list} does not: it belongs to other data. '
             'Remove it, or use --overwrite.'
         )
 

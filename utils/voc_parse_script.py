@@ -1,13 +1,15 @@
-"""Make SegmentationClassAug and the two lists of PASCAL VOC 2012 with SBD, from what the official sites serve.
+"""Make SegmentationClassAug and the two lists of PASCAL VOC 2012 with SBD from the official downloads.
 
     python -m utils.voc_parse_script --voc-root VOCdevkit/VOC2012 --sbd-root benchmark_RELEASE/dataset
-    python -m utils.voc_parse_script --voc-root VOC2012          # with a ready-made SegmentationClassAug: lists only
+    python -m utils.voc_parse_script --voc-root VOC2012          # SegmentationClassAug exists already: lists only
 
-Writes VOC_ROOT/SegmentationClassAug/*.png (greyscale class ids: VOC's own mask where there is one, SBD's elsewhere),
-dataset/list/voc/trainaug.txt (every id with a mask that is not in VOC's val list, sorted) and val.txt. Files that exist
-are kept, so an interrupted run is simply run again.
+Writes VOC_ROOT/SegmentationClassAug/*.png, which hold class ids: VOC's own mask if there is one, otherwise SBD's.
+Writes dataset/list/voc/trainaug.txt, the sorted ids of all masks that are not in VOC's val list, and val.txt. Existing
+files are kept, so you can run the same command again after an interruption.
 """
 
+import argparse
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,36 +21,41 @@ from scipy.io import loadmat
 from core.errors import InputError, exits_cleanly, some
 from core.files import atomic_write
 from core.parallel import parallel_map
-from dataset import DATASETS, FoldData
+from dataset import DATASETS, DatasetSpec, FoldData
 from dataset.classes import LIST_ROOT
+from dataset.images import Samples
 from dataset.legend import voc_palette
 from dataset.lists import ClassIndex, keep_or_write_ids, read_ids
 from utils.cli import make_parser, positive
 
-EXPECTED = {'trainaug.txt': 10_582, 'val.txt': 1_449}
+PUBLISHED_SIZES = {'trainaug.txt': 10_582, 'val.txt': 1_449}
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument('--voc-root', type=Path, required=True, help='VOCdevkit/VOC2012')
-    parser.add_argument('--sbd-root', type=Path, help="SBD's benchmark_RELEASE/dataset")
+    parser.add_argument('--voc-root', type=Path, required=True, help='folder VOCdevkit/VOC2012')
+    parser.add_argument(
+        '--sbd-root',
+        type=Path,
+        help="SBD's folder benchmark_RELEASE/dataset; not needed if SegmentationClassAug exists",
+    )
     parser.add_argument('--list-dir', type=Path, default=LIST_ROOT / 'voc', help='default: dataset/list/voc')
     parser.add_argument('--workers', type=positive, help='processes (default: one per core)')
-    parser.add_argument('--overwrite', action='store_true', help='make masks and lists anew that exist')
+    parser.add_argument('--overwrite', action='store_true', help='make existing masks and lists again')
     return parser.parse_args(argv)
 
 
-def read_voc_mask(path):
-    """Class ids of a VOC mask: palette PNG as served, or its colours where a tool has expanded the palette.
+def read_voc_mask(path: Path) -> np.ndarray:
+    """Class ids of a VOC mask: a palette PNG as downloaded, or RGB if some tool has expanded the palette.
 
     Args:
-        path (Path): SegmentationClass/ID.png.
+        path: SegmentationClass/ID.png.
 
     Returns:
-        ndarray: uint8 [H, W], 0..20 and 255.
+        uint8 [H, W], 0..20 and 255.
 
     Raises:
-        InputError: undecodable, or a colour that is no class of VOC.
+        InputError: the file cannot be decoded, or holds a colour that is not a class of VOC.
     """
     try:
         with Image.open(path) as picture:
@@ -62,81 +69,95 @@ def read_voc_mask(path):
     for class_id in (*range(21), 255):
         ids[codes == voc_palette()[class_id].astype(np.int64) @ (65536, 256, 1)] = class_id
     if 254 in ids:
-        raise InputError(f'mask {path} holds colours that are no class of VOC, {mask[ids == 254][0].tolist()} for one')
+        raise InputError(
+            f'mask {path} holds colours that are not classes of VOC, such as {mask[ids == 254][0].tolist()}; expected '
+            "VOC's palette. Unpack it again."
+        )
     return ids
 
 
-def read_sbd_mask(path):
+def read_sbd_mask(path: Path) -> np.ndarray:
     """Class ids of an SBD annotation (cls/ID.mat: GTcls.Segmentation), uint8 [H, W].
 
     Raises:
-        InputError: no such structure.
+        InputError: the file cannot be read as an SBD annotation.
     """
     try:
         return np.asarray(loadmat(path, simplify_cells=True)['GTcls']['Segmentation'], np.uint8)
-    except Exception as error:  # scipy raises whatever a damaged file makes it stumble over
+    except Exception as error:  # with a damaged file, scipy raises exceptions of many types
         raise InputError(f'{path} cannot be read as an SBD annotation ({error}). Unpack it again.') from error
 
 
-def convert(source, folder):
-    """Write one mask as greyscale PNG."""
+def convert(source: Path, folder: Path):
+    """Write one mask of VOC or SBD to a folder as greyscale PNG."""
     mask = read_sbd_mask(source) if source.suffix == '.mat' else read_voc_mask(source)
     with atomic_write(folder / f'{source.stem}.png', 'wb', sync=False) as file:
         file.write(cv2.imencode('.png', mask)[1].tobytes())
 
 
-def find_sources(voc_root, sbd_root):
-    """Mask file of every id that has a photograph.
+def find_sources(voc_root: Path, sbd_root: Path) -> tuple[dict[str, Path], list[str]]:
+    """Find the mask of every image.
 
     Returns:
-        tuple: {id: path of VOC's or SBD's mask}, sorted by id; ids of SBD without a photograph.
+        Image id -> path of VOC's or SBD's mask, sorted by id; ids of masks without an image in JPEGImages.
+
+    Raises:
+        InputError: VOC or SBD has no masks.
     """
     sources = {path.stem: path for path in (sbd_root / 'cls').glob('*.mat')}
     if not sources:
         raise InputError(f'{sbd_root} has no cls/*.mat; expected the folder "dataset" of SBD\'s benchmark_RELEASE')
-    own = {path.stem: path for path in (voc_root / 'SegmentationClass').glob('*.png')}
-    if not own:
+    voc_masks = {path.stem: path for path in (voc_root / 'SegmentationClass').glob('*.png')}
+    if not voc_masks:
         raise InputError(f'{voc_root} has no SegmentationClass/*.png; expected VOCdevkit/VOC2012')
-    sources |= own
+    sources |= voc_masks
     photographs = {path.stem for path in (voc_root / 'JPEGImages').glob('*.jpg')}
     return {i: sources[i] for i in sorted(sources) if i in photographs}, sorted(set(sources) - photographs)
 
 
-def make_masks(args, folder):
-    """Write the masks that are not there; prints counts per source."""
-    sources, without_photograph = find_sources(args.voc_root, args.sbd_root)
+def make_masks(args: argparse.Namespace, folder: Path):
+    """Write the missing masks to SegmentationClassAug, `folder`, and print their number per source."""
+    sources, without_image = find_sources(args.voc_root, args.sbd_root)
     present = set() if args.overwrite else {path.stem for path in folder.glob('*.png')}
     parallel_map(partial(convert, folder=folder), [path for i, path in sources.items() if i not in present],
                  'writing masks', args.workers)  # fmt: skip
     from_sbd = sum(path.suffix == '.mat' for path in sources.values())
-    print(f'masks: {len(sources) - from_sbd} from VOC, {from_sbd} from SBD; {len(present & set(sources))} were there')
-    if without_photograph:
-        print(f'left out, no photograph in JPEGImages: {some(without_photograph)}')
+    print(f'masks: {len(sources) - from_sbd} from VOC, {from_sbd} from SBD; {len(present & set(sources))} existed')
+    if without_image:
+        print(f'left out, because JPEGImages has no such image: {some(without_image)}')
 
 
-def report(spec, samples, lists, workers):
-    """Print how many images each list and class has, and whether the lists are the expected ones."""
+def report(spec: DatasetSpec, samples: Samples, lists: dict[str, list[str]], workers: int | None):
+    """Print the number of images of each list and class, and whether the lists have their published sizes.
+
+    Args:
+        spec: VOC.
+        samples: its images and masks.
+        lists: file name -> image ids.
+        workers: number of processes; None: one per usable core.
+    """
     indices = [ClassIndex.from_masks(samples, ids, spec.num_classes, workers=workers) for ids in lists.values()]
     print(f'{"class":<14}' + ''.join(f'{name:>14}' for name in lists))
     for class_id, name in enumerate(spec.class_names, 1):
         print(f'{name:<14}' + ''.join(f'{len(index.containing([class_id])):>14}' for index in indices))
     for name, ids in lists.items():
-        verdict = 'as expected' if len(ids) == EXPECTED[name] else f'expected {EXPECTED[name]} for the published split'
+        expected = PUBLISHED_SIZES[name]
+        verdict = 'as expected' if len(ids) == expected else f'expected {expected} for the published split'
         print(f'{name}: {len(ids)} images, {verdict}')
 
 
 @exits_cleanly
-def main(args):
+def main(args: argparse.Namespace):
     spec = DATASETS['voc']
     folder = args.voc_root / spec.train_masks
     if not (args.voc_root / spec.train_images).is_dir():
         raise InputError(f'{args.voc_root} has no folder JPEGImages; expected VOCdevkit/VOC2012')
     val_source = args.voc_root / 'ImageSets' / 'Segmentation' / 'val.txt'
-    val = read_ids(val_source, f'{args.voc_root} must be the whole VOCdevkit/VOC2012')
+    val = read_ids(val_source, '--voc-root must be the complete VOCdevkit/VOC2012')
     if args.sbd_root:
         make_masks(args, folder)
     elif not folder.is_dir():
-        raise InputError(f'there is no {folder}; give --sbd-root to have it made, or put the ready-made folder there')
+        raise InputError(f'{folder} does not exist; use --sbd-root to make it, or copy an existing one there')
     masks = {path.stem for path in folder.glob('*.png')}
     if missing := sorted(set(val) - masks):
         raise InputError(f'{len(missing)} images of {val_source} have no mask in {folder}: {some(missing)}')
