@@ -158,7 +158,7 @@ class FoldData:
         if len(ids) != shot * len(self.novel_ids):
             raise InputError(
                 f'list {path} names {len(ids)} images; expected {shot * len(self.novel_ids)}, {shot} for each of '
-                f'{len(self.novel_ids)} novel classes. Is it a list of another shot? If so, delete it and {hint}'
+                f'{len(self.novel_ids)} novel classes. Is it a list of another shot? If so, delete {path} and {hint}'
             )
         samples = self.samples('train', False, ids)
         for i, image_id in enumerate(ids):
@@ -166,7 +166,7 @@ class FoldData:
             if label not in samples.read(image_id)[1]:
                 raise InputError(
                     f'list {path}, line {i + 1}: image {image_id} does not show novel class '
-                    f'{self.novel_ids[i // shot]}. Is it a list of another fold? If so, delete it and {hint}'
+                    f'{self.novel_ids[i // shot]}. Is it a list of another fold? If so, delete {path} and {hint}'
                 )
         return ids
 

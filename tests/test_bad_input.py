@@ -1,14 +1,13 @@
-"""What bad input gets: a message that says what was found, what was expected and the mend; exit code 1, or 2 for
-wrong arguments; nothing trained."""
+"""Bad input ends a command before training, with exit code 1 (2 for wrong arguments) and a message that says what was
+found, what was expected and how to fix it."""
 
 import shutil
-import sys
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, TINY_TRAINING, run_process, stage_1
+from conftest import TINY, TINY_TRAINING, stage_1
 
 
 @pytest.fixture
@@ -23,7 +22,7 @@ def copy(shapes, tmp_path):
 
 @pytest.fixture
 def train(run_script, tmp_path):
-    """Run stage 1 with flags that come on top of a working command line."""
+    """Run stage 1 with flags in addition to a working command line; returns (exit code, output, whether it trained)."""
 
     def run(data_dir, *flags):
         code, output = run_script(
@@ -140,11 +139,8 @@ def test_undecodable_images_and_masks(train, copy):
     shutil.rmtree(lists, ignore_errors=True)
     expect(train(copy, '--fold', -1, '--batch-size', 2), 1, str(image), 'cannot be decoded')
     # the same from a loader process
-    code, output = run_process(
-        sys.executable, 'train_base.py', *TINY[:-1], 1, *TINY_TRAINING, '--data-dir', copy, '--restore-from', 'none',
-        '--snapshot-dir', copy / 'run', '--fold', -1, '--batch-size', 2,
-    )  # fmt: skip
-    expect((code, output, False), 1, f'error: image {image} cannot be decoded')
+    result = train(copy, '--fold', -1, '--batch-size', 2, '--num-workers', 1)
+    expect(result, 1, f'error: image {image} cannot be decoded')
 
 
 def test_a_mask_of_another_size(train, copy):
@@ -172,8 +168,13 @@ def test_a_colour_coded_mask(train, copy):
     expect(train(copy), 1, str(path), 'colour-coded', 'SegmentationClassAug')
 
 
-def test_lists_of_another_fold(train, shapes, copy, run_script):
-    assert train(copy, '--fold', 1)[0] == 0
+def make_lists(run_script, data_dir, *flags):
+    code, output = run_script('utils/gen_fs_list.py', '--dataset', 'shapes', '--data-dir', data_dir, *flags)
+    assert code == 0, output
+
+
+def test_lists_of_another_fold(train, copy, run_script):
+    make_lists(run_script, copy, '--fold', 1, '--shot', 1)
     shutil.copytree(copy / 'list/fold1', copy / 'list/fold0')
     (copy / 'list/fold0/train_fold1.txt').rename(copy / 'list/fold0/train_fold0.txt')
     code, output, _ = train(copy)
@@ -188,20 +189,21 @@ def few_shot(run_script, data_dir, base_run, folder, *flags):
     return code, output, (folder / 'last_123.pth').exists()
 
 
-def test_few_shot_lists_that_are_missing_or_of_another_shot_or_fold(
-    run_script, copy, base_run, few_shot_run, shapes, tmp_path
-):
+def test_few_shot_lists_that_are_missing_or_of_another_shot_or_fold(run_script, copy, base_run, tmp_path):
     lists = copy / 'list' / 'fold0'
     result = few_shot(run_script, copy, base_run, tmp_path / 'r', '--random-seed', 999)
     expect(result, 1, 'fold0_1shot_seed999.txt does not exist', 'python -m utils.gen_fs_list', '--seed 999')
     result = few_shot(run_script, copy, base_run, tmp_path / 'r', '--random-seed', '998', '999')
     expect(result, 1, 'seed998.txt, ', '--seed 998 999')  # all at once
-    for name, words in (('fold0_2shot_seed123.txt', ('names 10 images', 'another shot')),):
-        shutil.copy(shapes / 'list/fold0' / name, lists / 'fold0_1shot_seed123.txt')
-        expect(few_shot(run_script, copy, base_run, tmp_path / 'r'), 1, *words)
-    support = (shapes / 'list/fold0/fold0_1shot_seed123.txt').read_text().split()
-    (lists / 'fold0_1shot_seed123.txt').write_text('\n'.join(support[::-1]))
-    expect(few_shot(run_script, copy, base_run, tmp_path / 'r'), 1, 'line 1', 'does not show novel class 1')
+    make_lists(run_script, copy, '--shot', 1, 2, '--seed', 123)
+    path = lists / 'fold0_1shot_seed123.txt'
+    support = path.read_text().split()
+    shutil.copy(lists / 'fold0_2shot_seed123.txt', path)
+    result = few_shot(run_script, copy, base_run, tmp_path / 'r')
+    expect(result, 1, 'names 10 images; expected 5', 'another shot', f'delete {path}', '--shot 1')
+    path.write_text('\n'.join(support[::-1]))
+    result = few_shot(run_script, copy, base_run, tmp_path / 'r')
+    expect(result, 1, 'line 1', 'does not show novel class 1', f'delete {path}')
 
 
 def test_checkpoints_of_something_else(run_script, shapes, base_run, few_shot_run, tmp_path):

@@ -2,17 +2,16 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import cv2
 import numpy as np
 import pytest
-from conftest import ROOT, SHARED
+from conftest import SHARED
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
@@ -22,7 +21,7 @@ from dataset import DATASETS
 from dataset.images import ORIENTATION_TAG, read_mask
 from dataset.legend import voc_palette
 from report.panels import save_palette_png
-from utils.coco_parse_script import rasterize, read_annotations
+from utils.coco_parse_script import main, parse_args, rasterize, read_annotations
 
 
 @pytest.fixture
@@ -224,7 +223,19 @@ def test_damaged_annotations_and_missing_photographs_are_named(small_coco, tmp_p
     assert code == 1 and 'not a COCO instances file' in output and 'Traceback' not in output
 
 
-def test_an_interrupted_run_leaves_no_half_file_and_is_simply_run_again(tmp_path):
+def start_in_own_group(function, *args):
+    """Run a function in a forked process, which is the leader of a new process group and imports nothing again."""
+
+    def run():
+        os.setsid()
+        function(*args)
+
+    process = multiprocessing.get_context('fork').Process(target=run)
+    process.start()
+    return process
+
+
+def test_an_interrupted_run_leaves_no_half_file_and_can_be_run_again(tmp_path):
     root = tmp_path / 'coco'
     for folder in ('train2014', 'annotations'):
         (root / folder).mkdir(parents=True)
@@ -238,20 +249,21 @@ def test_an_interrupted_run_leaves_no_half_file_and_is_simply_run_again(tmp_path
     (root / 'annotations/instances_train2014.json').write_text(json.dumps(content))
     for image in images:
         (root / 'train2014' / image['file_name']).touch()
-    command = [sys.executable, '-m', 'utils.coco_parse_script', '--coco-root', str(root), '--split', 'train',
-               '--list-dir', str(tmp_path / 'list')]  # fmt: skip
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+    args = parse_args(['--coco-root', str(root), '--split', 'train', '--list-dir', str(tmp_path / 'list')])
+    process = start_in_own_group(main, args)
     folder = root / 'train_no_crowd'
-    while process.poll() is None and len(list(folder.glob('*.png'))) < 30:
+    while process.is_alive() and len(list(folder.glob('*.png'))) < 30:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.join()
     early = {path: path.stat().st_mtime_ns for path in folder.glob('*.png')}
     assert 30 <= len(early) < 600 and not (tmp_path / 'list').exists()
     assert all(read_mask(path).shape == (400, 500) for path in early)
     # again, twice at once
-    both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) for _ in range(2)]
-    assert [process.wait() for process in both] == [0, 0]
+    both = [start_in_own_group(main, args) for _ in range(2)]
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
     assert len(list(folder.glob('*.png'))) == 600
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in early.items())
     assert len((tmp_path / 'list/train.txt').read_text().split()) == 600
@@ -344,9 +356,10 @@ def test_lists_made_with_another_min_pixels_are_told(checked, monkeypatch, run_s
     assert 'existing lists of fold 0 are used, but this data and min_pixels 2000 give others' in output, output
 
 
-def test_lists_that_do_not_fit_are_found(checked, few_shot_run, shapes):
+def test_lists_that_do_not_fit_are_found(checked, tool):
     folder, check = checked
-    shutil.copytree(shapes / 'list' / 'fold0', folder / 'list' / 'fold0', dirs_exist_ok=True)
+    code, output = tool('gen_fs_list', '--dataset', 'shapes', '--data-dir', folder, '--shot', 1)
+    assert code == 0, output
     path = folder / 'list/fold0/fold0_1shot_seed123.txt'
     path.write_text('\n'.join(path.read_text().split()[::-1]))
     code, output = check('--fold', 0, '--shot', 1)

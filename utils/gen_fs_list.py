@@ -2,8 +2,8 @@
 
     python -m utils.gen_fs_list --dataset voc --data-dir VOC2012 --fold 0 1 2 3 --shot 1 5 10 --seed 123 234 345
 
-From the same class lists, a seed gives the images that the published code draws. Existing lists are kept; one that names
-images which are not in the train list is an error.
+From the same class lists, a seed gives the images that the published code draws. Existing lists are kept; an existing
+list with images that are not in the train list is an error.
 """
 
 import argparse
