@@ -1,4 +1,4 @@
-"""Pictures: known colours at known pixels, sizes, and which images are chosen."""
+"""Pictures: colours of known pixels, sizes, and the choice of example images."""
 
 import json
 
@@ -9,15 +9,9 @@ from conftest import TINY
 from PIL import Image
 
 from dataset.legend import Legend, spread_palette, voc_palette
-from report.figures import (
-    ERRORS,
-    confusion_figure,
-    error_map,
-    iou_figure,
-    save_figure,
-    support_figure,
-)
-from report.panels import ImageScores, PanelWriter, choose_telling
+from report.curves import curves_figure, read_metrics
+from report.figures import ERRORS, confusion_figure, error_map, iou_figure, save_figure, support_figure
+from report.panels import ImageScores, PanelWriter, choose_examples
 from report.tensorboard import ValidationPanel, similarity, similarity_picture
 from utils import plot
 
@@ -25,7 +19,7 @@ LEGEND = Legend(('background', 'cat', 'dog', 'new'), (0, 8, 12, 3), num_base=2, 
 
 
 def labels():
-    """Truth and prediction of 40x60 pixels with every kind of error."""
+    """Truth and prediction, 40x60 pixels with every kind of error."""
     truth = np.zeros((40, 60), np.uint8)
     truth[:20, :30], truth[:20, 30:] = 1, 3
     truth[39] = 255
@@ -38,10 +32,10 @@ def image(_id=None):
     return np.full((40, 60, 3), 90, np.uint8)
 
 
-def test_other_colours_are_apart():
+def test_colours_of_the_spread_palette_differ():
     colors = spread_palette()[:81].astype(int)
-    apart = np.abs(colors[:, None] - colors[None]).sum(2) + 1000 * np.eye(81, dtype=int)
-    assert colors[0].tolist() == [0, 0, 0] and apart.min() > 8
+    distances = np.abs(colors[:, None] - colors[None]).sum(2) + 1000 * np.eye(81, dtype=int)
+    assert colors[0].tolist() == [0, 0, 0] and distances.min() > 8
 
 
 def test_a_class_has_one_colour_in_all_folds():
@@ -51,7 +45,7 @@ def test_a_class_has_one_colour_in_all_folds():
     assert LEGEND.cut(3).names == ('background', 'cat', 'dog') and not LEGEND.cut(3).novel_labels
 
 
-def test_the_error_map_tells_errors_apart():
+def test_each_kind_of_error_has_its_colour():
     colors = error_map(*labels())
     correct, missed, invented, other, ignored = (list(color) for color in ERRORS.values())
     assert colors[5, 5].tolist() == correct and colors[25, 5].tolist() == correct
@@ -69,7 +63,7 @@ def test_panels_show_the_classes_in_their_colours(tmp_path):
         assert (np.abs(picture - np.array(color)).sum(2) <= 3).sum() > 40, color
 
 
-def test_the_validation_panel_is_the_same_images_each_time():
+def test_the_validation_panel_shows_the_same_images_each_time():
     truth, prediction = labels()
     without_novel = np.where(truth == 3, 0, truth)
     panel = ValidationPanel(LEGEND, image, count=2, side=60)
@@ -103,13 +97,13 @@ def test_images_are_scored_and_written(tmp_path):
     assert written.getpalette()[24:27] == voc_palette()[8].tolist()
 
 
-def test_telling_images_are_worst_median_best_and_novel():
+def test_examples_are_worst_median_best_and_novel():
     scores = {f'{i}': (float(i), i in (2, 3, 9)) for i in range(11)}
-    assert choose_telling(scores, 4) == {'0': 'worst1', '5': 'median1', '10': 'best1', '3': 'novel1'}
-    six = choose_telling(scores, 6)
+    assert choose_examples(scores, 4) == {'0': 'worst1', '5': 'median1', '10': 'best1', '3': 'novel1'}
+    six = choose_examples(scores, 6)
     assert list(six)[4:] == ['1', '4'] and six['4'] == 'median2'
-    assert len(choose_telling(scores, 50)) == 11
-    assert choose_telling({}, 3) == {}
+    assert len(choose_examples(scores, 50)) == 11
+    assert choose_examples({}, 3) == {}
 
 
 def test_similarity_of_prototypes():
@@ -146,8 +140,8 @@ def test_curves_of_runs(tmp_path, base_run, few_shot_run, capsys):
     assert 'both.png' in capsys.readouterr().out
     assert Image.open(tmp_path / 'both.png').size[0] == 1100
     assert (tmp_path / 'both.svg').read_text().startswith('<?xml')
-    runs = {'one': plot.read_metrics(base_run), 'two': plot.read_metrics(few_shot_run)}
-    figure = plot.curves_figure(runs)
+    runs = {'one': read_metrics(base_run), 'two': read_metrics(few_shot_run)}
+    figure = curves_figure(runs)
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert names == ['one', 'two, seed 123', 'two, seed 234']
     drawn = figure.axes[2].lines[0].get_ydata()

@@ -1,12 +1,13 @@
-"""Segmenting photographs that have no masks."""
+"""Segmenting photographs without masks."""
 
 import re
+import runpy
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, run_process
+from conftest import TINY
 from PIL import Image
 
 from core.errors import InputError
@@ -20,7 +21,7 @@ from utils import predict
 
 @pytest.fixture
 def photographs(shapes, tmp_path):
-    """Two images, one under another format, and a file that is none."""
+    """Two images of different formats, and a file that is not an image."""
     first, second = (shapes / 'list' / 'val.txt').read_text().split()[:2]
     folder = tmp_path / 'photographs'
     folder.mkdir()
@@ -40,7 +41,7 @@ def segment(run_script, checkpoint, folder, to, *flags):
 
 @pytest.fixture
 def untrained(tmp_path):
-    """A checkpoint of a network that sees classes everywhere."""
+    """A checkpoint of an untrained network, which predicts many classes."""
     torch.manual_seed(0)
     net = build_model('resnet18', 15, 5, 32)
     network = {'backbone': 'resnet18', 'os': 32, 'base_size': [65, 65]}
@@ -69,7 +70,7 @@ def test_segments_as_the_evaluation_does(run_script, shapes, untrained, photogra
         assert len(np.unique(ours)) > 1
 
 
-def test_a_network_of_stage_1_knows_base_classes_only(run_script, base_run, photographs, tmp_path):
+def test_a_network_of_stage_1_predicts_base_classes_only(run_script, base_run, photographs, tmp_path):
     folder, first, _ = photographs
     code, output = segment(run_script, base_run / 'best.pth', folder, tmp_path / 'out')
     assert code == 0, output
@@ -130,7 +131,7 @@ def test_refuses_checkpoints_of_other_classes(untrained, change, message):
     (lambda c: [[i, {'plain disc': 'striped disc'}.get(n, n)] for i, n in c], '1 is striped disc, expected plain disc'),
     (lambda c: c[5:] + c[:5], 'base and novel ids are [11,'),
 ))  # fmt: skip
-def test_refuses_classes_that_a_row_names_otherwise_now(untrained, change, message):
+def test_refuses_a_checkpoint_whose_classes_have_changed(untrained, change, message):
     content = torch.load(untrained, weights_only=True)
     content['config']['classes'] = DATASETS['shapes'].legend(0).classes
     torch.save(content, untrained)
@@ -141,7 +142,7 @@ def test_refuses_classes_that_a_row_names_otherwise_now(untrained, change, messa
         predict.load_network(read_checkpoint(untrained))
 
 
-def test_photographs_are_fitted_to_the_size_of_the_training(run_script, untrained, photographs, tmp_path):
+def test_photographs_are_resized_to_the_size_of_the_training(run_script, untrained, photographs, tmp_path):
     folder, first, _ = photographs
     flags = ('--restore-from', untrained, '--images', folder, '--num-workers', 0, '--save-path')
     for name, more in (('default', ()), ('same', ('--base-size', '65,65')), ('other', ('--base-size', '257,257'))):
@@ -151,17 +152,20 @@ def test_photographs_are_fitted_to_the_size_of_the_training(run_script, untraine
     assert default == same != other
 
 
-def test_goes_on_without_images_that_cannot_be_read(run_script, untrained, photographs, tmp_path):
+def test_skips_images_that_cannot_be_read(run_script, untrained, photographs, tmp_path):
     folder, first, second = photographs
     (folder / f'{first}.JPG').write_bytes(b'no picture')
     (folder / f'._{second}.jpg').write_bytes(b'what some systems leave beside a file')
     code, output = segment(run_script, untrained, folder, tmp_path / 'out')
-    assert code == 1 and 'cannot be decoded' in output and '--skip-bad-images goes on without it' in output
+    assert code == 1 and 'cannot be decoded' in output and 'Use --skip-bad-images to leave it out' in output
     code, output = segment(run_script, untrained, folder, tmp_path / 'out', '--skip-bad-images')
     assert code == 0 and 'skipped' in output and '1 of 2 images' in output, output
     assert (tmp_path / f'out/{second}.png').is_file() and not (tmp_path / f'out/{first}.png').exists()
 
 
-def test_runs_as_a_module():
-    code, output = run_process(sys.executable, '-m', 'utils.predict', '--help')
-    assert code == 0 and 'photographs' in output
+def test_runs_as_a_module(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, 'utils.predict')
+    monkeypatch.setattr(sys, 'argv', ['predict', '--help'])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module('utils.predict', run_name='__main__', alter_sys=True)
+    assert not end.value.code and 'photographs' in capsys.readouterr().out

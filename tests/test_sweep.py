@@ -1,4 +1,4 @@
-"""The sweep: its tables against hand-made results, and that it goes on after a kill."""
+"""The sweep: its tables against hand-made results, and that it resumes after a kill."""
 
 import csv
 import json
@@ -12,6 +12,8 @@ import pytest
 from conftest import TINY, TINY_TRAINING, start
 
 from engine.metrics import SUMMARY, summarize
+from report.sweep_tables import table_lines
+from report.tables import latex_table, markdown_table
 from utils import sweep
 
 FLAGS = ' '.join(map(str, TINY[2:]))
@@ -35,24 +37,33 @@ def test_the_table_is_mean_and_deviation_over_seeds():
     perfect = [[10, 0, 0], [0, 10, 0], [0, 0, 10]]
     half = [[10, 0, 0], [0, 10, 0], [0, 10, 0]]  # base 1/2 and novel 0
     rows = [row(0, 1, perfect), row(0, 2, half), row(1, 1, perfect), row(1, 2, perfect)]
-    lines = sweep.table_lines(rows, (0, 1))
+    lines = table_lines(rows, (0, 1))
     # background 100 and base class 50 make a base mIoU of 75
     assert lines[0][:4] == ['POP', '1', '0', '87.50 ± 12.50'] and lines[0][4] == '50.00 ± 50.00'
     assert lines[1][3:7] == ['100.00 ± 0.00'] * 4 and lines[1][7] == 'voc_fold1/1shot'
     # each seed's mean over folds: 100 and (75 + 100) / 2
     assert lines[2][:4] == ['POP', '1', 'mean', '93.75 ± 6.25']
-    incomplete = sweep.table_lines(rows[:3], (0, 1))
+    incomplete = table_lines(rows[:3], (0, 1))
     assert incomplete[2][3] == '-' and incomplete[1][3] == '100.00 ± 0.00'
 
 
 def test_latex_escapes_and_separates_shots():
     lines = [['POP', '1', '0', '1 ± 2'], ['POP', '5', '0', '-']]
-    text = sweep.latex_table('my_street: mIoU in %', ['shot', 'x', 'y', 'z'], lines)
-    assert r'\caption{my\_street: mIoU in \%}' in text and r'POP & 1 & 0 & 1 $\pm$ 2 \\' in text
-    assert text.count(r'\midrule') == 2 and '{lrrc}' in text
+    text = ' '.join(latex_table('my_street: mIoU in %', ['method', 'shot', 'fold', 'Base'], lines).split())
+    assert r'\caption{my\_street: mIoU in \%} \begin{tabular}{lrrc} \toprule' in text
+    assert r'\toprule method & shot & fold & Base \\ \midrule POP' in text
+    assert r'POP & 1 & 0 & 1 $\pm$ 2 \\ \midrule POP & 5 & 0 & - \\ \bottomrule \end{tabular} \end{table}' in text
 
 
-def test_what_builds_on_something_new_is_done_again(tmp_path):
+def test_markdown_is_aligned_and_numbers_stay_as_they_are():
+    header, *lines = ['name', 'Base'], ['a', '31.60 ± 1.20'], ['longer', '1.50'], ['1e3', '-']
+    table = markdown_table(header, lines).splitlines()
+    assert table[1].replace('-', '') == '|:|:|' and len(set(map(len, table))) == 1
+    assert [[cell.strip() for cell in line.strip('|').split('|')] for line in table[:1] + table[2:]] == [header, *lines]
+    assert all(line.endswith(f' {cell} |') for line, (_, cell) in zip(table[2:], lines, strict=True))
+
+
+def test_a_step_is_repeated_when_one_that_it_builds_on_has_changed(tmp_path):
     first = sweep.Step('a', 'train_base', ('python', 'train_base.py', '1'), tmp_path / 'a')
     second = sweep.Step('b', 'ft_pop', ('python', 'ft_pop.py'), tmp_path / 'b', first)
     for step in (first, second):
@@ -84,7 +95,7 @@ def test_jobs_share_gpus_or_cores(monkeypatch):
         (('--shot-flags', 'five=--fix-lr'), "got 'five'; expected a whole number"),
         (('--shot-flags', '7=--fix-lr'), '--shot has 1'),
         (('--fold', '7'), 'fold 7 not supported'),
-        (('--data', 'voc=a', 'coco=b', '--train-list', 'x'), '--train-list goes with one'),
+        (('--data', 'voc=a', 'coco=b', '--train-list', 'x'), 'for one data set only'),
     ),
 )
 def test_wrong_grids_are_refused(tmp_path, capsys, flags, message):
@@ -93,7 +104,7 @@ def test_wrong_grids_are_refused(tmp_path, capsys, flags, message):
     assert end.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_a_larger_grid_leaves_what_is_there_as_it_is_and_flags_add_up(tmp_path):
+def test_a_larger_grid_keeps_the_commands_of_a_smaller_one_and_flags_add_up(tmp_path):
     flags = [*command(tmp_path, tmp_path), '--novel-flags=--fix-lr', '--shot']
     of_shot = ['--shot-flags', '5=-x', '--shot-flags', '5=-y']
     small, large = (sweep.plan(sweep.parse_args([*flags, *more])) for more in (['1'], ['1', '5', *of_shot]))
@@ -103,11 +114,15 @@ def test_a_larger_grid_leaves_what_is_there_as_it_is_and_flags_add_up(tmp_path):
     assert [('-x' in flags, '-y' in flags) for flags in novel] == [(False, False), (True, True)]
 
 
-def test_a_killed_sweep_goes_on_and_skips_what_is_done(shapes, tmp_path):
+def test_a_killed_sweep_resumes_and_skips_what_is_done(shapes, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    monkeypatch.setattr(sweep.signals, 'listen', lambda: None)  # the handlers of this process stay
     out = tmp_path / 'out'
-    again = (sys.executable, '-m', 'utils.sweep', *command(shapes, out, '--jobs', '2'))
-    process = start(*again)
+    flags = command(shapes, out, '--jobs', '2')
+    process = start(sys.executable, '-m', 'utils.sweep', *flags)
+    lines = []
     for line in process.stdout:
+        lines.append(line)
         if 'base: done' in line:
             break
     time.sleep(2)
@@ -115,13 +130,12 @@ def test_a_killed_sweep_goes_on_and_skips_what_is_done(shapes, tmp_path):
     process.wait()
     process.stdout.close()
     done = sorted(out.glob('*/*/sweep.json'))
-    assert done
+    assert done, lines
     before = {
         path: path.stat().st_mtime_ns for path in out.glob('*/base/best.pth') if path.parent / 'sweep.json' in done
     }
-    process = start(*again)
-    output = process.communicate()[0]
-    assert process.returncode == 0, output
+    sweep.main(flags)
+    output = capsys.readouterr().out
     assert '4 commands, 0 of them done' not in output and 'base: done' not in output
     assert before and all(path.stat().st_mtime_ns == time for path, time in before.items())
 
@@ -134,12 +148,11 @@ def test_a_killed_sweep_goes_on_and_skips_what_is_done(shapes, tmp_path):
     assert 'shapes: mIoU in %' in output
     assert r'\toprule' in (out / 'table.tex').read_text()
 
-    process = start(*again)
-    output = process.communicate()[0]
-    assert process.returncode == 0 and '4 commands, 4 of them done before' in output, output
+    sweep.main(flags)
+    assert '4 commands, 4 of them done before' in capsys.readouterr().out
 
 
-def test_a_failing_command_is_named_and_the_others_go_on(tmp_path, capsys):
+def test_a_failing_command_is_named_and_the_others_run(tmp_path, capsys):
     def step(name, code, after=None):
         text = f'print("said {name}"); raise SystemExit({code})'
         return sweep.Step(name, 'test', (sys.executable, '-c', text), tmp_path / name, after)
