@@ -138,7 +138,7 @@ def test_undecodable_images_and_masks(train, copy):
     lists = copy / 'list' / 'fold0'
     shutil.rmtree(lists, ignore_errors=True)
     expect(train(copy, '--fold', -1, '--batch-size', 2), 1, str(image), 'cannot be decoded')
-    # the same from a loader process
+    # the same error in a loader process
     result = train(copy, '--fold', -1, '--batch-size', 2, '--num-workers', 1)
     expect(result, 1, f'error: image {image} cannot be decoded')
 
@@ -246,7 +246,7 @@ def test_no_imagenet_weights_for_the_deep_stem(train, shapes):
 
 def test_a_download_that_fails(train, shapes, monkeypatch, tmp_path):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
-    monkeypatch.setenv('https_proxy', 'http://127.0.0.1:9')  # nothing listens there
+    monkeypatch.setenv('https_proxy', 'http://127.0.0.1:9')  # no server listens there
     expect(train(shapes, '--restore-from', 'imagenet'), 1, 'cannot download', 'resnet18', '--restore-from')
 
 

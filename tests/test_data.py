@@ -1,4 +1,4 @@
-"""Folds, labels, masks, views, lists and draws."""
+"""Folds, labels, masks, training and evaluation views, lists, draws and the embedded data."""
 
 import dataclasses
 import io
@@ -66,7 +66,7 @@ def test_folds_of_pascal_5i_and_coco_20i():
     ({'class_names': ()}, 'tuple of 1 to 253 names'),
     ({'class_names': ('a', 'b', 'a', 'c', 'd')}, 'has a more than once'),
 ))  # fmt: skip
-def test_rows_that_cannot_be_meant_are_refused(change, words):
+def test_invalid_dataset_rows_are_refused(change, words):
     row = {'name': 'street', 'class_names': tuple('abcde'), 'folds': ((4, 5),), 'train_list': 'train.txt'}
     assert DatasetSpec(**row).base_ids(0) == (1, 2, 3)
     with pytest.raises(ValueError, match=f'street: .*{words}'):
@@ -100,7 +100,7 @@ def test_palette_masks_of_few_bits_read_as_ids(tmp_path):
 
 
 def test_greyscale_of_few_bits_is_refused(tmp_path):
-    """Decoders stretch its values to 0..255: id 1 of a 4-bit mask would read as 17."""
+    """Decoders rescale its values to 0..255: they would read class id 1 of a 4-bit mask as 17."""
     picture = Image.fromarray(np.array([[0, 1], [2, 3]], np.uint8))
     four_bits = io.BytesIO()
     palette = picture.copy()
@@ -126,7 +126,7 @@ def test_a_truncated_photograph_is_refused_and_trailing_bytes_are_not(tmp_path, 
 
 
 @pytest.mark.parametrize(('orientation', 'turned'), ((1, False), (3, False), (6, True), (9, False)))
-def test_the_header_says_what_the_decoder_does(tmp_path, orientation, turned):
+def test_the_header_gives_the_size_that_the_decoder_gives(tmp_path, orientation, turned):
     path = tmp_path / 'a.jpg'
     picture = Image.new('RGB', (60, 40))
     exif = picture.getexif()
@@ -181,7 +181,7 @@ def test_resize_rounds_half_up():
 
 
 def test_augmentation_keeps_image_and_mask_together():
-    """Colour encodes the label, so wherever the view came from, the colour must still agree with the mask."""
+    """The colour encodes the label, so image and mask must agree in every view."""
     mask = np.kron(np.random.default_rng(0).integers(0, 5, (4, 5)), np.ones((40, 40))).astype(np.uint8)
     image = np.repeat((mask * 50)[:, :, None], 3, axis=2)
     view = Augmentation((150, 190), (0.5, 1.5))
@@ -193,7 +193,7 @@ def test_augmentation_keeps_image_and_mask_together():
         inside = labels != 255
         assert (pixels[:, ~inside] == 0).all()
         red = ((pixels[0] * 0.229 + 0.485) * 255)[inside]
-        # interpolation blurs colours along edges only
+        # interpolation changes colours along edges only
         assert ((red - labels[inside] * 50.0).abs() < 2).float().mean() > 0.85
         sizes.add(inside.sum().item())
     assert len(sizes) > 5  # small factors pad, large ones fill
@@ -334,7 +334,7 @@ def test_class_index_does_not_depend_on_workers_and_reads_a_mask_once(tmp_path):
     one = ClassIndex.from_masks(samples, list(MASKS), 20, workers=1)
     two = ClassIndex.from_masks(samples, list(MASKS), 20, cache, workers=2)
     assert np.array_equal(one.pixels, two.pixels)
-    # the cache answers for masks that can no longer be decoded, as long as they look unchanged
+    # counts come from the cache even if a mask cannot be decoded any more, as long as its file looks unchanged
     path = samples.mask_path('a')
     stamp, size = path.stat().st_mtime_ns, path.stat().st_size
     path.write_bytes(b'x' * size)
@@ -346,7 +346,7 @@ def test_class_index_does_not_depend_on_workers_and_reads_a_mask_once(tmp_path):
         ClassIndex.from_masks(samples, list(MASKS), 20, cache)
 
 
-def test_lists_that_were_brought_along_are_kept_but_checked(tmp_path):
+def test_existing_lists_are_kept_but_checked(tmp_path):
     samples = hand_made(tmp_path, MASKS)
     train = tmp_path / 'list' / 'trainaug.txt'
     lists = FoldLists(tmp_path / 'list', 0)
@@ -354,28 +354,28 @@ def test_lists_that_were_brought_along_are_kept_but_checked(tmp_path):
     ensure_class_lists(DATASETS['voc'], samples, train, lists)
     assert lists.train.read_text() == 'b\nd\n'
     assert lists.base_class(6).read_text() == 'd\n'  # the others are made
-    assert ensure_class_lists(DATASETS['voc'], samples, train, lists) == [lists.train]  # made of this: d, a, b
+    assert ensure_class_lists(DATASETS['voc'], samples, train, lists) == [lists.train]  # this data gives d, a, b
     few = dataclasses.replace(DATASETS['voc'], min_pixels=16383)
     assert ensure_class_lists(few, samples, train, lists) == [lists.base_class(6), lists.train]
     write_ids(lists.train, ['b', 'c'])  # c shows novel classes of fold 0 only: a list of another fold
     with pytest.raises(InputError, match='names c, which do not belong there with this data: it is a list of another'):
         ensure_class_lists(DATASETS['voc'], samples, train, lists)
     write_ids(lists.train, ['b', 'd'])
-    # an unfiltered list in the filtered folder is noticed (d shows novel class 1), and filtering rewrites no list
+    # an unfiltered list in the filtered folder is found (d shows novel class 1); filtering rewrites no list
     filtered = FoldLists(tmp_path / 'list', 0, filter_novel=True)
     write_ids(lists.novel_class(1), ['d', 'c'])
     write_ids(filtered.train, ['b', 'd'])
     with pytest.raises(InputError, match='names d'):
         ensure_class_lists(DATASETS['voc'], samples, train, filtered)
     assert lists.novel_class(1).read_text() == 'd\nc\n'
-    write_ids(lists.base_class(20), [])  # as min_pixels that is too high leaves it
+    write_ids(lists.base_class(20), [])  # the result of a min_pixels that was too high
     ensure_class_lists(DATASETS['voc'], samples, train, lists)
     assert lists.base_class(20).read_text() == 'b\n'
     ensure_class_lists(DATASETS['voc'], samples, train, lists, overwrite=True)
     assert lists.novel_class(1).read_text() == 'c\n'
 
 
-def test_a_damaged_cache_is_no_cache(tmp_path):
+def test_a_damaged_cache_is_not_used(tmp_path):
     samples = hand_made(tmp_path, MASKS)
     cache = tmp_path / 'counts.npz'
     cache.write_bytes(b'PK nothing')
@@ -402,7 +402,7 @@ def test_few_shot_draw_is_the_published_one():
     a = [f'a{i}' for i in range(1, 11)]
     b = [f'b{i}' for i in range(1, 11)]
     assert draw_support({1: a, 2: b}, shot=3, seed=123) == ['a1', 'a5', 'a2', 'b7', 'b5', 'b2']
-    # classes that share their images: what the first class took is passed over
+    # classes that share their images: the second class skips what the first one has taken
     assert draw_support({1: a, 2: a}, shot=3, seed=123) == ['a1', 'a5', 'a2', 'a7', 'a9', 'a6']
 
 
@@ -413,7 +413,7 @@ def test_a_class_with_fewer_images_gives_all_then_repeats():
     assert len(set(support[5:])) == 5
 
 
-def test_a_draw_that_cannot_end_is_an_error():
+def test_a_draw_without_enough_images_is_an_error():
     with pytest.raises(InputError, match='class 2: 2 support images asked for, but only 1 of its 3 images'):
         draw_support({1: ['a', 'b'], 2: ['a', 'b', 'c']}, shot=2, seed=0)
     with pytest.raises(InputError, match='class 1 has no image'):
@@ -433,8 +433,8 @@ def test_base_draw_has_every_class_no_repeats_and_no_support():
         draw_base(lists, 5, (), 0, 0)
 
 
-def test_base_draw_finds_a_way_where_images_are_shared():
-    """Of a..f, class 1 needs two of a, b, c and class 2 two of b, c, d: the first choice must not be the last word."""
+def test_base_draw_succeeds_with_shared_images():
+    """Class 1 needs two of a, b, c and class 2 two of b, c, d: a first draw of b and c must not be final."""
     lists = {1: list('abc'), 2: list('bcd'), 3: list('ef')}
     for epoch in range(200):
         drawn = draw_base(lists, 2, (), 0, epoch)
@@ -478,7 +478,7 @@ def test_shapes_are_a_function_of_the_seed(tmp_path):
     assert all(same) and not any(other)
 
 
-def test_shapes_have_every_class_ignored_outlines_and_colours_that_say_nothing(shapes):
+def test_shapes_have_every_class_ignored_outlines_and_colours_independent_of_the_class(shapes):
     ids = (shapes / 'list' / 'trainaug.txt').read_text().split()
     colours = {}
     for image_id in ids:
@@ -489,7 +489,7 @@ def test_shapes_have_every_class_ignored_outlines_and_colours_that_say_nothing(s
             colours.setdefault(int(class_id), []).append(image[mask == class_id].mean(0))
     assert sorted(colours) == list(range(1, 21))
     assert min(len(means) for means in colours.values()) >= 6
-    # guessing the class of an object from its mean colour, by the nearest mean of the others, is near chance (5 %)
+    # a nearest-mean classifier of the objects' mean colours is hardly better than chance (5 %)
     right = 0
     for class_id, means in colours.items():
         for i, colour in enumerate(means):

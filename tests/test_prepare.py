@@ -1,4 +1,4 @@
-"""From official downloads to lists: hand-made miniatures of VOC + SBD and of COCO, and real annotations."""
+"""Preparation of the data: small hand-made VOC + SBD and COCO downloads, real annotations, and check_data."""
 
 import dataclasses
 import json
@@ -17,6 +17,8 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from scipy.io import savemat
 
+from core.errors import exits_cleanly
+from core.parallel import parallel_map
 from dataset import DATASETS
 from dataset.images import ORIENTATION_TAG, read_mask
 from dataset.legend import voc_palette
@@ -26,7 +28,7 @@ from utils.coco_parse_script import main, parse_args, rasterize, read_annotation
 
 @pytest.fixture
 def tool(run_script):
-    """Run one of the preparing commands in this process; returns (exit code, output)."""
+    """Run one of the data tools in this process; returns (exit code, output)."""
     return lambda name, *flags: run_script(f'utils/{name}.py', *flags)
 
 
@@ -44,7 +46,7 @@ def voc_mask(class_id, pixels):
 
 @pytest.fixture
 def miniature(tmp_path):
-    """VOC with three own masks (one in val), SBD with four annotations, one of which VOC has too."""
+    """VOC with three masks, one of them in val; SBD with four annotations, one of them of an image with a VOC mask."""
     voc, sbd = tmp_path / 'VOC2012', tmp_path / 'sbd'
     for folder in (voc / 'JPEGImages', voc / 'SegmentationClass', voc / 'ImageSets/Segmentation', sbd / 'cls'):
         folder.mkdir(parents=True)
@@ -52,7 +54,7 @@ def miniature(tmp_path):
         cv2.imwrite(str(voc / f'JPEGImages/{image_id}.jpg'), np.zeros((SIDE, SIDE, 3), np.uint8))
     save_palette_png(voc / 'SegmentationClass/a.png', voc_mask(1, 20000), voc_palette())
     save_palette_png(voc / 'SegmentationClass/v.png', voc_mask(2, 20000), voc_palette())
-    colours = voc_palette()[voc_mask(7, 17000)]  # a palette that some tool has expanded
+    colours = voc_palette()[voc_mask(7, 17000)]  # as after a tool that expands palettes
     cv2.imwrite(str(voc / 'SegmentationClass/b.png'), colours[:, :, ::-1])
     (voc / 'ImageSets/Segmentation/val.txt').write_text('v\n')
     for image_id, class_id in (('s', 3), ('t', 6), ('v', 9), ('lost', 1)):
@@ -155,7 +157,7 @@ def test_rle_of_either_kind_is_exact(compressed):
 
 @pytest.fixture
 def small_coco(tmp_path):
-    """Two categories whose ids are not their positions; every annotation kind."""
+    """COCO with two categories whose ids are not their positions, and all kinds of annotations."""
     root = tmp_path / 'coco'
     for split in ('train', 'val'):
         (root / f'{split}2014').mkdir(parents=True)
@@ -189,7 +191,7 @@ def test_coco_masks_and_lists(small_coco, tmp_path, tool):
 
 
 def test_real_annotations_by_both_rasterisers(tmp_path):
-    """Bit for bit what the documented rule gives, and what pycocotools itself gives."""
+    """Masks are bit for bit those of the documented rule, and those of pycocotools."""
     annotations = SHARED / 'data/coco-mini/annotations/instances_val2014.json'
     if not annotations.is_file():
         pytest.skip(f'{annotations} is not there: real annotations are not part of the project')
@@ -240,10 +242,10 @@ def test_an_interrupted_run_leaves_no_half_file_and_can_be_run_again(tmp_path):
     for folder in ('train2014', 'annotations'):
         (root / folder).mkdir(parents=True)
     rng = np.random.default_rng(0)
-    images = [{'id': i, 'file_name': f'{i:04d}.jpg', 'height': 400, 'width': 500} for i in range(600)]
+    images = [{'id': i, 'file_name': f'{i:04d}.jpg', 'height': 400, 'width': 500} for i in range(300)]
     annotations = [
         {'image_id': i, 'category_id': 1, 'segmentation': [(rng.uniform(0, 400, 60)).tolist()], 'iscrowd': 0}
-        for i in range(600) for _ in range(20)
+        for i in range(300) for _ in range(20)
     ]  # fmt: skip
     content = {'images': images, 'annotations': annotations, 'categories': [{'id': 1}]}
     (root / 'annotations/instances_train2014.json').write_text(json.dumps(content))
@@ -257,16 +259,32 @@ def test_an_interrupted_run_leaves_no_half_file_and_can_be_run_again(tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.join()
     early = {path: path.stat().st_mtime_ns for path in folder.glob('*.png')}
-    assert 30 <= len(early) < 600 and not (tmp_path / 'list').exists()
+    assert 30 <= len(early) < 300 and not (tmp_path / 'list').exists()
     assert all(read_mask(path).shape == (400, 500) for path in early)
     # again, twice at once
     both = [start_in_own_group(main, args) for _ in range(2)]
     for process in both:
         process.join()
     assert [process.exitcode for process in both] == [0, 0]
-    assert len(list(folder.glob('*.png'))) == 600
+    assert len(list(folder.glob('*.png'))) == 300
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in early.items())
-    assert len((tmp_path / 'list/train.txt').read_text().split()) == 600
+    assert len((tmp_path / 'list/train.txt').read_text().split()) == 300
+
+
+def touch_or_wait(item):
+    """Make a file, or wait for a number of seconds."""
+    time.sleep(item) if isinstance(item, float) else item.touch()
+
+
+def test_ctrl_c_ends_a_map_whose_workers_are_partly_idle(tmp_path):
+    files = [tmp_path / name for name in 'abc']
+    process = start_in_own_group(exits_cleanly(parallel_map), touch_or_wait, [*files, 2.0], 'waiting', 4)
+    while process.is_alive() and not all(path.exists() for path in files):
+        time.sleep(0.01)
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)
+    process.join(30)
+    assert process.exitcode == 130
 
 
 # ---- check_data
@@ -317,10 +335,10 @@ def test_everything_wrong_is_found_in_one_pass(checked):
     assert 'classes have fewer than 50 images' in output
 
 
-def test_photographs_that_are_displayed_turned_are_told(checked):
+def test_rotated_photographs_are_reported(checked):
     folder, check = checked
-    shutil.rmtree(folder / 'list/fold0', ignore_errors=True)  # made of other masks
-    for image_id, orientation in (('train_0001', 3), ('train_0002', 6)):  # upside down, and by a quarter
+    shutil.rmtree(folder / 'list/fold0', ignore_errors=True)  # made from other masks
+    for image_id, orientation in (('train_0001', 3), ('train_0002', 6)):  # rotated by 180 and by 90 degrees
         path = folder / f'JPEGImages/{image_id}.jpg'
         with Image.open(path) as picture:
             exif = picture.getexif()
@@ -338,7 +356,7 @@ def test_photographs_that_are_displayed_turned_are_told(checked):
     assert code == 0 and '2 have an EXIF orientation' in output, output
 
 
-def test_lists_made_with_another_min_pixels_are_told(checked, monkeypatch, run_script):
+def test_lists_made_with_another_min_pixels_are_reported(checked, monkeypatch, run_script):
     folder, _ = checked
     lists = ('utils/gen_fs_list.py', '--dataset', 'shapes', '--data-dir', folder, '--shot', 1, '--seed')
     assert run_script(*lists, '1,2', '3')[0] == 0
