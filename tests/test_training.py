@@ -187,13 +187,13 @@ def test_an_input_error_ends_with_its_message_and_code_1(capsys):
         raise InputError(text)
 
     for text in (
-        'mend it',
-        'Caught InputError in DataLoader worker process 0.\n  File ...\ncore.errors.InputError: mend it\n',
+        'fix it',
+        'Caught InputError in DataLoader worker process 0.\n  File ...\ncore.errors.InputError: fix it\n',
     ):
         with pytest.raises(SystemExit) as end:
             main(text)
         assert end.value.code == 1
-        assert capsys.readouterr().err == 'error: mend it\n'
+        assert capsys.readouterr().err == 'error: fix it\n'
 
 
 @pytest.mark.parametrize(('broken', 'note'), (
