@@ -69,13 +69,13 @@ except BlockingIOError:
 
 # _make_env PYTHON ENV: an empty environment with pip
 _make_env() {
-    local log site
+    local log pip_folder
     log=$("$1" -m venv --clear "$2" 2>&1) && return
-    # Debian's Python without the package python3-venv cannot put pip into an environment; its own pip can
-    if log+=$'\n'$("$1" -m venv --clear --without-pip "$2" 2>&1); then
-        site=$("$2/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-        log+=$'\n'$("$1" -m pip install --quiet --disable-pip-version-check --target "$site" pip 2>&1) && return
-    fi
+    # Debian's Python without the package python3-venv cannot put pip into an environment, but it may have pip itself
+    log+=$'\n'$("$1" -m venv --clear --without-pip "$2" 2>&1) &&
+        pip_folder=$("$1" -c 'import pip; print(pip.__path__[0] + "/..")' 2>/dev/null) &&
+        log+=$'\n'$(PYTHONPATH=$pip_folder _pip "$2" install --ignore-installed pip 2>&1) &&
+        return
     printf '%s\n' "$log" >&2
     echo "error: $1 cannot make the virtual environment $2; on Debian and Ubuntu run: apt-get install python3-venv" >&2
     return 1
