@@ -15,6 +15,7 @@ Writes to --save-path (default: the checkpoint's folder):
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ from utils import cli, from_flags
 UNTRAINED = ('none', 'imagenet')  # --restore-from without a checkpoint
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
     cli.add_data_flags(parser)
     cli.add_model_flags(
@@ -140,7 +141,7 @@ def evaluate_seed(
 
 
 @exits_cleanly
-def main(args):
+def main(args: argparse.Namespace):
     with process_group(args.device, args.timeout_minutes, args.deterministic) as device:
         data = from_flags.fold_data(args)
         refuse_one_file_for_several_seeds(args)

@@ -150,7 +150,7 @@ def iou_figure(ious: np.ndarray, legend: Legend, title: str) -> Figure:
 
 
 def support_figure(support: Sequence[tuple[str, np.ndarray, np.ndarray]], legend: Legend, shot: int) -> Figure:
-    """Support images with their masks: rows of at most five images of one novel class.
+    """Support images with their masks: rows of up to five images of one novel class, or of five classes with one shot.
 
     Args:
         support: image id, RGB uint8 [H, W, 3] and labels uint8 [H, W]; `shot` of them per novel class.

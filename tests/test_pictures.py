@@ -136,7 +136,7 @@ def test_figures_of_results(tmp_path):
 
 
 def test_curves_of_runs(tmp_path, base_run, few_shot_run, capsys):
-    plot.main([str(base_run), str(few_shot_run), '--out', str(tmp_path / 'both')])
+    plot.main(plot.parse_args([str(base_run), str(few_shot_run), '--out', str(tmp_path / 'both')]))
     assert 'both.png' in capsys.readouterr().out
     assert Image.open(tmp_path / 'both.png').size[0] == 1100
     assert (tmp_path / 'both.svg').read_text().startswith('<?xml')
@@ -152,7 +152,7 @@ def test_curves_of_runs(tmp_path, base_run, few_shot_run, capsys):
         if content is not None:
             (broken / 'metrics.jsonl').write_text(content)
         with pytest.raises(SystemExit) as end:
-            plot.main([str(broken)])
+            plot.main(plot.parse_args([str(broken)]))
         assert end.value.code == 1 and str(broken) in capsys.readouterr().err
 
 

@@ -134,7 +134,7 @@ def test_a_killed_sweep_resumes_and_skips_what_is_done(shapes, tmp_path, capsys,
     before = {
         path: path.stat().st_mtime_ns for path in out.glob('*/base/best.pth') if path.parent / 'sweep.json' in done
     }
-    sweep.main(flags)
+    sweep.main(sweep.parse_args(flags))
     output = capsys.readouterr().out
     assert '4 commands, 0 of them done' not in output and 'base: done' not in output
     assert before and all(path.stat().st_mtime_ns == time for path, time in before.items())
@@ -148,7 +148,7 @@ def test_a_killed_sweep_resumes_and_skips_what_is_done(shapes, tmp_path, capsys,
     assert 'shapes: mIoU in %' in output
     assert r'\toprule' in (out / 'table.tex').read_text()
 
-    sweep.main(flags)
+    sweep.main(sweep.parse_args(flags))
     assert '4 commands, 4 of them done before' in capsys.readouterr().out
 
 

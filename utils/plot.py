@@ -6,6 +6,8 @@ RUN is a snapshot folder of train_base.py or ft_pop.py. Writes curves.png and cu
 or to the current folder for several runs.
 """
 
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from core.errors import exits_cleanly
@@ -14,22 +16,28 @@ from report.figures import save_figure
 from utils.cli import make_parser
 
 
-@exits_cleanly
-def main(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument('runs', type=Path, nargs='+', metavar='RUN', help='snapshot folders')
     parser.add_argument('--out', type=Path, help='path without suffix (default: RUN/curves for one run, else curves)')
-    args = parser.parse_args(argv)
-    out = args.out or (args.runs[0] / 'curves' if len(args.runs) == 1 else Path('curves'))
-    parts = [run.resolve().parts for run in args.runs]
-    # runs are named by the part of their paths that differs
+    return parser.parse_args(argv)
+
+
+def names_of(runs: Sequence[Path]) -> list[str]:
+    """Name folders by the part of their paths that differs."""
+    parts = [run.resolve().parts for run in runs]
     first = next((i for i, names in enumerate(zip(*parts, strict=False)) if len(set(names)) > 1), -1)
-    names = ['/'.join(part[first:]) for part in parts]
-    figure = curves_figure({name: read_metrics(run) for name, run in zip(names, args.runs, strict=True)})
+    return ['/'.join(part[first:]) for part in parts]
+
+
+@exits_cleanly
+def main(args: argparse.Namespace):
+    out = args.out or (args.runs[0] / 'curves' if len(args.runs) == 1 else Path('curves'))
+    figure = curves_figure({name: read_metrics(run) for name, run in zip(names_of(args.runs), args.runs, strict=True)})
     for suffix in ('png', 'svg'):
         save_figure(out.with_name(f'{out.name}.{suffix}'), figure)
     print(f'{out}.png, {out}.svg')
 
 
 if __name__ == '__main__':
-    main()
+    main(parse_args())

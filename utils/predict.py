@@ -7,6 +7,8 @@ ID.png, a palette PNG of class ids at the original size, and ID_overlay.jpg, the
 legend.svg, the colours of the classes.
 """
 
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from core.errors import InputError, exits_cleanly, some
@@ -24,7 +26,7 @@ from report.panels import OverlayWriter
 from utils import cli
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
     parser.add_argument('--restore-from', required=True, help='checkpoint of stage 1 or 2, e.g. best_123.pth')
     parser.add_argument('--images', type=Path, required=True, help='a photograph, or a folder of them')
@@ -76,7 +78,7 @@ def load_network(checkpoint: Checkpoint) -> tuple[POP, Legend]:
 
 
 @exits_cleanly
-def main(args):
+def main(args: argparse.Namespace):
     with process_group(args.device) as device:
         photographs = Photographs(args.images)
         if photographs.left_out and is_main():

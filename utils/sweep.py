@@ -19,7 +19,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -73,7 +73,7 @@ class Step:
             )
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument('--data', nargs='+', required=True, metavar='DATASET=DIR', help='data sets and their folders')
     parser.add_argument('--fold', type=not_negative, nargs='+', default=(0, 1, 2, 3), help='default: 0 1 2 3')
@@ -255,8 +255,7 @@ def update_tables(steps: list[Step], out: Path, folds: list[int]):
 
 
 @exits_cleanly
-def main(argv=None):
-    args = parse_args(argv)
+def main(args: argparse.Namespace):
     args.out = args.out.resolve()
     check_writable(args.out)
     signals.listen()
@@ -279,4 +278,4 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    main()
+    main(parse_args())
