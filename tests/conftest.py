@@ -1,7 +1,9 @@
 """Fixtures: small embedded data, the real data beside the project where it is, and scripts run as a user runs them."""
 
+import fcntl
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,33 +65,54 @@ TINY = ('--dataset', 'shapes', '--backbone', 'resnet18', '--os', 32, '--base-siz
 TINY_TRAINING = ('--input-size', '65,65', '--print-frequency', 1)
 
 
+def made_once(tmp_path_factory, name, make):
+    """A folder with what `make(folder)` writes into it: made by the first test process, copied by the others."""
+    own = tmp_path_factory.mktemp(name)
+    if 'PYTEST_XDIST_WORKER' not in os.environ:
+        make(own)
+        return own
+    first = tmp_path_factory.getbasetemp().parent / name  # the folder of all test processes
+    with open(first.with_suffix('.lock'), 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not first.is_dir():
+            unfinished = first.with_suffix('.unfinished')
+            make(unfinished)
+            unfinished.rename(first)
+    shutil.copytree(first, own, dirs_exist_ok=True)
+    return own
+
+
 @pytest.fixture(scope='session')
 def base_run(shapes, tmp_path_factory):
     """A snapshot folder of stage 1, trained for two short epochs."""
-    folder = tmp_path_factory.mktemp('base')
-    code, output = run_process(
-        sys.executable, 'train_base.py', *TINY, *TINY_TRAINING, '--data-dir', shapes, '--restore-from', 'none',
-        '--snapshot-dir', folder, '--num-epoch', 2, '--batch-size', 32, '--save-pred-every', 1,
-    )  # fmt: skip
-    assert code == 0, output
-    return folder
+
+    def train(folder):
+        code, output = run_process(
+            sys.executable, 'train_base.py', *TINY, *TINY_TRAINING, '--data-dir', shapes, '--restore-from', 'none',
+            '--snapshot-dir', folder, '--num-epoch', 2, '--batch-size', 32, '--save-pred-every', 1,
+        )  # fmt: skip
+        assert code == 0, output
+
+    return made_once(tmp_path_factory, 'base', train)
 
 
 @pytest.fixture(scope='session')
 def few_shot_run(shapes, base_run, tmp_path_factory):
     """A snapshot folder of stage 2: one shot, two seeds, two epochs."""
-    folder = tmp_path_factory.mktemp('few_shot')
     code, output = run_process(
         sys.executable, '-m', 'utils.gen_fs_list', '--dataset', 'shapes', '--data-dir', shapes, '--shot', 1, 2,
         '--seed', 123, 234,
     )  # fmt: skip
     assert code == 0, output
-    code, output = run_process(
-        sys.executable, 'ft_pop.py', *TINY, *TINY_TRAINING, '--data-dir', shapes, '--restore-from', base_run,
-        '--snapshot-dir', folder, '--num-epoch', 2, '--random-seed', '123,234', '--update-base',
-    )  # fmt: skip
-    assert code == 0, output
-    return folder
+
+    def train(folder):
+        code, output = run_process(
+            sys.executable, 'ft_pop.py', *TINY, *TINY_TRAINING, '--data-dir', shapes, '--restore-from', base_run,
+            '--snapshot-dir', folder, '--num-epoch', 2, '--random-seed', '123,234', '--update-base',
+        )  # fmt: skip
+        assert code == 0, output
+
+    return made_once(tmp_path_factory, 'few_shot', train)
 
 
 LAUNCH = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2')
@@ -141,9 +164,12 @@ def whole(shapes, tmp_path_factory):
 
     def run(processes):
         if processes not in folders:
-            folders[processes] = tmp_path_factory.mktemp('whole')
-            code, output = run_process(*launcher(processes), *stage_1(shapes, folders[processes]))
-            assert code == 0, output
+
+            def train(folder):
+                code, output = run_process(*launcher(processes), *stage_1(shapes, folder))
+                assert code == 0, output
+
+            folders[processes] = made_once(tmp_path_factory, f'whole_{processes}', train)
         return folders[processes]
 
     return run
