@@ -15,7 +15,7 @@ class ResNet(models.ResNet):
     """torchvision's ResNet without pooling and classifier.
 
     Args:
-        block: of all four layers.
+        block: block of all four layers.
         layers: number of blocks in each of the four layers.
         deep_stem: three 3x3 convolutions (64, 64, 128 channels) in place of the 7x7 one.
     """
@@ -92,7 +92,7 @@ def build_backbone(name: str, output_stride: int = 8) -> nn.Module:
         output_stride: input size over feature size: 8, 16 or 32.
 
     Returns:
-        Maps [B, 3, H, W] to [B, out_channels, h, w]; carries `out_channels`.
+        Maps [B, 3, H, W] to [B, out_channels, h, w]; carries `out_channels` and `output_stride`.
 
     Raises:
         ValueError: unknown name or output stride.
@@ -102,6 +102,7 @@ def build_backbone(name: str, output_stride: int = 8) -> nn.Module:
     if output_stride not in DILATIONS:
         raise ValueError(f'output stride {output_stride} not supported; choose one of 8, 16, 32')
     backbone = BACKBONES[name]()
+    backbone.output_stride = output_stride
     for layer, dilation in zip(backbone.dilatable_layers, DILATIONS[output_stride], strict=True):
         if dilation > 1:
             _dilate(layer, dilation)
@@ -120,5 +121,5 @@ def _dilate(layer, dilation):
             if conv.kernel_size == (3, 3):
                 conv.dilation = conv.padding = (dilation, dilation)
                 if conv.groups > 1:
-                    # unused; keeps the weights that a seed gives to what is built after the backbone
+                    # advances the random state, so that seeded decoder weights stay as in earlier versions
                     torch.rand_like(conv.weight)

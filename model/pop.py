@@ -26,7 +26,7 @@ class POP(nn.Module):
     classes and the background.
 
     Args:
-        backbone: [B, 3, H, W] -> [B, Cb, h, w].
+        backbone: [B, 3, H, W] -> [B, Cb, h, w]; carries `output_stride` for `feature_shape`.
         decoder: [B, Cb, h, w] -> [B, C, h, w]; carries `out_channels`.
         num_base: Kb >= 1.
         num_novel: Kn >= 0; 0 is the network of stage 1.
@@ -67,6 +67,11 @@ class POP(nn.Module):
         """Backbone and decoder: images [B, 3, H, W] to features [B, C, h, w]."""
         return self.decoder(self.backbone(images))
 
+    def feature_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """(C, h, w) of the features of images of size (H, W): each stride of 2 rounds up."""
+        stride = self.backbone.output_stride
+        return (self.decoder.out_channels, *(-(-side // stride) for side in size))
+
     def classify(self, features: torch.Tensor, scores: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
         """Prototype head: q to logit_k = relu(p_k) phi(s_k) + relu(-p_k) phi(-s_k) and logit_0 = phi(r).
 
@@ -81,27 +86,28 @@ class POP(nn.Module):
         """
         with torch.autocast(features.device.type, enabled=False):
             q = features.double() if features.dtype == torch.float64 else features.float()
+            q = q.permute(0, 2, 3, 1).flatten(0, 2)  # [N, C], N = B h w; no copy where channels are last in memory
             s = F.normalize(torch.cat(self.prototypes()), dim=1)  # [K, C]
-            # matrix products rather than 1x1 convolutions: cuDNN would round those to TF32
-            flat = q.flatten(2)  # [B, C, hw]
-            p = s @ flat  # [B, K, hw]
-            r = (flat - s.T @ p).view_as(q)  # [B, C, h, w]
-            toward, away = scores or self.score_prototypes()
-            logits = F.relu(p) * toward + F.relu(-p) * away  # [B, K, hw]
-            logits = logits.unflatten(2, q.shape[-2:])
-        background = self._background_mlp(r)  # [B, 1, h, w]
-        return torch.cat([background.to(logits.dtype), logits], dim=1)
+            p = q @ s.T  # [N, K]
+            r = q - p @ s  # [N, C]
+            toward, away = scores or self.score_prototypes()  # [K]
+            logits = F.relu(p) * toward + F.relu(-p) * away  # [N, K]
+        background = _score(self._background_mlp, r)  # [N]; in mixed precision under autocast
+        logits = torch.cat([background.to(logits.dtype)[:, None], logits], dim=1)  # [N, 1 + K]
+        batch, _, height, width = features.shape
+        return logits.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
     def score_prototypes(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """phi(s_k) and phi(-s_k), float32 [K, 1] each; phi_n scores the novel prototypes."""
+        """phi(s_k) and phi(-s_k), float32 [K] each; phi_n scores the novel prototypes."""
         mlps = (self.classifier, self.classifier_n) if self.num_novel else (self.classifier,)
-        pairs = list(zip(mlps, self.prototypes(), strict=True))
+        toward, away = [], []
         with torch.autocast(self.base_emb.device.type, enabled=False):
-            toward, away = (
-                torch.cat([_score(mlp, sign * F.normalize(prototypes, dim=1)) for mlp, prototypes in pairs])
-                for sign in (1, -1)
-            )
-        return toward, away
+            for mlp, prototypes in zip(mlps, self.prototypes(), strict=True):
+                s = F.normalize(prototypes, dim=1)
+                scores = _score(mlp, torch.cat([s, -s]))  # [2 K]
+                toward.append(scores[: len(s)])
+                away.append(scores[len(s) :])
+        return torch.cat(toward), torch.cat(away)
 
     def prototypes(self) -> tuple[torch.Tensor, ...]:
         """The base prototypes [Kb, C], followed by the novel ones [Kn, C] where there are any."""
@@ -160,10 +166,14 @@ class Head(nn.Module):
 
 
 def _score(mlp, vectors):
-    """phi of vectors [K, C]: [K, 1]. Matrix products, as convolutions of single pixels are slow."""
+    """phi of vectors [N, C]: [N].
+
+    Its 1x1 convolutions are applied as matrix products: these stay in float32 on GPUs, where cuDNN would round a
+    convolution to TF32, take maps of any size without a search for the fastest kernel, and are fast for few vectors.
+    """
     for layer in mlp:
         vectors = F.linear(vectors, layer.weight.flatten(1)) if isinstance(layer, nn.Conv2d) else layer(vectors)
-    return vectors
+    return vectors[:, 0]
 
 
 def _prototype_mlp(channels):

@@ -72,15 +72,33 @@ class PSP(nn.Module):
 
     def _pyramid(self, x, weights):
         """The pyramid's share of the 3x3 convolution: sum over scales and taps, [B, C, h, w]."""
+        height, width = x.shape[-2:]
+        pooling = _pooling_matrix(self.bins, height, width, x.device, x.dtype)  # [h*w, S]
+        # one product in place of four poolings, whose backward pass has no deterministic form on GPUs
+        pooled = (x.flatten(2) @ pooling).split([size * size for size in self.bins], dim=2)  # [B, Cb, s*s] each
         taps = []
-        for stage, weight in zip(self.stages, weights, strict=True):
-            z = stage(x).flatten(2)  # [B, C, s*s]
+        for (_, *project), size, part, weight in zip(self.stages, self.bins, pooled, weights, strict=True):
+            z = nn.Sequential(*project)(part.unflatten(2, (size, size))).flatten(2)  # [B, C, s*s]
             product = weight.flatten(0, 2) @ z  # [B, C*9, s*s]
             taps.append(product.unflatten(1, (-1, 9)).flatten(2))  # [B, C, 9*s*s]
-        height, width = x.shape[-2:]
         shifts = _upsampling_taps(self.bins, height, width, x.device, taps[0].dtype)  # [9*S, h*w]
         pyramid = torch.cat(taps, dim=2) @ shifts  # [B, C, h*w]
         return pyramid.unflatten(2, (height, width))
+
+
+@torch.compiler.assume_constant_result
+@lru_cache(maxsize=8)
+def _pooling_matrix(bins, height, width, device, dtype):
+    """Means over the bins of every scale, [height * width, S].
+
+    Bins are rectangles, so a scale is the product of rows and columns, each made by pooling unit vectors.
+    """
+
+    def means(side, size):
+        return F.adaptive_avg_pool1d(torch.eye(side, dtype=torch.float64)[None], size)[0]  # [side, size]
+
+    scales = [torch.kron(means(height, size), means(width, size)) for size in bins]  # [h*w, s*s] each
+    return torch.cat(scales, dim=1).to(device, dtype)
 
 
 @torch.compiler.assume_constant_result
