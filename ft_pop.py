@@ -49,9 +49,9 @@ def parse_args(argv=None):
     )  # fmt: skip
     group = parser.add_argument_group('validation cache')
     group.add_argument(
-        '--val-cache', choices=('auto', 'memory', 'disk', 'off'), default='auto',
-        help="where the frozen network's validation features are kept; auto: in memory within the budget, else in the "
-        'snapshot folder, else not at all (default)',
+        '--val-cache', choices=('auto', 'gpu', 'memory', 'disk', 'off'), default='auto',
+        help="where the frozen network's validation features are kept; auto: on the GPU where half of its free memory "
+        'has room for them, else in memory within the budget, else in the snapshot folder, else not at all (default)',
     )  # fmt: skip
     group.add_argument(
         '--val-cache-gb', type=cli.rate, default=8, metavar='GB',

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from core import signals
+from core import IGNORE_INDEX, signals
 from core.ranks import is_main, world_size
 from engine.distributed import all_sum, sum_over_processes
 from engine.metrics import confusion_matrix
@@ -30,7 +30,8 @@ def evaluate(
 
     Args:
         net: a `POP` network; put into eval mode.
-        batches: from `loaders.evaluation_loader`, or with 'features' in place of 'image' (`feature_cache`).
+        batches: from `loaders.evaluation_loader`, or with 'features' in place of 'image' (`feature_cache`); 'truth' may
+            hold the masks in one tensor [B, H, W].
         device, dtype: where and in which precision the network runs (`precision.precision`).
         on_prediction: called with (id, prediction, mask) of each image, integer tensors [h, w].
 
@@ -48,12 +49,14 @@ def evaluate(
         elif 'image' in batch:
             with autocast(device, dtype):
                 features = net.features(to_device(batch['image'], device))
-        for i, mask in enumerate(batch['mask']):
-            mask = mask.to(device, non_blocking=True)
-            prediction = segment(net, features[i : i + 1], scores, batch['canvas'][i], mask.shape, dtype)
-            confusion += confusion_matrix(mask, prediction, net.num_logits)
+        for group in _groups(batch, device):
+            masks = [mask.to(device, non_blocking=True) for mask in batch['mask'][group]]
+            truth = batch['truth'][group] if 'truth' in batch else _join(masks)  # [n, H, W]
+            predictions = segment(net, features[group], scores, batch['canvas'][group.start], truth.shape[1:], dtype)
+            confusion += confusion_matrix(truth, predictions, net.num_logits)
             if on_prediction:
-                on_prediction(batch['id'][i], prediction, mask)
+                for image_id, prediction, mask in zip(batch['id'][group], predictions, masks, strict=True):
+                    on_prediction(image_id, prediction[: mask.shape[0], : mask.shape[1]], mask)
     return all_sum(confusion).cpu().numpy()
 
 
@@ -87,22 +90,41 @@ def segment(
     shape: tuple[int, int],
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Labels of one image from its features. What shows only padding is not computed.
+    """Labels of images from their features. What shows only padding is not computed.
 
     Args:
         net: classifies the features.
-        features: [1, C, h, w].
+        features: [B, C, h, w].
         scores: the network's `score_prototypes()`.
         canvas: size that the whole feature map is upsampled to.
-        shape: (H, W) of the top left part that shows the image.
+        shape: (H, W) of the top left part that shows the images.
         dtype: of convolutions.
 
     Returns:
-        int64 [H, W].
+        int64 [B, H, W].
     """
     sizes = features.shape[-2:]
     rows, columns = (needed(*sides) for sides in zip(shape, canvas, sizes, strict=True))
     with autocast(features.device, dtype):
         logits = net.classify(features[:, :, :rows, :columns], scores)
     logits = F.pad(logits, (0, sizes[1] - columns, 0, sizes[0] - rows))
-    return predict(logits, canvas, shape)[0]
+    return predict(logits, canvas, shape)
+
+
+def _groups(batch: dict, device: torch.device) -> Iterator[slice]:
+    """Split a batch into images that are classified at once.
+
+    A GPU takes as many as have the same canvas. A CPU takes one: leaving out its padding saves more time there.
+    """
+    canvases, first = batch['canvas'], 0
+    for i in range(1, len(canvases) + 1):
+        if i == len(canvases) or device.type == 'cpu' or canvases[i] != canvases[first]:
+            yield slice(first, i)
+            first = i
+
+
+def _join(masks: list[torch.Tensor]) -> torch.Tensor:
+    """Masks [H_i, W_i] as one tensor [B, max H_i, max W_i], padded with pixels that are not counted."""
+    height, width = (max(sides) for sides in zip(*(mask.shape for mask in masks), strict=True))
+    padded = [F.pad(mask, (0, width - mask.shape[1], 0, height - mask.shape[0]), value=IGNORE_INDEX) for mask in masks]
+    return torch.stack(padded)

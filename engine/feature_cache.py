@@ -1,5 +1,6 @@
 """Validation features of a frozen network: computed once, read by every later validation of all epochs and seeds."""
 
+import math
 import os
 import shutil
 import tempfile
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from core import IGNORE_INDEX
 from core.errors import InputError
 from core.ranks import local_world_size, world_size
 from engine.distributed import broadcast
@@ -18,6 +20,7 @@ from engine.precision import autocast, to_device
 
 GB = 10**9
 SPARE_DISK = 2 * GB  # left free for checkpoints and logs
+IMAGES_AT_ONCE = {'cpu': 1, 'cuda': 32}  # of a cached batch
 
 
 def cache_features(
@@ -36,10 +39,11 @@ def cache_features(
 
     Args:
         frozen: `frozen.features` maps images to features, [B, 3, H, W] to [B, C, h, w]; it must not change any more.
+            `frozen.feature_shape(size)` is their shape.
         loader: from `loaders.evaluation_loader`.
         size: (H, W) of the images and, at most, of the masks.
         device, dtype: where and in which precision the network runs.
-        place: 'auto' (in memory within the budget, else on disk, else not kept), 'memory', 'disk' or 'off'.
+        place: 'gpu', 'memory', 'disk', 'off', or 'auto': the first of these with room for them.
         budget_gb: memory for the features of all processes of a host together, in 10^9 bytes.
         folder: where they are kept on disk.
         log: is told where the features are, or why they are not kept.
@@ -48,22 +52,25 @@ def cache_features(
         Batches for `evaluation.evaluate`.
 
     Raises:
-        InputError: 'memory' or 'disk' is asked for and not large enough.
+        InputError: the place that is asked for is not large enough, or there is no GPU.
     """
     features = FrozenFeatures(frozen, loader, device, dtype)
     if place == 'off':
         return features
-    with torch.no_grad(), autocast(device, dtype):
-        shape = frozen.features(to_device(torch.zeros(1, 3, *size), device)).shape[1:]
+    shape = frozen.feature_shape(size)
     count = -(-len(loader.dataset) // world_size())
-    need = count * (2 * int(np.prod(shape)) + int(np.prod(size))) * local_world_size()
-    room = {'memory': budget_gb * GB, 'disk': max(shutil.disk_usage(folder).free - SPARE_DISK, 0)}
+    need = count * (2 * math.prod(shape) + math.prod(size))  # of a process, which has its own GPU or shares a host
+    room = {
+        'gpu': _spare_gpu_memory(device),
+        'memory': budget_gb * GB / local_world_size(),
+        'disk': max(shutil.disk_usage(folder).free - SPARE_DISK, 0) / local_world_size(),
+    }
     shortage = (
-        f'validation features of {len(loader.dataset)} images need {need / GB:.1f} GB; the budget in memory '
-        f'(--val-cache-gb) is {room["memory"] / GB:.1f} GB, the free space for them in {folder} is '
-        f'{room["disk"] / GB:.1f} GB'
+        f'validation features of {len(loader.dataset)} images need {need / GB:.1f} GB in each process; there are '
+        f'{room["gpu"] / GB:.1f} GB for them on the GPU, {room["memory"] / GB:.1f} GB in memory (--val-cache-gb) and '
+        f'{room["disk"] / GB:.1f} GB in {folder}'
     )
-    places = ('memory', 'disk') if place == 'auto' else (place,)
+    places = ('gpu', 'memory', 'disk') if place == 'auto' else (place,)
     # decided once: a process that reserves its file changes what the next one finds free
     chosen = broadcast(next((place for place in places if need <= room[place]), None))
     if chosen is None and place != 'auto':
@@ -72,8 +79,12 @@ def cache_features(
         log(f'{shortage}: not kept, every validation computes them anew (--val-limit N validates on fewer)')
         return features
     log(f'validation features: {len(loader.dataset)} images, {need / GB:.2f} GB, kept in {chosen}')
-    folder = folder if chosen == 'disk' else None
-    return CachedFeatures(frozen, loader, device, dtype, (count, *shape), (count, *size), folder)
+    return CachedFeatures(frozen, loader, device, dtype, (count, *shape), (count, *size), chosen, folder)
+
+
+def _spare_gpu_memory(device):
+    """Bytes of a GPU's memory that features may take: half of what is free; none on a CPU."""
+    return torch.cuda.mem_get_info(device)[0] / 2 if device.type == 'cuda' else 0
 
 
 class FrozenFeatures:
@@ -99,11 +110,12 @@ class FrozenFeatures:
 
 
 class CachedFeatures(FrozenFeatures):
-    """Batches of one image with its features; the first pass fills the cache.
+    """Batches of images with their features; the first pass fills the cache.
 
     Args:
         features_shape, masks_shape: [N, C, h, w], kept in float16, and [N, H, W], kept in uint8.
-        folder: keep them in unlinked temporary files there; without it, in memory.
+        place: 'gpu', 'memory' or 'disk'.
+        folder: on disk they are kept in unlinked temporary files there.
     """
 
     def __init__(
@@ -114,50 +126,69 @@ class CachedFeatures(FrozenFeatures):
         dtype: torch.dtype,
         features_shape: tuple[int, ...],
         masks_shape: tuple[int, ...],
-        folder: Path | None = None,
+        place: str,
+        folder: Path,
     ):
         super().__init__(frozen, loader, device, dtype)
-        self.features = _allocate(features_shape, torch.float16, folder)
-        self.masks = _allocate(masks_shape, torch.uint8, folder)
+        count, channels, *size = features_shape
+        # channels last in memory, as the head reads them
+        self.features = _allocate((count, *size, channels), torch.float16, place, folder, device).permute(0, 3, 1, 2)
+        self.masks = _allocate(masks_shape, torch.uint8, place, folder, device)
+        self.images_at_once = IMAGES_AT_ONCE[device.type]
         self.items = []  # per image: mask shape, canvas, id
         self.complete = False
 
     def __len__(self) -> int:
-        return len(self.loader.sampler)
+        return -(-len(self.loader.sampler) // self.images_at_once)
 
     def __iter__(self) -> Iterator[dict]:
-        """Yield {'features': float16 [1, C, h, w] on the device, 'mask', 'canvas', 'id': lists of one}."""
+        """Yield {'features': float16 [B, C, h, w] on the device, 'mask', 'canvas', 'id': lists of B}."""
         if self.complete:
-            yield from map(self._batch, range(len(self.items)))
+            yield from self._batches(0, len(self.items))
             return
         self.items = []
         for batch in super().__iter__():
             if batch['skipped']:
                 yield {'mask': [], 'skipped': batch['skipped']}
+            first = len(self.items)
             for i, mask in enumerate(batch['mask']):
                 k = len(self.items)
                 self.features[k] = batch['features'][i]
-                if not self.features[k].isfinite().all():
-                    raise InputError(
-                        f'features of validation image {batch["id"][i]} do not fit half precision; use --val-cache off'
-                    )
+                self.masks[k] = IGNORE_INDEX  # beyond the image
                 self.masks[k, : mask.shape[0], : mask.shape[1]] = mask
                 self.items.append((mask.shape, batch['canvas'][i], batch['id'][i]))
-                yield self._batch(k)
+            self._check_finite(first)
+            yield from self._batches(first, len(self.items))
         self.complete = True
 
-    def _batch(self, i):
-        (height, width), canvas, image_id = self.items[i]
-        features = self.features[i : i + 1].to(self.device, non_blocking=True)
-        mask = self.masks[i, :height, :width]
-        return {'features': features, 'mask': [mask], 'canvas': [canvas], 'id': [image_id]}
+    def _check_finite(self, first):
+        """InputError where features from image `first` on overflow float16."""
+        finite = self.features[first : len(self.items)].isfinite().flatten(1).all(dim=1).tolist()
+        if not all(finite):
+            image_id = self.items[first + finite.index(False)][2]
+            raise InputError(f'features of validation image {image_id} do not fit half precision; use --val-cache off')
+
+    def _batches(self, first, end):
+        """Batches of the images first..end-1."""
+        for start in range(first, end, self.images_at_once):
+            part = slice(start, min(start + self.images_at_once, end))
+            shapes, canvases, image_ids = zip(*self.items[part], strict=True)
+            masks = self.masks[part].to(self.device, non_blocking=True)
+            batch = {
+                'features': self.features[part].to(self.device, non_blocking=True),
+                'mask': [mask[:height, :width] for mask, (height, width) in zip(masks, shapes, strict=True)],
+                'canvas': list(canvases), 'id': list(image_ids),
+            }  # fmt: skip
+            yield batch if self.images_at_once == 1 else batch | {'truth': masks}
 
 
-def _allocate(shape, dtype, folder):
-    """An uninitialised tensor in memory, or mapped to an unlinked temporary file, which ends with the process."""
-    if folder is None:
-        return torch.empty(shape, dtype=dtype)
-    size = int(np.prod(shape)) * dtype.itemsize
+def _allocate(shape, dtype, place, folder, device):
+    """An uninitialised tensor: on the GPU, in memory (pinned for a GPU), or mapped to an unlinked temporary file."""
+    if place == 'gpu':
+        return torch.empty(shape, dtype=dtype, device=device)
+    if place == 'memory':
+        return torch.empty(shape, dtype=dtype, pin_memory=device.type == 'cuda')
+    size = math.prod(shape) * dtype.itemsize
     with tempfile.TemporaryFile(dir=folder) as file:
         try:
             # reserved at once: a disk that fills up later would end the process without a message

@@ -16,24 +16,34 @@ SUMMARY = {
 }
 
 
-def confusion_matrix(truth, prediction, num_classes):
+def confusion_matrix(truth: torch.Tensor, prediction: torch.Tensor, num_labels: int) -> torch.Tensor:
     """Count pixels by true and predicted label.
 
     Args:
-        truth (Tensor): labels 0..K-1 or 255 (not counted), any integer type and shape.
-        prediction (Tensor): labels 0..K-1, same shape.
-        num_classes (int): K.
+        truth: labels 0..K-1 or 255 (not counted), any integer type and shape.
+        prediction: labels 0..K-1, same shape.
+        num_labels: K.
 
     Returns:
-        Tensor: int64 [K, K], row = truth, on the device of the arguments.
+        int64 [K, K], row = truth, on the device of the arguments.
     """
-    pairs = truth.flatten().int() * num_classes + prediction.flatten()
-    # ignored pixels fall into a row of their own, which costs less than selecting the others
-    counts = torch.bincount(pairs, minlength=(IGNORE_INDEX + 1) * num_classes)
-    return counts[: num_classes**2].view(num_classes, num_classes)
+    # ignored pixels get a row of their own, which costs less than selecting the others
+    if truth.device.type == 'cpu':
+        pairs = truth.flatten().int() * num_labels + prediction.flatten()
+        counts = torch.bincount(pairs, minlength=(IGNORE_INDEX + 1) * num_labels)
+    else:
+        counts = _count_without_reading(truth.flatten(), prediction.flatten(), num_labels)
+    return counts[: num_labels**2].view(num_labels, num_labels)
 
 
-def iou_per_class(confusion):
+def _count_without_reading(truth, prediction, num_labels):
+    """Counts of pairs, int64 [(K + 1) K]. bincount would read the largest value back, for which a GPU has to wait."""
+    rows = truth.long().clamp(max=num_labels)  # 255 becomes K
+    counts = torch.zeros((num_labels + 1) * num_labels, dtype=torch.int64, device=truth.device)
+    return counts.scatter_add_(0, rows * num_labels + prediction, counts.new_ones(1).expand(len(rows)))
+
+
+def iou_per_class(confusion: np.ndarray) -> np.ndarray:
     """Intersection over union in percent, float64 [K]; NaN for classes in neither truth nor prediction."""
     confusion = np.asarray(confusion, np.float64)
     intersection = np.diag(confusion)
@@ -42,16 +52,16 @@ def iou_per_class(confusion):
         return 100 * intersection / union
 
 
-def summarize(confusion, num_base):
+def summarize(confusion: np.ndarray, num_base: int) -> dict[str, float]:
     """The means that generalized few-shot segmentation reports.
 
     Args:
-        confusion (array): [1 + Kb + Kn, 1 + Kb + Kn], row = truth.
-        num_base (int): Kb.
+        confusion: [1 + Kb + Kn, 1 + Kb + Kn], row = truth.
+        num_base: Kb.
 
     Returns:
-        dict: the keys of `SUMMARY`, in percent. Classes that never occur are left out of the means; a mean without
-        any class is NaN.
+        The keys of `SUMMARY`, in percent. Classes that never occur are left out of the means; a mean without any
+        class is NaN.
     """
     iou = iou_per_class(confusion)
     base, without_background, novel = iou[: num_base + 1], iou[1 : num_base + 1], iou[num_base + 1 :]

@@ -23,7 +23,9 @@ SIZE = (65, 129)  # wider than the images, so that there is padding
 @pytest.fixture
 def network():
     torch.manual_seed(0)
-    return POP(nn.Conv2d(3, 8, 3, stride=4, padding=1), PSP(8, 16), 20).eval()
+    backbone = nn.Conv2d(3, 8, 3, stride=4, padding=1)
+    backbone.output_stride = 4
+    return POP(backbone, PSP(8, 16), 20).eval()
 
 
 @pytest.fixture

@@ -1,0 +1,159 @@
+"""The CUDA path without a GPU: fake tensors have a device, a shape and a type, and no values.
+
+They fail where devices or types are mixed and where a value is read back, for which a GPU would have to finish its
+queue. The backward pass cannot run on them; `benchmarks/gpu.py` checks it on a GPU.
+"""
+
+from contextlib import contextmanager
+from functools import partial
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from engine.evaluation import evaluate
+from engine.metrics import _count_without_reading, confusion_matrix
+from ft_pop import NovelStage
+from model import Head, build_model, psp
+from model.kernels import summed_cross_entropy, upsampling
+from train_base import BaseStage
+
+CUDA = torch.device('cuda', 0)
+SIZE = 65
+CACHED = (psp._pooling_matrix, psp._upsampling_taps, upsampling.interpolation)
+
+
+@contextmanager
+def fake_gpu():
+    """New tensors are fake ones, on the CPU unless a device is given."""
+
+    def forget():
+        for function in CACHED:  # a tensor of one mode does not fit another
+            function.cache_clear()
+
+    forget()
+    try:
+        with FakeTensorMode():
+            yield
+    finally:
+        forget()
+
+
+def network(num_novel):
+    with torch.device(CUDA):
+        return build_model('resnet18', 15, num_novel)
+
+
+def views(count):
+    """What a loader gives: tensors on the CPU."""
+    return {'image': torch.empty(count, 3, SIZE, SIZE), 'mask': torch.empty(count, SIZE, SIZE, dtype=torch.uint8)}
+
+
+def stage(kind, net, dtype, **more):
+    return kind(
+        net=net, model=net if kind is BaseStage else Head(net), val_batches=(), device=CUDA, dtype=dtype, panel=None,
+        class_names=(), config={}, **more,
+    )  # fmt: skip
+
+
+@pytest.fixture(params=(torch.float32, torch.float16), ids=('float32', 'float16'))
+def dtype(request, monkeypatch):
+    monkeypatch.setattr(torch.cuda.amp.common, 'amp_definitely_not_available', lambda: False)  # autocast without a GPU
+    return request.param
+
+
+def test_reading_a_value_back_is_noticed():
+    with fake_gpu(), pytest.raises(DataDependentOutputException):
+        torch.empty(3, device=CUDA).sum().item()
+
+
+def test_losses_of_stage_1(dtype):
+    with fake_gpu():
+        losses = stage(BaseStage, network(0), dtype).losses(views(2), pixel_weight=0.1, micro_batches=1)
+        assert all(loss.device == CUDA and loss.dtype == torch.float32 for loss in losses.values())
+
+
+def test_losses_of_stage_2(dtype):
+    with fake_gpu():
+        base, net = network(0), network(5)
+        net.freeze_base()
+        novel = stage(NovelStage, net, dtype, frozen=base.eval().requires_grad_(False))  # fake tensors cannot be fused
+        batch = {'support': views(1), 'base': views(1)}
+        losses = novel.losses(batch, pixel_weight=0.1, micro_batches=1)
+        assert all(loss.device == CUDA and loss.dtype == torch.float32 for loss in losses.values())
+        assert losses['ce'].requires_grad
+
+
+def loaded(count):
+    """A batch of `evaluation_loader`."""
+    masks = [torch.empty(SIZE - i, SIZE, dtype=torch.uint8) for i in range(count)]
+    images = torch.empty(count, 3, SIZE, SIZE)
+    return {'image': images, 'mask': masks, 'canvas': [(SIZE, SIZE)] * count, 'id': ['a'] * count}
+
+
+def cached(net, count):
+    """A batch of `CachedFeatures`."""
+    features = torch.empty(count, *net.feature_shape((SIZE, SIZE)), dtype=torch.float16, device=CUDA)
+    truth = torch.empty(count, SIZE, SIZE, dtype=torch.uint8, device=CUDA)
+    batch = {'features': features.to(memory_format=torch.channels_last), 'truth': truth}
+    return batch | {'mask': list(truth), 'canvas': [(SIZE, SIZE)] * count, 'id': ['a'] * count}
+
+
+def test_evaluation(dtype, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, 'numpy', lambda tensor: tensor)  # of the final counts, which have no values here
+    seen = []
+    with fake_gpu():
+        net = network(5)
+        batches = [loaded(2), cached(net, 3)]
+        counts = evaluate(net, batches, CUDA, dtype, lambda image_id, prediction, mask: seen.append(prediction.shape))
+        assert counts.shape == (21, 21) and counts.dtype == torch.int64
+        assert seen == [(SIZE - i, SIZE) for i in (0, 1, 0, 0, 0)]
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the operations that start a kernel on the GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        aliases = (
+            any(argument.alias_info for argument in operation._schema.arguments) and not operation._schema.is_mutable
+        )
+        if not aliases and isinstance(result, torch.Tensor) and result.device.type == 'cuda':
+            self.names.append(str(operation))
+        return result
+
+
+def test_the_head_and_an_evaluation_take_few_kernels(monkeypatch):
+    """Ceilings: starting such small kernels takes longer than running them, so their number is what counts."""
+    monkeypatch.setattr(torch.Tensor, 'numpy', lambda tensor: tensor)
+
+    def count(call):
+        call()  # makes the cached matrices
+        with Kernels() as kernels:
+            call()
+        return len(kernels.names)
+
+    with fake_gpu():
+        net = network(5).eval()
+        batch = cached(net, 32)
+        logits, mask = torch.empty(2, 21, 9, 9, device=CUDA), torch.empty(2, SIZE, SIZE, dtype=torch.int64, device=CUDA)
+        with torch.no_grad():
+            assert count(partial(net.classify, batch['features'], net.score_prototypes())) <= 20
+        assert count(partial(summed_cross_entropy, logits, mask)) <= 40
+        # of 32 images: the head, upsampling and counting, and once the scores of prototypes
+        assert count(partial(evaluate, net, [batch], CUDA)) <= 60
+
+
+def test_counting_without_reading_counts_the_same():
+    generator = torch.Generator().manual_seed(0)
+    truth, prediction = torch.randint(0, 21, (2, 50, 60), generator=generator)
+    truth[:9] = 255
+    counts = _count_without_reading(truth.byte().flatten(), prediction.flatten(), 21)
+    assert torch.equal(counts[: 21 * 21].view(21, 21), confusion_matrix(truth, prediction, 21))
+    with fake_gpu():
+        assert confusion_matrix(*torch.empty(2, 9, 9, dtype=torch.int64, device=CUDA), 21).device == CUDA
