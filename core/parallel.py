@@ -1,16 +1,32 @@
 """A map over processes with a progress bar."""
 
+import math
 import os
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 from tqdm import tqdm
 
 
 def usable_cores() -> int:
-    """Number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    """Number of cores that this process may use, >= 1: by its affinity, and by the quota of its cgroup (containers)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return max(min(cores, math.ceil(_cgroup_quota())), 1)
+
+
+def _cgroup_quota(root: Path = Path('/sys/fs/cgroup')) -> float:
+    """Cores that the cgroup's CPU quota comes to; the number of cores where there is none."""
+    try:
+        if (root / 'cpu.max').is_file():  # version 2: "QUOTA PERIOD" or "max PERIOD"
+            quota, period = (root / 'cpu.max').read_text().split()
+        else:
+            quota, period = ((root / 'cpu' / f'cpu.cfs_{name}_us').read_text() for name in ('quota', 'period'))
+        cores = int(quota) / int(period)
+    except (OSError, ValueError):
+        return os.cpu_count()
+    return cores if cores > 0 else os.cpu_count()
 
 
 def parallel_map(function: Callable, items: Sequence, title: str, workers: int | None = None) -> list:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -67,7 +68,7 @@ def training_loader(
         batch_sampler=TrainingBatches(len(dataset), batch_size, seed, fill_last, micro_batches),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
-        worker_init_fn=signals.ignore,
+        worker_init_fn=_start_worker,
         pin_memory=device.type == 'cuda',
     )
 
@@ -82,10 +83,16 @@ def evaluation_loader(
         sampler=range(rank(), len(dataset), world_size()),
         num_workers=num_workers,
         persistent_workers=keep_workers and num_workers > 0,
-        worker_init_fn=signals.ignore,
+        worker_init_fn=_start_worker,
         pin_memory=device.type == 'cuda',
         collate_fn=_collate_evaluation,
     )
+
+
+def _start_worker(worker):
+    """Set up a loader process: signals are left to the training process, and one image takes one thread."""
+    signals.ignore(worker)
+    cv2.setNumThreads(0)
 
 
 def _collate_evaluation(items):

@@ -1,6 +1,7 @@
 """The three scripts for a few CPU steps, and what they leave behind."""
 
 import json
+import os
 import shutil
 import sys
 
@@ -10,6 +11,7 @@ import torch
 from conftest import TINY, TINY_TRAINING, run_process
 from PIL import Image
 
+from core import parallel
 from dataset import DATASETS
 from dataset.images import read_mask
 from engine import precision as precisions
@@ -306,3 +308,17 @@ def test_few_shot_lists_are_kept_and_refused_where_they_are_of_other_data(shapes
     assert code == 1 and '2007_000032' in output and 'belongs to other data' in output
     code, output = generate('--overwrite')
     assert code == 0 and path.read_text() == drawn
+
+
+@pytest.mark.parametrize(('files', 'cores'), (
+    ({'cpu.max': '150000 100000\n'}, 1.5),
+    ({'cpu.max': 'max 100000\n'}, None),
+    ({'cpu/cpu.cfs_quota_us': '300000\n', 'cpu/cpu.cfs_period_us': '100000\n'}, 3),
+    ({'cpu/cpu.cfs_quota_us': '-1\n', 'cpu/cpu.cfs_period_us': '100000\n'}, None),
+    ({}, None),
+))  # fmt: skip
+def test_usable_cores_respect_the_quota_of_a_container(tmp_path, files, cores):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert parallel._cgroup_quota(tmp_path) == (cores or os.cpu_count())

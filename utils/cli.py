@@ -2,10 +2,10 @@
 
 import argparse
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from core.parallel import usable_cores
 from core.ranks import world_size
 from dataset import DATASETS, DatasetSpec
 
@@ -119,8 +119,8 @@ def add_evaluation_flags(group):
     group.add_argument(
         '--num-workers',
         type=not_negative,
-        default=min(4, os.cpu_count()),
-        help='loader processes per training process (default: 4, or the number of cores if that is less)',
+        default=min(4, usable_cores()),
+        help='loader processes per training process (default: 4, or the usable cores if there are fewer)',
     )
 
 
