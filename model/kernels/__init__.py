@@ -22,7 +22,7 @@ CONVOLUTIONS = (Conv3x3, Conv1x1, DilatedDepthwiseConv2d)
 
 
 def accelerate(net: nn.Module) -> None:
-    """Replace the convolutions of a network's backbone and decoder, in place, by faster ones where there are any.
+    """Replace the convolutions of a network's backbone and decoder, in place, by faster ones, if any.
 
     Parameters and keys of the state dict stay as they are.
 

@@ -57,15 +57,15 @@ class _DepthwiseFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient):
         x, weight = ctx.saved_tensors
-        by_weight = torch.empty_like(weight)
+        grad_weight = torch.empty_like(weight)
         for row in range(3):
             for column in range(3):
                 above, below = _overlap(x.shape[2], (row - 1) * ctx.dilation)
                 left, right = _overlap(x.shape[3], (column - 1) * ctx.dilation)
                 product = gradient[:, :, above, left] * x[:, :, below, right]
-                by_weight[:, 0, row, column] = product.sum(dim=(0, 2, 3))
+                grad_weight[:, 0, row, column] = product.sum(dim=(0, 2, 3))
         # the gradient by x is the convolution with the flipped kernel
-        return _depthwise(gradient, weight.flip(2, 3), ctx.dilation), by_weight, None
+        return _depthwise(gradient, weight.flip(2, 3), ctx.dilation), grad_weight, None
 
 
 def _depthwise(x, weight, dilation):

@@ -1,4 +1,4 @@
-"""What glibc does with freed memory, which decides how fast tensors on the CPU are made; without glibc, nothing."""
+"""Tune how glibc reuses freed memory; no effect on other systems."""
 
 import ctypes
 import sys

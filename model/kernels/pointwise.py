@@ -56,11 +56,11 @@ class _Pointwise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient):
         x, weight = ctx.saved_tensors
-        by_x = by_weight = None
-        rows = gradient.permute(0, 2, 3, 1)  # [B, h, w, O]; no copy where channels are last
+        grad_x = grad_weight = None
+        rows = gradient.permute(0, 2, 3, 1)  # [B, h, w, O]; no copy if channels are last in memory
         if ctx.needs_input_grad[0]:
-            by_x = (rows @ weight.flatten(1)).permute(0, 3, 1, 2)
+            grad_x = (rows @ weight.flatten(1)).permute(0, 3, 1, 2)
         if ctx.needs_input_grad[1]:
-            by_weight = rows.flatten(0, 2).T @ x.permute(0, 2, 3, 1).flatten(0, 2)  # [O, C]
-            by_weight = by_weight.view_as(weight)
-        return by_x, by_weight
+            grad_weight = rows.flatten(0, 2).T @ x.permute(0, 2, 3, 1).flatten(0, 2)  # [O, C]
+            grad_weight = grad_weight.view_as(weight)
+        return grad_x, grad_weight

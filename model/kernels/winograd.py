@@ -5,9 +5,9 @@ A tile of 2x2 outputs depends on 4x4 inputs d and on the 3x3 kernel g (Lavin and
     y = A^T [(G g G^T) * (B^T d B)] A
 
 With * over all tiles and channels at once, that is one matrix product [T, C] [C, O] for each of the 16 positions (i, j)
-of a transformed tile, where the convolution itself takes 36 such products for the same outputs. The transforms of tiles
-are sums and differences of few terms: the error is no larger than that of the direct form's longer sums. PyTorch's CPU
-convolutions are direct; cuDNN has Winograd's already.
+of a transformed tile. The convolution itself takes 36 such products for the same outputs. The transforms of
+tiles are sums and differences of few terms: the error is no larger than that of the direct form's longer sums.
+PyTorch's CPU convolutions are direct; cuDNN already has Winograd's.
 
 Dimensions: B batch, C input channels, O output channels, h x w feature size, T tiles.
 """
@@ -63,7 +63,7 @@ class Conv3x3(nn.Conv2d):
         return conv3x3(x, self.weight, self.bias, self.dilation[0], self.kernels)
 
     def freeze_weight(self) -> None:
-        """Transform the kernels once for all; later changes of the weight go unnoticed."""
+        """Transform the kernels once; later changes of the weight have no effect."""
         self.kernels = transformed(self.weight)
 
 
@@ -107,7 +107,7 @@ def conv3x3(
         x: [B, C, h, w].
         weight: [O, C, 3, 3].
         bias: [O].
-        dilation: of the kernel, and zero padding on every side.
+        dilation: dilation of the kernel, and zero padding on every side.
         kernels: `transformed(weight)` of a frozen weight.
 
     Returns:
@@ -130,7 +130,7 @@ def float32_on_cpu(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def transformed(weight: torch.Tensor) -> torch.Tensor | None:
-    """The transformed kernels [4, 4, C, O] of a weight [O, C, 3, 3]; None where the direct convolution is faster."""
+    """The transformed kernels [4, 4, C, O] of a weight [O, C, 3, 3]; None if the direct convolution is faster."""
     if weight.device.type != 'cpu' or weight.dtype != torch.float32 or min(weight.shape[:2]) < MIN_CHANNELS_FORWARD:
         return None
     return torch.stack([_kernels(weight, i) for i in range(4)])
@@ -151,15 +151,15 @@ class _Winograd(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient):
         x, weight = ctx.saved_tensors
-        by_x = by_weight = None
+        grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:  # the convolution with the flipped kernel
-            by_x = _convolve(gradient, partial(_kernels, weight, flipped=True), weight.shape[1], ctx.dilation)
+            grad_x = _convolve(gradient, partial(_kernels, weight, flipped=True), weight.shape[1], ctx.dilation)
         if ctx.needs_input_grad[1]:
             taps = x.new_empty(len(weight), 9, weight.shape[1])
             for some, part in zip(x.split(CHANNELS_AT_ONCE, 1), taps.split(CHANNELS_AT_ONCE, 2), strict=True):
                 part.copy_(KERNEL.T.to(weight.dtype) @ _correlate(some, gradient, ctx.dilation))  # [O, 9, C']
-            by_weight = taps.unflatten(1, (3, 3)).permute(0, 3, 1, 2)  # [O, C, 3, 3], channels last
-        return by_x, by_weight, None
+            grad_weight = taps.unflatten(1, (3, 3)).permute(0, 3, 1, 2)  # [O, C, 3, 3], channels last
+        return grad_x, grad_weight, None
 
 
 def _kernels(weight, i, flipped=False):
@@ -167,7 +167,7 @@ def _kernels(weight, i, flipped=False):
 
     With `flipped`, of the convolution with the flipped kernel, from O channels to C: [4, O, C].
     """
-    taps = weight.permute(0, 2, 3, 1).flatten(1, 2)  # [O, 9, C]; no copy where channels are last
+    taps = weight.permute(0, 2, 3, 1).flatten(1, 2)  # [O, 9, C]; no copy if channels are last in memory
     matrix = KERNEL.flip(1) if flipped else KERNEL
     row = matrix[4 * i : 4 * i + 4].to(weight.dtype) @ taps  # [O, 4, C]
     return row.transpose(0, 1) if flipped else row.permute(1, 2, 0)
@@ -180,7 +180,7 @@ def _convolve(x, kernels, channels, dilation):
         x: [B, C, h, w].
         kernels: i -> row i of the transformed kernels, [4, C, O].
         channels: O.
-        dilation: of the kernel.
+        dilation: dilation of the kernel.
 
     Returns:
         [B, O, h, w], channels last.
@@ -200,7 +200,7 @@ def _convolve(x, kernels, channels, dilation):
             for a in (0, 1):
                 _add_share(y[:, :, a], across.permute(1, 2, 3, 4, 0, 5, 6), OUTPUT[a], i)
     y = y.flatten(4, 6).flatten(1, 3)[:, :height, :width]  # [B, h, w, O]
-    # a copy where tiles overhang; detached as autograd takes views from inside a function for read-only
+    # a copy if tiles overhang; detached, because autograd treats views made inside a function as read-only
     return y.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last).detach()
 
 
@@ -214,7 +214,7 @@ def _add_share(output, position, shares, i):
 
 def _correlate(x, gradient, dilation):
     """Gradient by the transformed kernels, [O, 16, C], of x [B, C, h, w] and the outputs' gradient [B, O, h, w]."""
-    by_kernels = x.new_empty(gradient.shape[1], 16, x.shape[1])
+    grad_kernels = x.new_empty(gradient.shape[1], 16, x.shape[1])
     parts = _padded_tiles(gradient, dilation, 0)  # [B, th, 2, d, tw, 2, d, O]
     rows = parts[:, :, 0], parts[:, :, 1]
     for i, j, tiles in _transformed_tiles(x, dilation):
@@ -222,8 +222,8 @@ def _correlate(x, gradient, dilation):
             row = _gradient_share(rows, i)  # [B, th, d, tw, 2, d, O]
             columns = row[:, :, :, :, 0], row[:, :, :, :, 1]
         share = _gradient_share(columns, j)  # [B, th, d, tw, d, O]
-        by_kernels[:, 4 * i + j] = share.flatten(0, -2).T @ tiles.flatten(0, -2)
-    return by_kernels
+        grad_kernels[:, 4 * i + j] = share.flatten(0, -2).T @ tiles.flatten(0, -2)
+    return grad_kernels
 
 
 def _gradient_share(outputs, i):
