@@ -1,10 +1,8 @@
-"""Preparation of the data: small hand-made VOC + SBD and COCO downloads, real annotations, and check_data."""
+"""Preparation of downloads: small hand-made VOC + SBD and COCO, and real annotations."""
 
-import dataclasses
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import time
 
@@ -12,28 +10,18 @@ import cv2
 import numpy as np
 import pytest
 from conftest import SHARED
-from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from scipy.io import savemat
 
 from core.errors import exits_cleanly
 from core.parallel import parallel_map
-from dataset import DATASETS
-from dataset.images import ORIENTATION_TAG, read_mask
+from dataset.images import read_mask
 from dataset.legend import voc_palette
 from report.panels import save_palette_png
 from utils.coco_parse_script import main, parse_args, rasterize, read_annotations
 
-
-@pytest.fixture
-def tool(run_script):
-    """Run one of the data tools in this process; returns (exit code, output)."""
-    return lambda name, *flags: run_script(f'utils/{name}.py', *flags)
-
-
 # ---- VOC and SBD
-
 SIDE = 160  # 25,600 pixels
 
 
@@ -64,9 +52,11 @@ def miniature(tmp_path):
     return voc, sbd, tmp_path / 'list'
 
 
-def test_voc_with_sbd(miniature, tool):
+def test_voc_with_sbd(miniature, run_script):
     voc, sbd, lists = miniature
-    code, output = tool('voc_parse_script', '--voc-root', voc, '--sbd-root', sbd, '--list-dir', lists, '--workers', 2)
+    code, output = run_script(
+        'utils/voc_parse_script.py', '--voc-root', voc, '--sbd-root', sbd, '--list-dir', lists, '--workers', 2
+    )
     assert code == 0, output
     masks = {path.stem: read_mask(path) for path in (voc / 'SegmentationClassAug').glob('*.png')}
     assert sorted(masks) == ['a', 'b', 's', 't', 'v']
@@ -79,13 +69,17 @@ def test_voc_with_sbd(miniature, tool):
     assert 'trainaug.txt: 4 images, expected 10582' in output
     # again: nothing is written a second time
     stamps = {path: path.stat().st_mtime_ns for path in (voc / 'SegmentationClassAug').iterdir()}
-    code, output = tool('voc_parse_script', '--voc-root', voc, '--sbd-root', sbd, '--list-dir', lists, '--workers', 1)
+    code, output = run_script(
+        'utils/voc_parse_script.py', '--voc-root', voc, '--sbd-root', sbd, '--list-dir', lists, '--workers', 1
+    )
     assert code == 0 and f'kept {lists / "val.txt"}' in output
     assert stamps == {path: path.stat().st_mtime_ns for path in (voc / 'SegmentationClassAug').iterdir()}
 
     # the class lists of fold 0, by hand: novel 1..5 are in a and s (v is not for training)
-    code, output = tool('gen_fs_list', '--data-dir', voc, '--train-list', lists / 'trainaug.txt', '--shot', 1,
-                        '--filter-novel')  # fmt: skip
+    train = lists / 'trainaug.txt'
+    code, output = run_script(
+        'utils/gen_fs_list.py', '--data-dir', voc, '--train-list', train, '--shot', 1, '--filter-novel'
+    )
     assert code == 1 and 'novel class 2 has no image' in output
     read = lambda name: (lists / name).read_text().split()  # noqa: E731
     assert read('fold0/train_fold0.txt') == read('fold0_filter/train_fold0.txt') == ['b', 't']
@@ -94,32 +88,32 @@ def test_voc_with_sbd(miniature, tool):
     assert read('fold0/train_base_class20.txt') == []
 
 
-def test_a_ready_made_folder_needs_lists_only(miniature, tool):
+def test_a_ready_made_folder_needs_lists_only(miniature, run_script):
     voc, _, lists = miniature
-    code, output = tool('voc_parse_script', '--voc-root', voc, '--list-dir', lists)
+    code, output = run_script('utils/voc_parse_script.py', '--voc-root', voc, '--list-dir', lists)
     assert code == 1 and '--sbd-root' in output and 'SegmentationClassAug' in output
     (voc / 'SegmentationClassAug').mkdir()
     for image_id in ('b', 'a', 'v'):
         cv2.imwrite(str(voc / f'SegmentationClassAug/{image_id}.png'), voc_mask(1, 10))
-    code, output = tool('voc_parse_script', '--voc-root', voc, '--list-dir', lists)
+    code, output = run_script('utils/voc_parse_script.py', '--voc-root', voc, '--list-dir', lists)
     assert code == 0 and (lists / 'trainaug.txt').read_text() == 'a\nb\n'
     (voc / 'SegmentationClassAug/v.png').unlink()
-    code, output = tool('voc_parse_script', '--voc-root', voc, '--list-dir', lists)
+    code, output = run_script('utils/voc_parse_script.py', '--voc-root', voc, '--list-dir', lists)
     assert code == 1 and '1 images of' in output and 'have no mask' in output
 
 
-def test_damaged_downloads_are_named(miniature, tool):
+def test_damaged_downloads_are_named(miniature, run_script):
     voc, sbd, lists = miniature
     (sbd / 'cls/t.mat').write_bytes(b'nothing')
-    code, output = tool('voc_parse_script', '--voc-root', voc, '--sbd-root', sbd, '--list-dir', lists)
+    code, output = run_script('utils/voc_parse_script.py', '--voc-root', voc, '--sbd-root', sbd, '--list-dir', lists)
     assert code == 1 and 't.mat cannot be read' in output and 'Traceback' not in output
     assert not list((voc / 'SegmentationClassAug').glob('.*'))
-    code, output = tool('voc_parse_script', '--voc-root', voc, '--sbd-root', voc, '--list-dir', lists)
+    code, output = run_script('utils/voc_parse_script.py', '--voc-root', voc, '--sbd-root', voc, '--list-dir', lists)
     assert code == 1 and 'has no cls/*.mat' in output
 
 
-def test_ready_made_masks_of_real_photographs_give_their_lists(voc_mini, tmp_path, tool):
-    code, output = tool('voc_parse_script', '--voc-root', voc_mini, '--list-dir', tmp_path)
+def test_ready_made_masks_of_real_photographs_give_their_lists(voc_mini, tmp_path, run_script):
+    code, output = run_script('utils/voc_parse_script.py', '--voc-root', voc_mini, '--list-dir', tmp_path)
     assert code == 0, output
     for name in ('trainaug.txt', 'val.txt'):
         published = (voc_mini / 'ImageSets/Segmentation' / name).read_text().split()
@@ -179,8 +173,8 @@ def small_coco(tmp_path):
     return root
 
 
-def test_coco_masks_and_lists(small_coco, tmp_path, tool):
-    code, output = tool('coco_parse_script', '--coco-root', small_coco, '--list-dir', tmp_path / 'list')
+def test_coco_masks_and_lists(small_coco, tmp_path, run_script):
+    code, output = run_script('utils/coco_parse_script.py', '--coco-root', small_coco, '--list-dir', tmp_path / 'list')
     assert code == 0, output
     for split in ('train', 'val'):
         masks = {path.stem: read_mask(path) for path in (small_coco / f'{split}_no_crowd').glob('*.png')}
@@ -215,14 +209,21 @@ def test_real_annotations_by_both_rasterisers(tmp_path):
             assert np.array_equal(rasterize(*drawn[stem], 'opencv'), plain)
 
 
-def test_damaged_annotations_and_missing_photographs_are_named(small_coco, tmp_path, tool):
+def test_damaged_annotations_and_missing_photographs_are_named(small_coco, tmp_path, run_script):
     (small_coco / 'val2014' / '7.jpg').unlink()
-    code, output = tool('coco_parse_script', '--coco-root', small_coco, '--list-dir', tmp_path, '--split', 'val')
+    code, output = run_script(
+        'utils/coco_parse_script.py', '--coco-root', small_coco, '--list-dir', tmp_path, '--split', 'val'
+    )
     assert code == 1 and '1 of 2 annotated images are missing' in output and 'val2014.zip' in output
     path = small_coco / 'annotations/instances_val2014.json'
     path.write_text(path.read_text()[:-20])
-    code, output = tool('coco_parse_script', '--coco-root', small_coco, '--list-dir', tmp_path, '--split', 'val')
+    code, output = run_script(
+        'utils/coco_parse_script.py', '--coco-root', small_coco, '--list-dir', tmp_path, '--split', 'val'
+    )
     assert code == 1 and 'not a COCO instances file' in output and 'Traceback' not in output
+
+
+# ---- interruptions
 
 
 def start_in_own_group(function, *args):
@@ -285,100 +286,3 @@ def test_ctrl_c_ends_a_map_whose_workers_are_partly_idle(tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     process.join(30)
     assert process.exitcode == 130
-
-
-# ---- check_data
-
-
-@pytest.fixture
-def checked(shapes, tmp_path, tool):
-    folder = tmp_path / 'data'
-    shutil.copytree(shapes, folder)
-
-    def check(*flags):
-        return tool('check_data', '--dataset', 'shapes', '--data-dir', folder, *flags)
-
-    return folder, check
-
-
-def test_good_data_passes(checked):
-    _, check = checked
-    code, output = check('--shot', 1)
-    assert code == 0 and '0 errors' in output, output
-
-
-def test_everything_wrong_is_found_in_one_pass(checked):
-    folder, check = checked
-    masks, images, lists = folder / 'SegmentationClassAug', folder / 'JPEGImages', folder / 'list'
-    (images / 'train_0001.jpg').unlink()
-    (images / 'train_0002.jpg').write_bytes(b'x')
-    (masks / 'train_0003.png').unlink()
-    (masks / 'train_0004.png').write_bytes(b'x')
-    cv2.imwrite(str(masks / 'train_0005.png'), np.zeros((5, 5), np.uint8))
-    shape = cv2.imread(str(images / 'train_0006.jpg')).shape
-    cv2.imwrite(str(masks / 'train_0006.png'), np.full(shape[:2], 77, np.uint8))
-    cv2.imwrite(str(masks / 'train_0007.png'), np.zeros(cv2.imread(str(images / 'train_0007.jpg')).shape, np.uint8))
-    cv2.imwrite(str(masks / 'train_0008.png'), np.zeros(cv2.imread(str(images / 'train_0008.jpg')).shape[:2], np.uint8))
-    with open(lists / 'val.txt', 'a') as file:
-        file.write('train_0009\n')
-    code, output = check('--shot', 1, 50)
-    assert code == 1
-    rows = {line.split()[2]: line for line in output.splitlines() if line.startswith('error  train')}
-    for number, words in enumerate(
-        ('does not exist', 'cannot be decoded', 'does not exist', 'cannot be decoded', 'is 5x5', '77', 'colour-coded'),
-        1,
-    ):
-        assert words in rows[f'train_000{number}'], output
-    assert len(rows) == 7
-    assert '1 show background only: train_0008' in output
-    assert '1 ids are in both lists' in output and 'train_0009' in output
-    assert 'classes have fewer than 50 images' in output
-
-
-def test_rotated_photographs_are_reported(checked):
-    folder, check = checked
-    shutil.rmtree(folder / 'list/fold0', ignore_errors=True)  # made from other masks
-    for image_id, orientation in (('train_0001', 3), ('train_0002', 6)):  # rotated by 180 and by 90 degrees
-        path = folder / f'JPEGImages/{image_id}.jpg'
-        with Image.open(path) as picture:
-            exif = picture.getexif()
-            exif[ORIENTATION_TAG] = orientation
-            stored = picture.resize((60, 40))
-            stored.save(path, exif=exif)
-        mask = np.ones((40, 60), np.uint8)
-        cv2.imwrite(str(folder / f'SegmentationClassAug/{image_id}.png'), mask)
-    code, output = check('--shot', 1)
-    assert code == 1 and 'is 60x40, its image' in output, output
-    assert 'rotated by 90 degrees (EXIF orientation)' in output, output
-    assert '1 have an EXIF orientation, so their masks must match them as displayed: train_0001' in output
-    cv2.imwrite(str(folder / 'SegmentationClassAug/train_0002.png'), mask.T)
-    code, output = check('--shot', 1)
-    assert code == 0 and '2 have an EXIF orientation' in output, output
-
-
-def test_lists_made_with_another_min_pixels_are_reported(checked, monkeypatch, run_script):
-    folder, _ = checked
-    lists = ('utils/gen_fs_list.py', '--dataset', 'shapes', '--data-dir', folder, '--shot', 1, '--seed')
-    assert run_script(*lists, '1,2', '3')[0] == 0
-    assert len(list((folder / 'list/fold0').glob('*seed[123].txt'))) == 3
-    with monkeypatch.context() as patch:
-        patch.setitem(DATASETS, 'shapes', dataclasses.replace(DATASETS['shapes'], min_pixels=10**6))
-        code, output = run_script(*lists, '9', '--overwrite')
-        assert code == 1 and 'pixels of plain disc, ' in output and 'lower min_pixels' in output, output
-    code, output = run_script(*lists, '9')  # empty lists are made again
-    assert code == 0 and 'note' not in output, output
-    row = dataclasses.replace(DATASETS['shapes'], min_pixels=2000)
-    monkeypatch.setitem(DATASETS, 'shapes', row)
-    code, output = run_script(*lists, '123')
-    assert code == 0, output
-    assert 'existing lists of fold 0 are used, but this data and min_pixels 2000 give others' in output, output
-
-
-def test_lists_that_do_not_fit_are_found(checked, tool):
-    folder, check = checked
-    code, output = tool('gen_fs_list', '--dataset', 'shapes', '--data-dir', folder, '--shot', 1)
-    assert code == 0, output
-    path = folder / 'list/fold0/fold0_1shot_seed123.txt'
-    path.write_text('\n'.join(path.read_text().split()[::-1]))
-    code, output = check('--fold', 0, '--shot', 1)
-    assert code == 1 and 'fold0_1shot_seed123.txt' in output and 'does not show novel class' in output

@@ -1,0 +1,145 @@
+"""Lists of images and classes: read, made from masks, kept and checked."""
+
+import dataclasses
+import os
+import subprocess
+
+import cv2
+import numpy as np
+import pytest
+
+from core.errors import InputError
+from dataset import DATASETS
+from dataset.images import Samples, read_mask
+from dataset.labels import label_table
+from dataset.lists import ClassIndex, FoldLists, ensure_class_lists, read_ids, write_ids
+
+
+def test_lists_are_read_by_line(tmp_path):
+    path = tmp_path / 'ids.txt'
+    path.write_bytes(b'a\r\n\r\nb.2\r\n')
+    assert read_ids(path) == ['a', 'b.2']
+    path.write_text('a\n', encoding='utf-8-sig')
+    assert read_ids(path) == ['a']
+    path.write_bytes(b'JPEGImages/a.jpg SegmentationClassAug/a.png\n')
+    with pytest.raises(InputError, match=r'lines like "JPEGImages/a\.jpg .*one image id a line'):
+        read_ids(path)
+    path.write_bytes(b'a.JPG\r\nb.2.jpeg\r\n')
+    with pytest.raises(InputError, match='names files') as error:
+        read_ids(path)
+    subprocess.run(str(error.value).partition('suffix: ')[2], shell=True, check=True)  # the message's command
+    assert read_ids(path) == ['a', 'b.2']
+    for wrong, content in ((tmp_path, None), (path, b'\xff\xfe')):
+        if content:
+            path.write_bytes(content)
+        with pytest.raises(InputError, match='cannot be read'):
+            read_ids(wrong)
+
+
+def hand_made(tmp_path, masks):
+    """Masks of 200x200 pixels from {id: {class id: pixels}}, with images."""
+    folder = tmp_path / 'data'
+    folder.mkdir()
+    for image_id, classes in masks.items():
+        mask = np.zeros(40_000, np.uint8)
+        start = 0
+        for class_id, count in classes.items():
+            mask[start : start + count] = class_id
+            start += count
+        cv2.imwrite(str(folder / f'{image_id}.png'), mask.reshape(200, 200))
+        cv2.imwrite(str(folder / f'{image_id}.jpg'), np.zeros((200, 200, 3), np.uint8))
+    write_ids(tmp_path / 'list' / 'trainaug.txt', masks)
+    return Samples(folder, folder, label_table(range(1, 21), (), True))
+
+
+MASKS = {
+    'd': {6: 16384, 1: 1},
+    'a': {6: 16383, 255: 20000},
+    'c': {1: 20000, 2: 16384},
+    'b': {20: 16384, 7: 16384},
+    'e': {},
+    'f': {3: 10},
+}
+
+
+def test_class_lists_of_a_hand_made_case(tmp_path):
+    samples = hand_made(tmp_path, MASKS)
+    lists = FoldLists(tmp_path / 'list', 0)
+    ensure_class_lists(DATASETS['voc'], samples, tmp_path / 'list' / 'trainaug.txt', lists)
+    read = lambda path: path.read_text().split()  # noqa: E731
+    assert read(lists.train) == ['d', 'a', 'b']
+    assert {c: read(lists.base_class(c)) for c in (6, 7, 8, 20)} == {6: ['d'], 7: ['b'], 8: [], 20: ['b']}
+    assert {c: read(lists.novel_class(c)) for c in (1, 2, 3)} == {1: ['c'], 2: ['c'], 3: []}
+    assert len(list(lists.train.parent.iterdir())) == 21
+
+    filtered = FoldLists(tmp_path / 'list', 0, filter_novel=True)
+    ensure_class_lists(DATASETS['voc'], samples, tmp_path / 'list' / 'trainaug.txt', filtered)
+    assert filtered.train == tmp_path / 'list' / 'fold0_filter' / 'train_fold0.txt'
+    assert read(filtered.train) == ['a', 'b'] and read(filtered.base_class(6)) == []
+    assert read(filtered.novel_class(1)) == ['c']  # support comes from images with novel classes, filtered or not
+
+
+def test_class_index_does_not_depend_on_workers_and_reads_a_mask_once(tmp_path):
+    samples = hand_made(tmp_path, MASKS)
+    cache = tmp_path / 'counts.npz'
+    one = ClassIndex.from_masks(samples, list(MASKS), 20, workers=1)
+    two = ClassIndex.from_masks(samples, list(MASKS), 20, cache, workers=2)
+    assert np.array_equal(one.pixels, two.pixels)
+    # counts come from the cache even if a mask cannot be decoded any more, as long as its file looks unchanged
+    path = samples.mask_path('a')
+    stamp, size = path.stat().st_mtime_ns, path.stat().st_size
+    path.write_bytes(b'x' * size)
+    os.utime(path, ns=(stamp, stamp))
+    cached = ClassIndex.from_masks(samples, [*reversed(MASKS)], 20, cache)
+    assert np.array_equal(cached.pixels[::-1], one.pixels)
+    os.utime(path, ns=(stamp + 1, stamp + 1))
+    with pytest.raises(InputError, match=r'a\.png cannot be decoded'):
+        ClassIndex.from_masks(samples, list(MASKS), 20, cache)
+
+
+def test_existing_lists_are_kept_but_checked(tmp_path):
+    samples = hand_made(tmp_path, MASKS)
+    train = tmp_path / 'list' / 'trainaug.txt'
+    lists = FoldLists(tmp_path / 'list', 0)
+    write_ids(lists.train, ['b', 'd'])
+    ensure_class_lists(DATASETS['voc'], samples, train, lists)
+    assert lists.train.read_text() == 'b\nd\n'
+    assert lists.base_class(6).read_text() == 'd\n'  # the others are made
+    assert ensure_class_lists(DATASETS['voc'], samples, train, lists) == [lists.train]  # this data gives d, a, b
+    few = dataclasses.replace(DATASETS['voc'], min_pixels=16383)
+    assert ensure_class_lists(few, samples, train, lists) == [lists.base_class(6), lists.train]
+    write_ids(lists.train, ['b', 'c'])  # c shows novel classes of fold 0 only: a list of another fold
+    with pytest.raises(InputError, match='names c, which do not belong there with this data: it is a list of another'):
+        ensure_class_lists(DATASETS['voc'], samples, train, lists)
+    write_ids(lists.train, ['b', 'd'])
+    # an unfiltered list in the filtered folder is found (d shows novel class 1); filtering rewrites no list
+    filtered = FoldLists(tmp_path / 'list', 0, filter_novel=True)
+    write_ids(lists.novel_class(1), ['d', 'c'])
+    write_ids(filtered.train, ['b', 'd'])
+    with pytest.raises(InputError, match='names d'):
+        ensure_class_lists(DATASETS['voc'], samples, train, filtered)
+    assert lists.novel_class(1).read_text() == 'd\nc\n'
+    write_ids(lists.base_class(20), [])  # the result of a min_pixels that was too high
+    ensure_class_lists(DATASETS['voc'], samples, train, lists)
+    assert lists.base_class(20).read_text() == 'b\n'
+    ensure_class_lists(DATASETS['voc'], samples, train, lists, overwrite=True)
+    assert lists.novel_class(1).read_text() == 'c\n'
+
+
+def test_a_damaged_cache_is_not_used(tmp_path):
+    samples = hand_made(tmp_path, MASKS)
+    cache = tmp_path / 'counts.npz'
+    cache.write_bytes(b'PK nothing')
+    index = ClassIndex.from_masks(samples, list(MASKS), 20, cache)
+    assert index.covering(6, 16384) == ['d']
+    with np.load(cache) as saved:
+        assert saved['ids'].tolist() == list(MASKS)
+
+
+def test_class_lists_of_real_data_agree_with_np_unique(voc_mini, tmp_path):
+    ids = (voc_mini / 'ImageSets/Segmentation/trainaug.txt').read_text().split()[:60]
+    samples = Samples(voc_mini / 'JPEGImages', voc_mini / 'SegmentationClassAug', label_table(range(1, 21), (), True))
+    index = ClassIndex.from_masks(samples, ids, 20)
+    for image_id, row in zip(ids, index.pixels, strict=True):
+        values, counts = np.unique(read_mask(voc_mini / f'SegmentationClassAug/{image_id}.png'), return_counts=True)
+        assert dict(zip(values.tolist(), counts.tolist(), strict=True)) == {v: row[v] for v in np.flatnonzero(row)}
