@@ -11,7 +11,7 @@ from core.errors import InputError
 
 
 def check_writable(folder: str | Path):
-    """Make a folder. Raises InputError if no file can be written into it, so that no work is done in vain."""
+    """Make a folder. Raises InputError if it is not writable. To be called before any work starts."""
     with atomic_write(Path(folder) / '.writable', sync=False):
         pass
     (Path(folder) / '.writable').unlink(missing_ok=True)
@@ -26,8 +26,8 @@ def atomic_write(
     Args:
         path: the file to make or replace; its folder is made.
         mode: 'w' or 'wb'.
-        sync: force the content to disk before the rename, so that it survives a power failure. Thousands of small
-            files that can be made again do without.
+        sync: force the content to disk before the rename, so that it survives a power failure. Not needed for
+            files that can be regenerated.
         keep: new path, in the same folder, for a file that is replaced.
 
     Yields:

@@ -17,7 +17,7 @@ def usable_cores() -> int:
 
 
 def _cgroup_quota(root: Path = Path('/sys/fs/cgroup')) -> float:
-    """Cores that the cgroup's CPU quota comes to; the number of cores where there is none."""
+    """Number of cores that the cgroup's CPU quota allows; the number of cores if there is none."""
     try:
         if (root / 'cpu.max').is_file():  # version 2: "QUOTA PERIOD" or "max PERIOD"
             quota, period = (root / 'cpu.max').read_text().split()
@@ -34,8 +34,8 @@ def parallel_map(function: Callable, items: Sequence, title: str, workers: int |
 
     Args:
         function: takes one item; it must be importable, because other processes call it.
-        items: its arguments.
-        title: of the progress bar.
+        items: arguments of the calls.
+        title: label of the progress bar.
         workers: number of processes; default: one per usable core. With 1, this process does the work.
 
     Returns:

@@ -16,7 +16,7 @@ def draw_support(class_lists: dict[int, list[str]], shot: int, seed: int) -> lis
     Args:
         class_lists: novel class id -> ids of the images that can support the class; ascending class ids.
         shot: K, support images per class.
-        seed: of Python's random generator.
+        seed: seed of Python's random generator.
 
     Returns:
         K image ids per class, in the order of `class_lists`. No image supports two classes. A class with fewer than K
@@ -74,7 +74,7 @@ def draw_base(
     """
     rng = np.random.default_rng((seed, epoch))
     free = {c: [i for i in ids if i not in support] for c, ids in class_lists.items()}
-    for _ in range(100):  # classes share images, so one draw can fail where another succeeds
+    for _ in range(100):  # classes share images, so one draw can fail although another succeeds
         drawn, short = _try_draw_base(free, shot, rng)
         if short is None:
             rng.shuffle(drawn)
@@ -89,7 +89,7 @@ def draw_base(
 def _try_draw_base(free, shot, rng):
     """Draw once from `free` (class id -> image ids): the ids, and the class that has too few left, or None."""
     drawn = {}
-    # The rarest class comes first, because a class with many images can do without those that it shares.
+    # The rarest class comes first, because a class with many images does not need those that it shares.
     for class_id in sorted(free, key=lambda c: len(free[c])):
         ids = [image_id for image_id in free[class_id] if image_id not in drawn]
         if len(ids) < shot:
@@ -108,7 +108,7 @@ class FewShotDataset(Dataset):
         base: training views of all candidate base images; novel pixels are relabelled background.
         class_lists: base class id -> candidate image ids, as in `draw_base`.
         shot: base images per base class and epoch.
-        seed: of all random choices.
+        seed: seed of all random choices.
         redraw_every: number of epochs after which new base images are drawn; 0 keeps the first draw.
 
     Raises:

@@ -116,9 +116,9 @@ class FoldData:
         """Training set of stage 2: pairs of a support view with all annotations and a base view with base ones only.
 
         Args:
-            augmentation: of both views.
+            augmentation: applied to both views.
             shot: support images per novel class, and base images per base class and epoch.
-            seed: of the support list and of all random choices.
+            seed: seed of the support list and of all random choices.
             redraw_every: number of epochs after which new base images are drawn; 0 keeps the first draw.
         """
         class_lists = {c: read_ids(self.lists.base_class(c), self._lists_hint, allow_empty=True) for c in self.base_ids}

@@ -68,7 +68,7 @@ class Photographs:
     """One image, or the images of a folder, in any common format and without masks. Ids are names without suffix.
 
     Args:
-        folder: of the images, or the image itself.
+        folder: folder of images, or a single image.
 
     Attributes:
         left_out: names of the other files and folders in the folder.

@@ -21,7 +21,7 @@ def label_table(base_ids: Sequence[int], novel_ids: Sequence[int], novel_as_back
         novel_as_background: novel pixels get label 0, as in stage 1; otherwise their own labels.
 
     Returns:
-        uint8 [256]; `INVALID` where the value is not a class id.
+        uint8 [256]; `INVALID` if the value is not a class id.
     """
     table = np.full(256, INVALID, np.uint8)
     table[0], table[IGNORE_INDEX] = 0, IGNORE_INDEX

@@ -39,8 +39,8 @@ class Legend:
     """Names and colours of labels.
 
     Attributes:
-        names: of labels 0..K-1: background, base classes, novel classes.
-        class_ids: of the same labels.
+        names: names of labels 0..K-1: background, base classes, novel classes.
+        class_ids: class ids of the same labels.
         num_base: number of base classes.
         palette: 'voc' or 'spread'. The class id determines the colour, so a class has one colour in all folds.
     """

@@ -2,7 +2,7 @@
 
     ROOT/train_list, ROOT/val_list                    one image id a line, without suffix
     ROOT/fold{F}/train_fold{F}.txt                    images with at least one base class
-    ROOT/fold{F}/train_base_class{C}.txt              images where base class C covers >= min_pixels
+    ROOT/fold{F}/train_base_class{C}.txt              images in which base class C covers >= min_pixels
     ROOT/fold{F}/train_novel_class{C}.txt             the same for novel class C
     ROOT/fold{F}/fold{F}_{K}shot_seed{S}.txt          support images, K lines per novel class, ascending class id
     ROOT/fold{F}_filter/...                           the same without images that contain novel classes
@@ -142,7 +142,7 @@ class ClassIndex:
         """Count the pixels of every mask, in several processes.
 
         Args:
-            samples: where the images and masks are.
+            samples: reads the images and masks.
             ids: image ids.
             num_classes: the largest class id.
             cache: .npz file of earlier counts. Masks whose files have not changed since are not read again.
@@ -171,7 +171,7 @@ class ClassIndex:
         return cls(list(ids), pixels)
 
     def covering(self, class_id: int, min_pixels: int) -> list[str]:
-        """Ids of the images where a class covers at least `min_pixels`, in list order."""
+        """Ids of the images in which a class covers at least `min_pixels`, in list order."""
         return self._select(self.pixels[:, class_id] >= min_pixels)
 
     def containing(self, class_ids: Iterable[int]) -> list[str]:
@@ -236,7 +236,7 @@ def ensure_class_lists(
         spec: the dataset.
         samples: the training images and masks.
         train_list: ids of the training images.
-        lists: the fold, and where its lists are.
+        lists: paths of the fold's lists.
         overwrite: make existing lists again.
 
     Returns:

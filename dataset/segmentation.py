@@ -17,10 +17,10 @@ class SegmentationDataset(Dataset):
     neither on the number of workers nor on the epoch at which training starts.
 
     Args:
-        image_ids: in list order.
+        image_ids: ids in list order.
         samples: reads images and masks.
-        augmentation: of training views.
-        seed: of the random choices.
+        augmentation: applied to training views.
+        seed: seed of the random choices.
         fit_size: evaluation images are resized to fit (H, W) and padded.
         resize_mask: evaluation masks are resized like their images, but not padded; otherwise they keep their size.
         skip_bad: an image that cannot be read is not an error. A training view shows the next readable image of the

@@ -134,7 +134,7 @@ def _outline(name, angle, radius):
 def main():
     parser = argparse.ArgumentParser(description='Make the embedded data set.')
     parser.add_argument('--data-dir', type=Path, required=True, help='folder to make')
-    parser.add_argument('--seed', type=int, default=0, help='of all random choices (default: 0)')
+    parser.add_argument('--seed', type=int, default=0, help='seed of all random choices (default: 0)')
     args = parser.parse_args()
     make_shapes(args.data_dir, args.seed)
     print(f'{TRAIN_IMAGES} training and {VAL_IMAGES} validation images in {args.data_dir}')

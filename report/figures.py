@@ -49,8 +49,8 @@ def panel_figure(
     Args:
         image: RGB uint8 [H, W, 3].
         truth, prediction: labels uint8 [H, W]; 255 in the truth is not counted.
-        legend: of the labels.
-        title: above the pictures.
+        legend: names and colours of the labels.
+        title: text above the pictures.
     """
     colors = legend.colors
     height, width = truth.shape
@@ -76,7 +76,7 @@ def similarity_figure(prototypes: Sequence[torch.Tensor], legend: Legend) -> Fig
 
     Args:
         prototypes: as in `similarity`.
-        legend: of the labels.
+        legend: names and colours of the labels.
     """
     matrix = similarity(prototypes)
     np.fill_diagonal(matrix, np.nan)
@@ -95,7 +95,7 @@ def confusion_figure(confusion: np.ndarray, legend: Legend) -> Figure:
 
     Args:
         confusion: int [K, K], row = truth.
-        legend: of the K labels.
+        legend: names and colours of the K labels.
     """
     percent = 100 * confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     figure, axis = _square(len(percent))
@@ -116,8 +116,8 @@ def iou_figure(ious: np.ndarray, legend: Legend, title: str) -> Figure:
 
     Args:
         ious: percent [S, K] of S seeds; NaN for classes that do not occur.
-        legend: of the K labels.
-        title: above the bars.
+        legend: names and colours of the K labels.
+        title: text above the bars.
     """
     count = len(legend.names)
     means = np.array([np.mean(column[~np.isnan(column)]) if (~np.isnan(column)).any() else np.nan for column in ious.T])
@@ -154,7 +154,7 @@ def support_figure(support: Sequence[tuple[str, np.ndarray, np.ndarray]], legend
 
     Args:
         support: image id, RGB uint8 [H, W, 3] and labels uint8 [H, W]; `shot` of them per novel class.
-        legend: of the labels.
+        legend: names and colours of the labels.
         shot: K.
     """
     columns = min(shot, 5)

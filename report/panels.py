@@ -36,7 +36,7 @@ class ImageScores:
     """Scores each image of an evaluation and, with a folder, writes its prediction.
 
     Args:
-        legend: of the labels.
+        legend: names and colours of the labels.
         folder: gets ID.png of every image, a palette PNG of class ids.
 
     Attributes:
@@ -63,7 +63,7 @@ def choose_examples(scores: Mapping[str, tuple[float, bool]], count: int) -> dic
     """Choose images to look at: in turn the worst, a median, the best, and one with novel classes.
 
     Args:
-        scores: of `ImageScores`.
+        scores: `ImageScores.scores`.
         count: how many images.
 
     Returns:
@@ -93,11 +93,11 @@ class PanelWriter:
     """Writes a panel of each prediction that it is given.
 
     Args:
-        legend: of the labels.
+        legend: names and colours of the labels.
         read_image: image id -> RGB uint8 [H, W, 3].
-        folder: of the pictures.
+        folder: gets the pictures.
         chosen: image id -> what it is an example of.
-        scores: of `ImageScores`.
+        scores: `ImageScores.scores`.
     """
 
     def __init__(
@@ -127,10 +127,10 @@ def draw_examples(segmenter: Segmenter, dataset: SegmentationDataset, scores: Im
     """Choose example images by their scores, segment them once more and write their panels.
 
     Args:
-        segmenter: gave the scores.
+        segmenter: the one that gave the scores.
         dataset: the evaluation images.
-        scores: of this process's images.
-        folder: of the panels; those of an earlier evaluation, whose examples were others, are removed.
+        scores: scores of this process's images.
+        folder: gets the panels; those of an earlier evaluation, which showed other images, are removed.
         count: how many images.
     """
     all_scores = {image_id: score for share in all_gather(scores.scores) for image_id, score in share.items()}
@@ -152,9 +152,9 @@ class OverlayWriter:
     """Writes the class ids of each prediction, ID.png, and its image with the classes coloured, ID_overlay.jpg.
 
     Args:
-        legend: of the labels.
+        legend: names and colours of the labels.
         read_image: image id -> RGB uint8 [H, W, 3].
-        folder: of the pictures.
+        folder: gets the pictures.
 
     Attributes:
         written: number of images so far.

@@ -20,9 +20,9 @@ def seed_result(checkpoint: Path | str, confusion: np.ndarray, legend: Legend) -
     """The result of one seed.
 
     Args:
-        checkpoint: what was evaluated.
+        checkpoint: path of what was evaluated.
         confusion: int64 [K, K], row = truth.
-        legend: of the K labels.
+        legend: names and colours of the K labels.
 
     Returns:
         'checkpoint', the keys of `SUMMARY`, and 'iou' by class name, in percent.
@@ -40,8 +40,8 @@ class Results:
 
     Attributes:
         seeds: seed -> `seed_result`.
-        legend: of the labels that the networks predict.
-        dataset, fold, shot: what was evaluated; `shot` is not reported where there are no novel classes.
+        legend: names and colours of the labels that the networks predict.
+        dataset, fold, shot: what was evaluated; `shot` is not reported if there are no novel classes.
         precision: name of the type that the networks ran in.
     """
 

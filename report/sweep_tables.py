@@ -20,7 +20,7 @@ def read_results(folders: Iterable[Path], out: Path) -> list[dict]:
     """Read the results.json of evaluations.
 
     Args:
-        folders: of the evaluations; those without results.json are left out.
+        folders: folders of evaluations; those without results.json are left out.
         out: folder of the sweep.
 
     Returns:
@@ -45,9 +45,9 @@ def write_tables(out: Path, rows: Sequence[dict], folds: Sequence[int]):
     """Write table.md, table.tex and table.csv.
 
     Args:
-        out: folder of the tables.
+        out: folder that gets the tables.
         rows: from `read_results`, at least one.
-        folds: of the whole grid.
+        folds: all folds of the grid.
     """
     markdown, latex = [], []
     for dataset in dict.fromkeys(row['dataset'] for row in rows):
@@ -74,7 +74,7 @@ def table_lines(rows: Sequence[dict], folds: Sequence[int]) -> list[list[str]]:
 
     Args:
         rows: from `read_results`, of one data set.
-        folds: of the whole grid.
+        folds: all folds of the grid.
 
     Returns:
         Method, shot, fold, then `COLUMNS` as mean ± standard deviation over seeds, and the run's folder. With several
@@ -95,7 +95,7 @@ def table_lines(rows: Sequence[dict], folds: Sequence[int]) -> list[list[str]]:
 
 
 def _mean_over_folds(rows, key, num_folds):
-    """Mean and deviation over seeds of each seed's mean over folds; '-' where a fold of a seed is missing."""
+    """Mean and deviation over seeds of each seed's mean over folds; '-' if a fold of a seed is missing."""
     by_seed = [[row[key] for row in rows if row['seed'] == seed] for seed in sorted({row['seed'] for row in rows})]
     complete = all(len(of_seed) == num_folds for of_seed in by_seed)
     return mean_and_std([np.mean(of_seed) for of_seed in by_seed]) if complete else '-'

@@ -34,7 +34,7 @@ def class_table(ious: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def mean_and_std(values: Sequence[float]) -> str:
-    """'mean ± std' of numbers, (population) standard deviation; '-' where one of them is NaN."""
+    """'mean ± std' of numbers, (population) standard deviation; '-' if one of them is NaN."""
     return '-' if np.isnan(values).any() else f'{np.mean(values):.2f} ± {np.std(values):.2f}'
 
 

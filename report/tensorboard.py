@@ -1,7 +1,6 @@
 """Pictures of a run for TensorBoard: predictions on validation images, and similarity of prototypes.
 
-They are made with arrays: importing matplotlib, which `figures` needs,
-would make each start of training a seventh slower.
+They are drawn with arrays, because importing matplotlib, which `figures` needs, would slow every start of training.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ def similarity(prototypes: Sequence[torch.Tensor]) -> np.ndarray:
     """Cosine similarities of all prototypes, float32 [K, K].
 
     Args:
-        prototypes: [Kb, C], and [Kn, C] where there are novel classes.
+        prototypes: [Kb, C], and [Kn, C] if there are novel classes.
     """
     s = F.normalize(torch.cat([p.detach().float() for p in prototypes]), dim=1)
     return (s @ s.T).cpu().numpy()
@@ -45,10 +44,10 @@ class ValidationPanel:
     These are the first images that show a novel class, or in stage 1 any class.
 
     Args:
-        legend: of the labels.
+        legend: names and colours of the labels.
         read_image: image id -> RGB uint8 [H, W, 3].
         count: how many images.
-        side: of the square that each image is drawn into, in pixels.
+        side: side of the square that each image is drawn into, in pixels.
     """
 
     def __init__(self, legend: Legend, read_image: Callable[[str], np.ndarray], count: int = 6, side: int = 192):

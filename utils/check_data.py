@@ -70,7 +70,7 @@ def check_split(split: str, data: FoldData, workers: int | None) -> tuple[list[F
 
     Args:
         split: 'train' or 'val'.
-        data: of fold -1, whose labels are the class ids.
+        data: fold -1, whose labels are the class ids.
         workers: number of processes; None: one per usable core.
 
     Returns:
@@ -99,7 +99,7 @@ def check_classes(spec: DatasetSpec, pixels: np.ndarray, shots: Sequence[int]) -
 
     Args:
         spec: the dataset.
-        pixels: of each mask value in the training images, int64 [N, 256].
+        pixels: number of pixels of each mask value in the training images, int64 [N, 256].
         shots: numbers of support images per class.
     """
     usable = (pixels >= spec.min_pixels).sum(axis=0)

@@ -49,10 +49,10 @@ def rasterize(
     """Draw an image's annotations into a mask.
 
     Args:
-        height, width: of the image.
+        height, width: size of the image.
         annotations: (class id, segmentation) in annotation order. A segmentation is a list of polygons
             [x0, y0, x1, y1, ...], or a run-length encoding {'size', 'counts'}, compressed or not.
-        rasterizer: of polygons, 'opencv' or 'coco'.
+        rasterizer: how polygons are filled, 'opencv' or 'coco'.
 
     Returns:
         uint8 [height, width], class ids.
