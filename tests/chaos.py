@@ -1,9 +1,10 @@
-"""Break training runs in every way that is expected of machines, and report what happened and what was lost.
+"""Break training runs in the ways that machines fail, and report what happened and what was lost.
 
     python tests/chaos.py [--kills 20] [--only TEXT ...]
 
 Embedded data, a small network, CPU; about a quarter of an hour on two cores. The disk-full fault needs the right to
-mount a tmpfs and is left out without it. Ends with a table, and with exit code 1 where a fault lost more than it may.
+mount a tmpfs and is skipped without it. Prints a table at the end; exits with code 1 if a fault lost more than is
+allowed.
 """
 
 import argparse
@@ -37,11 +38,11 @@ COMMAND = (
 
 
 class Lost(Exception):
-    """A fault did more harm than it may."""
+    """A fault lost more than is allowed."""
 
 
 def kill(process):
-    """Kill a process and all that it started, stopped ones too."""
+    """Kill a process and all that it started, including stopped processes."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
@@ -52,7 +53,7 @@ def check(condition, text):
 
 
 class Place:
-    """A data set, a reference run that nothing happened to, and folders for the others."""
+    """A data set, an uninterrupted reference run, and folders for the other runs."""
 
     def __init__(self, folder):
         self.folder, self.started = Path(folder), []
@@ -76,7 +77,7 @@ class Place:
             env={**os.environ, 'OMP_NUM_THREADS': '1'}, start_new_session=True,
         )  # fmt: skip
         self.started.append(process)
-        # a run that hangs ends all the same, and is found out by what it has not said
+        # a run that hangs is killed; the check of its output then fails
         watch = threading.Timer(DEADLINE, lambda: process.poll() is None and kill(process))
         watch.daemon = True
         watch.start()
@@ -88,7 +89,7 @@ class Place:
         return process.returncode, output
 
     def end_all(self):
-        """Kill what a fault that went wrong has left running."""
+        """Kill the processes that a failed check has left running."""
         for process in self.started:
             kill(process)
             process.wait()
@@ -98,7 +99,7 @@ class Place:
         """Start the same command again, and expect the reference's weights and metrics.
 
         Returns:
-            tuple: the output; how many steps had been done and were lost.
+            The output, and the number of finished steps that were lost.
         """
         done = self.steps_done(run)
         code, output = self.run(run)
@@ -118,7 +119,7 @@ class Place:
         return (int(found[-1][0]) - 1) * self.per_epoch + int(found[-1][1]) if found else 0
 
     def lost(self, done, output):
-        """How many of the steps done a run that goes on has lost: what its output says."""
+        """The number of finished steps that a resumed run has lost, according to its output."""
         if 'finished earlier' in output:
             return 0
         resumed = re.search(r'resumed at epoch (\d+), step (\d+)', output)
@@ -161,7 +162,7 @@ def killed(place, kills):
 
 
 def steps(lost):
-    return f'{lost} step{"s" if lost > 1 else ""}, done again' if lost else 'nothing'
+    return f'{lost} step{"s" if lost > 1 else ""}, repeated' if lost else 'nothing'
 
 
 def asked_to_stop(place, number):
@@ -175,7 +176,7 @@ def asked_to_stop(place, number):
     check(process.returncode == 128 + number, f'exit code {process.returncode}')
     _, lost = place.finish(run)
     check(lost == 0, f'{lost} steps lost')
-    return f'saved, exit code {128 + number}; went on to the same weights', steps(lost)
+    return f'the run saved and exited with code {128 + number}; it resumed to the same weights', steps(lost)
 
 
 def damaged(place, kind):
@@ -185,7 +186,7 @@ def damaged(place, kind):
     path.write_bytes(bytes(size) if kind == 'zeros' else path.read_bytes()[: size // 2])
     output, lost = place.finish(run)
     check(f'{path} cannot be read' in output and 'previous.pth' in output, output)
-    return 'named; went on from previous.pth to the same weights', steps(lost)
+    return 'the run named the file and resumed from previous.pth to the same weights', steps(lost)
 
 
 def disk_full(place):
@@ -193,7 +194,7 @@ def disk_full(place):
     run.mkdir()
     mount = ['mount', '-t', 'tmpfs', '-o', 'size=450m', 'tmpfs', str(run)]
     if subprocess.run(mount, capture_output=True).returncode:
-        return 'not tried: no right to mount a tmpfs', '-'
+        return 'skipped: no right to mount a tmpfs', '-'
     try:
         code, output = place.run(run)
         check(code == 1 and 'cannot write' in output and 'Traceback' not in output, output)
@@ -202,7 +203,7 @@ def disk_full(place):
         _, lost = place.finish(run)
     finally:
         subprocess.run(['umount', str(run)], check=True)
-    return 'stopped with a message; with room, went on to the same weights', steps(lost)
+    return 'the run stopped with a message; once there was room, it resumed to the same weights', steps(lost)
 
 
 def bad_image(place, skip):
@@ -214,10 +215,10 @@ def bad_image(place, skip):
     check(str(path) in output and 'Traceback' not in output, output)
     if skip:
         check(code == 0 and '1 training images were skipped' in output, output)
-        return 'listed and counted; the run went on', 'this image'
+        return 'the run listed and counted it, and continued', 'this image'
     check(code == 1, output)
-    _, lost = place.finish(run)  # with the data as they were
-    return 'stopped, naming it; mended, the run went on to the same weights', steps(lost)
+    _, lost = place.finish(run)  # with the undamaged data
+    return 'the run stopped and named it; once the image was repaired, it resumed to the same weights', steps(lost)
 
 
 def hanging_process(place):
@@ -236,7 +237,7 @@ def hanging_process(place):
         if ' ends: ' in line:
             break
     else:
-        raise Lost('no process said that it ends')
+        raise Lost('no process reported that it ends')
     seconds = time.monotonic() - began
     check(children and seconds < 60, f'the others waited for {seconds:.0f} s')
     rest = process.stdout.read()
@@ -245,7 +246,8 @@ def hanging_process(place):
     code, output = place.run(run, '--timeout-minutes', 0.25, launch=launch)
     check(code == 0 and 'resumed at epoch 2' in output, output)
     lost = place.lost(done, output)
-    return f'the others ended after {seconds:.0f} s (--timeout-minutes 0.25) and said so; went on', steps(lost)
+    what = f'the other processes ended after {seconds:.0f} s (--timeout-minutes 0.25) and said so; the run resumed'
+    return what, steps(lost)
 
 
 def not_a_number(place):
@@ -255,8 +257,8 @@ def not_a_number(place):
     run = place.folder / 'nan'
     code, output = place.run(run, '--restore-from', place.folder / 'nan.pth')
     check(code == 1 and 'loss is not finite at epoch 1, step 1' in output and 'train_' in output, output)
-    check(not list(run.glob('*.pth')), 'weights that are not numbers were saved')
-    return "stopped, naming the batch's images; nothing was saved", 'nothing to lose'
+    check(not list(run.glob('*.pth')), 'weights that are not finite were saved')
+    return "the run stopped and named the batch's images; it saved nothing", 'nothing'
 
 
 def changed_list(place):
@@ -269,7 +271,7 @@ def changed_list(place):
     code, output = place.run(run, data=data)
     check(code == 1 and 'content of validation list' in output, output)
     check(before == {path: path.read_bytes() for path in run.glob('*.pth')}, 'checkpoints changed')
-    return 'refused, naming the list', 'nothing'
+    return 'the run was refused, and the list named', 'nothing'
 
 
 def two_in_one_folder(place):
@@ -283,7 +285,7 @@ def two_in_one_folder(place):
     first.communicate()
     check(first.returncode == 0, 'the first run failed')
     place.finish(run)
-    return 'the second refused, the first went on', 'nothing'
+    return 'the second was refused, the first continued', 'nothing'
 
 
 def main():
@@ -313,7 +315,7 @@ def main():
                 continue
             try:
                 rows.append((name, *fault()))
-            except Exception as error:  # whatever went wrong, the other faults are tried
+            except Exception as error:  # a failed check does not stop the other faults
                 rows.append((name, f'FAILED: {str(error)[-2000:]}', '?'))
                 failed = True
                 place.end_all()

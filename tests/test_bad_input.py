@@ -78,7 +78,7 @@ def test_wrong_arguments_of_stage_2(run_script, shapes, tmp_path, flags, words):
     expect((code, output, False), 2, *words)
 
 
-def test_a_batch_that_the_world_does_not_divide(train, shapes, monkeypatch):
+def test_a_batch_size_that_the_processes_do_not_divide(train, shapes, monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '3')
     expect(train(shapes, '--batch-size', 7), 2, 'not divisible by 3', '6 or 9')
 
@@ -99,7 +99,7 @@ def test_missing_lists(train, shapes, tmp_path):
     expect(train(shapes, '--val-list', tmp_path / 'val.txt'), 1, str(tmp_path / 'val.txt'), 'does not exist')
 
 
-def test_empty_and_doubled_lists(train, copy):
+def test_empty_lists_and_repeated_ids(train, copy):
     path = copy / 'list' / 'val.txt'
     path.write_text('\n')
     expect(train(copy), 1, str(path), 'is empty')

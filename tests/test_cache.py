@@ -52,10 +52,10 @@ def test_every_pass_counts_what_the_network_counts_and_runs_the_backbone_once(ne
     assert sum(images) == len(loader.dataset)
     assert np.array_equal(first, second) and expected.sum() == first.sum()
     assert np.abs(expected - first).sum() <= 0.002 * expected.sum()  # features are kept in half precision
-    assert not list(tmp_path.iterdir())  # a file of the cache has no name that could be left behind
+    assert not list(tmp_path.iterdir())  # the file of the cache is unlinked
 
 
-def test_a_pass_that_is_broken_off_is_made_again(network, loader, tmp_path):
+def test_an_interrupted_pass_is_repeated(network, loader, tmp_path):
     batches = cached(network, loader, tmp_path)
     for _ in zip(batches, range(2), strict=False):
         pass
@@ -77,7 +77,7 @@ def test_only_the_image_is_classified_not_its_padding(network, loader, tmp_path,
         assert widths[-1] <= (width - 1) / 4 + 3 < batch['features'].shape[-1]
 
 
-def test_the_place_follows_the_budget_and_a_shortage_is_told(network, loader, tmp_path, monkeypatch):
+def test_the_place_follows_the_budget_and_a_shortage_is_reported(network, loader, tmp_path, monkeypatch):
     lines = []
     made = cached(network, loader, tmp_path, budget_gb=0, log=lines.append)
     assert isinstance(made, CachedFeatures) and 'kept in disk' in lines[-1]

@@ -305,9 +305,9 @@ def test_losses_of_micro_batches_add_up_to_those_of_the_batch():
     mask[0, :8] = 255
     whole = pop_losses(logits, mask, net.base_emb)
     share = {'pixel_weight': 1 / int((mask != 255).sum()), 'micro_batches': 2}
-    parts = [pop_losses(logits[i : i + 2], mask[i : i + 2], net.base_emb, **share) for i in (0, 2)]
+    micro_batches = [pop_losses(logits[i : i + 2], mask[i : i + 2], net.base_emb, **share) for i in (0, 2)]
     for name, value in whole.items():
-        assert sum(part[name] for part in parts).item() == pytest.approx(value.item(), rel=1e-12)
+        assert sum(losses[name] for losses in micro_batches).item() == pytest.approx(value.item(), rel=1e-12)
 
 
 def test_pseudo_labels_change_background_only_and_only_to_novel_classes():

@@ -1,4 +1,4 @@
-"""Several processes: the same losses as one, and what the fault of one does to the others."""
+"""Several processes: the same losses as one, and what happens to the others when one fails."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from conftest import LAUNCH, ROOT, run_process, same_results, stage_1, stage_2, 
 
 
 @pytest.mark.parametrize('stage', (1, 2))
-def test_two_processes_and_parts_follow_the_losses_of_one(shapes, base_run, few_shot_run, tmp_path, stage):
+def test_two_processes_and_micro_batches_follow_the_losses_of_one(shapes, base_run, few_shot_run, tmp_path, stage):
     def curve(launch, name, *flags):
         folder = tmp_path / name
         if stage == 1:
@@ -28,7 +28,7 @@ def test_two_processes_and_parts_follow_the_losses_of_one(shapes, base_run, few_
     one = curve((sys.executable,), 'one')
     assert len(one) > 2 and len(set(one)) == len(one)
     assert curve(LAUNCH, 'two') == pytest.approx(one, abs=1e-4)
-    assert curve((sys.executable,), 'parts', '--accumulate', 2) == pytest.approx(one, abs=1e-4)
+    assert curve((sys.executable,), 'micro_batches', '--accumulate', 2) == pytest.approx(one, abs=1e-4)
 
 
 def test_an_error_of_one_process_ends_all_with_its_message(shapes, tmp_path):
@@ -37,13 +37,13 @@ def test_an_error_of_one_process_ends_all_with_its_message(shapes, tmp_path):
     image = copy / 'JPEGImages' / 'train_0007.jpg'
     image.write_bytes(image.read_bytes()[:1000])  # the header is whole, so the lists are made
     began = time.monotonic()
-    # a loader process meets the error, and must not outlive it
+    # the error arises in a loader process, which must end too
     code, output = run_process(*LAUNCH, *stage_1(copy, tmp_path / 'run', '--num-workers', 1))
     assert code == 1 and output.count(f'error: image {image} cannot be decoded') == 1, output
     assert '[rank' not in output and time.monotonic() - began < 60, output
 
 
-def test_a_killed_process_is_restarted_and_the_run_goes_on(shapes, whole, tmp_path):
+def test_a_killed_process_is_restarted_and_the_run_resumes(shapes, whole, tmp_path):
     launch = (*LAUNCH, '--max-restarts', 2)
     process = start(*launch, *stage_1(shapes, tmp_path))
     for line in process.stdout:

@@ -1,4 +1,4 @@
-"""Interrupted runs go on: killed, asked to stop, with damaged files; and what is refused.
+"""Interrupted runs resume: killed, stopped by a signal, with damaged files; and what is refused.
 
 `chaos.py` tries more faults, and kills at random moments.
 """
@@ -22,7 +22,7 @@ from engine.run import locked
 
 
 def kill_when_it_prints(process, text):
-    """Read the output until a line holds `text`, then kill the process and all that it started."""
+    """Read the output until a line contains `text`, then kill the process and all that it started."""
     for line in process.stdout:
         if text in line:
             break
@@ -35,7 +35,7 @@ def kill_when_it_prints(process, text):
     ('processes', 'moments'),
     ((1, ('epoch 1/2 step 4/', 'epoch 2/2 step 3/')), (2, ('epoch 2/2 step 3/',))),
 )
-def test_a_run_of_stage_1_that_is_killed_ends_as_if_it_had_not_been(shapes, whole, tmp_path, processes, moments):
+def test_a_killed_run_of_stage_1_resumes_to_the_same_weights(shapes, whole, tmp_path, processes, moments):
     for moment in moments:
         kill_when_it_prints(start(*launcher(processes), *stage_1(shapes, tmp_path)), moment)
     code, output = run_process(*launcher(processes), *stage_1(shapes, tmp_path))
@@ -43,11 +43,11 @@ def test_a_run_of_stage_1_that_is_killed_ends_as_if_it_had_not_been(shapes, whol
     same_results(whole(processes), tmp_path, ('best', 'last'))
 
 
-def test_a_run_of_stage_2_that_is_killed_ends_as_if_it_had_not_been(shapes, base_run, few_shot_run, tmp_path):
+def test_a_killed_run_of_stage_2_resumes_to_the_same_weights(shapes, base_run, few_shot_run, tmp_path):
     whole, killed = tmp_path / 'whole', tmp_path / 'killed'
     code, output = run_process(sys.executable, *stage_2(shapes, base_run, whole))
     assert code == 0, output
-    # a seed may come later
+    # the second seed is added when the run is started again
     for seeds, moment in (('123', 'seed 123 epoch 1/2 step 4/'), ('123,234', 'seed 234 epoch 2/2 step 1/')):
         process = start(sys.executable, *stage_2(shapes, base_run, killed, '--random-seed', seeds))
         kill_when_it_prints(process, moment)
@@ -125,11 +125,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(shapes, whole,
     code, output = run_process(sys.executable, *stage_1(shapes, run))
     assert code == 0 and f'{run / "last.pth"} cannot be read' in output, output
     assert f'resuming from {run / "previous.pth"}' in output
-    assert (run / 'last.damaged').read_bytes() == content  # out of the way of the next save
+    assert (run / 'last.damaged').read_bytes() == content  # so that the next save does not overwrite it
     same_results(whole(1), run, ('best', 'last'))
 
 
-def test_a_file_is_gone_on_from_only_where_it_fits(whole, tmp_path):
+def test_resuming_from_a_file_needs_fitting_arguments(whole, tmp_path):
     run = tmp_path / 'run'
     shutil.copytree(whole(1), run)
     state = torch.load(run / 'last.pth', weights_only=True)
@@ -153,7 +153,7 @@ def test_a_file_is_gone_on_from_only_where_it_fits(whole, tmp_path):
         RunFolder(tmp_path / 'new', {None: arguments}, str(run / 'last.pth'))
     new = RunFolder(tmp_path / 'new', {None: arguments | {'num_epoch': 5}}, str(run / 'last.pth'))
     progress = new.state()['training']['progress']
-    # its best checkpoint is not there, so the next one is
+    # its best checkpoint is not in the new folder, so the next epoch gives the best
     assert not progress['finished'] and progress['best'] is None and new.records == {None: 0}
 
 
@@ -179,19 +179,19 @@ def test_a_run_that_is_refused_changes_nothing(run_script, shapes, whole, tmp_pa
         assert now == before
 
 
-def test_runs_from_before_an_argument_was_stored_go_on(whole, tmp_path):
+def test_runs_saved_before_an_argument_existed_resume(whole, tmp_path):
     run = tmp_path / 'run'
     shutil.copytree(whole(1), run)
     state = torch.load(run / 'last.pth', weights_only=True)
     arguments = dict(state['training']['arguments'])
     del state['training']['arguments']['precision'], state['config']['classes']
-    state['training']['arguments']['a flag of old'] = 1
+    state['training']['arguments']['a former flag'] = 1
     torch.save(state, run / 'last.pth')
     classes = DATASETS['shapes'].legend(0).classes
     assert RunFolder(run, {None: arguments}, 'auto', classes=classes).holds()
 
 
-def test_lost_and_damaged_records_are_not_made_up(whole, tmp_path, capsys):
+def test_lost_and_damaged_records_are_reported(whole, tmp_path, capsys):
     run = tmp_path / 'run'
     shutil.copytree(whole(1), run)
     arguments = torch.load(run / 'last.pth', weights_only=True)['training']['arguments']
@@ -204,7 +204,7 @@ def test_lost_and_damaged_records_are_not_made_up(whole, tmp_path, capsys):
     assert path.read_bytes() == lines[0] and 'lacks records' in capsys.readouterr().out
 
 
-def test_seeds_that_come_later_or_go_on_alone_leave_the_others_their_records(run_script, shapes, base_run, tmp_path):
+def test_adding_or_resuming_one_seed_keeps_the_records_of_the_others(run_script, shapes, base_run, tmp_path):
     def run(seeds, *flags):
         code, output = run_script(*stage_2(shapes, base_run, tmp_path, *flags, '--random-seed', seeds))
         assert code == 0 and 'lacks records' not in output, output
@@ -218,7 +218,7 @@ def test_seeds_that_come_later_or_go_on_alone_leave_the_others_their_records(run
     assert run('123,234') == both
     longer = run('123', '--num-epoch', 3, '--resume', tmp_path / 'last_123.pth')
     assert longer[234] == both[234] and longer[123][: len(both[123])] == both[123] != longer[123]
-    # from within the second epoch: what comes after it is there once
+    # resumed within the second epoch: no record is there twice
     again = run('123', '--num-epoch', 3, '--resume', tmp_path / 'previous_123.pth')
     assert again == longer
 
@@ -244,7 +244,7 @@ def test_a_copy_is_not_taken_for_a_seed(whole, tmp_path):
     assert RunFolder(run, {None: arguments}, 'auto').holds()
 
 
-def test_where_nothing_can_be_read_the_run_is_refused(tmp_path):
+def test_a_run_without_a_readable_checkpoint_is_refused(tmp_path):
     (tmp_path / 'last.pth').write_bytes(b'')
     with pytest.raises(InputError, match='no earlier good checkpoint'):
         RunFolder(tmp_path, {None: {}}, 'auto')

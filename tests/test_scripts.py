@@ -1,4 +1,4 @@
-"""The three scripts for a few CPU steps, and what they leave behind."""
+"""The three scripts for a few CPU steps, and the files that they write."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def weights(path):
     return torch.load(path, weights_only=True)['model']
 
 
-def test_stage_1_leaves_what_it_promises(base_run):
+def test_stage_1_writes_the_documented_files(base_run):
     names = {path.name for path in base_run.iterdir()}
     assert names == {
         'args.json',
@@ -79,7 +79,7 @@ def test_every_script_runs_in_both_precisions(
     run_script, shapes, base_run, few_shot_run, tmp_path, precision, monkeypatch
 ):
     monkeypatch.setattr(precisions, 'computes_in_bfloat16', lambda: True)
-    # smaller still: bfloat16 takes its time on processors without instructions for it
+    # smaller still: bfloat16 is slow on processors without instructions for it
     train = (*TINY, *TINY_TRAINING, '--input-size', '33,33', '--data-dir', shapes, '--num-epoch', 1, *precision)
     code, output = run_script(
         'train_base.py',
@@ -174,7 +174,7 @@ def test_evaluation_counts_every_pixel_of_the_original_masks(run_script, shapes,
     assert len(pictures) == 4 and all(Image.open(path).size[0] > 900 for path in pictures)
 
 
-def test_another_base_size_than_in_training_is_told(run_script, shapes, base_run, tmp_path):
+def test_another_base_size_than_in_training_is_reported(run_script, shapes, base_run, tmp_path):
     flags = ('--data-dir', shapes, '--restore-from', base_run, '--save-path', tmp_path)
     assert 'was validated with' not in run_script('test.py', *TINY, *flags)[1]
     code, output = run_script('test.py', *TINY, *flags, '--base-size', '97,65')
@@ -197,7 +197,7 @@ def test_a_stage_1_network_is_evaluated_on_base_classes(run_script, shapes, base
     assert json.loads((tmp_path / 'results.json').read_text())['mean']['novel'] is None
 
 
-def test_same_seed_same_weights_whatever_the_workers(shapes, tmp_path):
+def test_same_seed_gives_the_same_weights_with_any_number_of_workers(shapes, tmp_path):
     for name, workers in (('a', 0), ('b', 2)):
         code, output = run_process(
             sys.executable, 'train_base.py', *TINY[:-1], workers, *TINY_TRAINING, '--data-dir', shapes,
@@ -277,7 +277,7 @@ def test_several_processes_train_and_evaluate_together(shapes, base_run, few_sho
         assert len(list((together / 'overlay_123').iterdir())) == 2 and len(list((together / 'plots').iterdir())) == 4
 
 
-def test_shapes_are_made_where_they_are_not_there(run_script, tmp_path):
+def test_missing_shapes_are_made(run_script, tmp_path):
     code, output = run_script(
         'test.py', *TINY, '--data-dir', tmp_path / 'new', '--restore-from', 'none', '--save-path', tmp_path
     )
@@ -285,7 +285,7 @@ def test_shapes_are_made_where_they_are_not_there(run_script, tmp_path):
     assert (tmp_path / 'new' / 'list' / 'val.txt').is_file()
 
 
-def test_few_shot_lists_are_kept_and_refused_where_they_are_of_other_data(shapes, few_shot_run, tmp_path):
+def test_few_shot_lists_are_kept_or_refused_if_they_belong_to_other_data(shapes, few_shot_run, tmp_path):
     shutil.copytree(shapes / 'list', tmp_path / 'list')
     path = tmp_path / 'list/fold0/fold0_1shot_seed123.txt'
 

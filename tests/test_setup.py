@@ -231,7 +231,7 @@ def test_the_headless_opencv_is_the_second_try_where_another_library_is_missing(
     assert code == 0 and machine.installed() == [*ALL, 'no opencv-python', 'opencv-python-headless'], output
 
 
-def test_where_no_opencv_can_be_imported_the_reason_is_told(machine):
+def test_if_no_opencv_can_be_imported_the_reason_is_reported(machine):
     code, output = machine.set_up(broken='opencv-python opencv-python-headless')
     assert code == 1 and 'still lacks: opencv-python>=4.11 (installed, but cannot be imported: libGL' in output, output
 
@@ -250,7 +250,7 @@ def test_the_package_is_named_where_no_environment_can_be_made(machine, missing)
     assert {'no-venv': 'No module named venv', 'no-ensurepip': 'ensurepip is not available'}[missing] in output
 
 
-def test_an_environment_whose_python_is_gone_is_made_anew(machine):
+def test_an_environment_with_a_missing_python_is_made_again(machine):
     machine.set_up()
     machine.installed()
     (machine.project / '.venv/bin/python').unlink()

@@ -1,4 +1,4 @@
-"""Optimisation, selection and files: the parts of a run that no picture shows."""
+"""Optimisation, selection of the best epoch, and the files of a run."""
 
 import argparse
 import copy

@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 work=${1:-$(mktemp -d)}
 export OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=pop
-# a new store for each round of meeting: hosts that start again do not find the old one
+# a new store for each rendezvous: hosts that start again must not find the old one
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 clean_up() {
@@ -41,7 +41,7 @@ from dataset.shapes import make_shapes
 make_shapes(sys.argv[1], seed=1, train_images=120, val_images=8)
 PYTHON
 
-echo "== both hosts, nothing happens"
+echo "== both hosts, uninterrupted"
 train 1 "$work/whole" & first=$!
 train 2 "$work/whole" & second=$!
 wait $first
