@@ -9,19 +9,20 @@ Writes to the snapshot folder, for each seed: best_{seed}.pth, last_{seed}.pth, 
 released protocol, so it is optimistically biased; `last` is always reported beside it.
 """
 
+import argparse
 from dataclasses import dataclass
 
 import torch
 
 from core.errors import InputError, exits_cleanly
-from dataset import DATASETS, Augmentation
-from engine.checkpoint import imagenet_checkpoint, network_config, read_checkpoint, resolve_checkpoint
+from dataset import DATASETS, Augmentation, FoldData
+from engine.checkpoint import Checkpoint, imagenet_checkpoint, read_checkpoint, resolve_checkpoint
 from engine.distributed import main_first, wrap_ddp
-from engine.feature_cache import cache_features
+from engine.feature_cache import FrozenFeatures, cache_features
 from engine.loaders import evaluation_loader, training_loader
 from engine.precision import autocast, compile_features, name_of, precision, to_device
-from engine.resume import digests, run_arguments
-from engine.run import Run, start_run
+from engine.resume import RunFolder, digests, run_arguments
+from engine.run import Run
 from engine.stage import Stage
 from model import BACKBONES, MODELS, POP, Head, build_model
 from model.kernels import fuse
@@ -31,16 +32,12 @@ from report.tensorboard import ValidationPanel
 from utils import cli, from_flags
 
 
-def parse_args(argv=None):
-    parser = cli.make_parser(__doc__)
-    cli.add_data_flags(parser)
-    cli.add_model_flags(
-        parser, MODELS, BACKBONES,
-        'base network: a stage-1 checkpoint or snapshot folder; "imagenet" and "none" leave the rest random',
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = cli.training_parser(
+        __doc__, MODELS, BACKBONES, batch_size=1, num_epoch=500,
+        restore_help='base network: a stage-1 checkpoint or its folder; "imagenet" and "none" leave the rest random',
     )  # fmt: skip
-    cli.add_training_flags(parser, batch_size=1, num_epoch=500)
     cli.add_seeds(parser, '--random-seed', 'seeds of the support draws, one run each, e.g. 123,234 (default: 123)')
-    cli.add_process_flags(parser)
     cli.add_few_shot_flags(parser)
     parser.add_argument('--update-base', action='store_true', help='draw new base images during training')
     parser.add_argument(
@@ -75,7 +72,7 @@ class NovelStage(Stage):
 
     frozen: POP
 
-    def losses(self, batch, **scale):
+    def losses(self, batch: dict, pixel_weight: float, micro_batches: int) -> dict[str, torch.Tensor]:
         support, base = batch['support'], batch['base']
         # moved before they are joined: the halves are pinned, what is joined of them is not
         images = torch.cat([to_device(half['image'], self.device) for half in (support, base)])  # [2B, 3, H, W]
@@ -85,10 +82,12 @@ class NovelStage(Stage):
         count = len(support['image'])
         base_masks = pseudo_label(masks[count:], logits[count:], self.net.num_base)
         masks = torch.cat([masks[:count], base_masks])
-        return pop_losses(logits, masks, self.net.novel_emb, self.net.base_emb, **scale)
+        return pop_losses(
+            logits, masks, self.net.novel_emb, self.net.base_emb, pixel_weight=pixel_weight, micro_batches=micro_batches
+        )  # fmt: skip
 
     @staticmethod
-    def improves(metrics, best):
+    def improves(metrics: dict, best: dict | None) -> bool:
         """The released protocol's rule: total mIoU not lower, and either 0.1 points higher or novel mIoU not lower."""
         if best is None:
             return True
@@ -96,20 +95,18 @@ class NovelStage(Stage):
         return gain >= 0 and (gain > 0.1 or metrics['novel'] >= best['novel'])
 
 
-def restore_base(args, data, folder):
+def restore_base(args: argparse.Namespace, data: FoldData, folder: RunFolder) -> POP:
     """The network that stage 2 starts from: of --restore-from, or the base parts of the stage-2 run to resume."""
     torch.manual_seed(args.random_seed[0])
     base = build_model(args.backbone, len(data.base_ids), output_stride=args.os)
-    config = network_config(args, data.legend.classes)
+    config = from_flags.network_config(args, data)
     earlier = None
     if folder.any_path():
         earlier = read_checkpoint(folder.any_path())
     elif args.start_epoch:
         earlier = start_epoch_checkpoint(args, args.random_seed[0])
     if earlier:
-        net = build_model(args.backbone, len(data.base_ids), len(data.novel_ids), args.os)
-        earlier.load_into(net, config)
-        base.load_state_dict({key: value for key, value in net.state_dict().items() if key in base.state_dict()})
+        earlier.load_base_into(base, config)
     elif args.restore_from == 'imagenet':
         imagenet_checkpoint(args.backbone).load_backbone_into(base)
     elif args.restore_from != 'none':
@@ -122,7 +119,7 @@ def restore_base(args, data, folder):
     return base
 
 
-def start_epoch_checkpoint(args, seed):
+def start_epoch_checkpoint(args: argparse.Namespace, seed: int) -> Checkpoint:
     """The stage-2 checkpoint that --start-epoch continues from."""
     checkpoint = read_checkpoint(resolve_checkpoint(args.restore_from, 'last', seed))
     if not checkpoint.class_counts[1]:
@@ -130,13 +127,13 @@ def start_epoch_checkpoint(args, seed):
     return checkpoint
 
 
-def build_novel(args, data, seed, base, folder):
+def build_novel(args: argparse.Namespace, data: FoldData, seed: int, base: POP, folder: RunFolder) -> POP:
     """The network to train for a seed: the base network with novel prototypes and phi_n; all else is frozen."""
     net = build_model(args.backbone, len(data.base_ids), len(data.novel_ids), args.os)
     net.start_from(base)
     if args.start_epoch and not folder.holds(seed):
         earlier = start_epoch_checkpoint(args, seed)
-        earlier.load_into(net, network_config(args, data.legend.classes, seed))
+        earlier.load_into(net, from_flags.network_config(args, data, seed))
         if any(not torch.equal(net.state_dict()[key], value.cpu()) for key, value in base.state_dict().items()):
             raise InputError(
                 f'{earlier.path} has another base network than the checkpoint of seed {args.random_seed[0]}'
@@ -145,11 +142,21 @@ def build_novel(args, data, seed, base, folder):
     return net.to(base.base_emb.device, memory_format=torch.channels_last)
 
 
-def teach(args, data, seed, *, base, frozen, val_batches, dtype, run):
+def train_seed(
+    args: argparse.Namespace,
+    data: FoldData,
+    seed: int,
+    *,
+    base: POP,
+    frozen: POP,
+    val_batches: FrozenFeatures,
+    dtype: torch.dtype,
+    run: Run,
+) -> dict[str, dict]:
     """Run stage 2 for one seed: `base` is what it starts from, `frozen` the fused copy that gives the features.
 
     Returns:
-        dict: validation metrics of 'best' and of 'last'.
+        Validation metrics of 'best' and of 'last'.
     """
     torch.manual_seed(seed)
     device = base.base_emb.device
@@ -162,22 +169,23 @@ def teach(args, data, seed, *, base, frozen, val_batches, dtype, run):
         micro_batches=args.accumulate,
     )  # fmt: skip
     net = build_novel(args, data, seed, base, run.folder)
+    read_image = data.samples('val', novel_as_background=False).read_image
     stage = NovelStage(
         net=net, frozen=frozen, model=wrap_ddp(Head(net), device, sync_bn=False), device=device, dtype=dtype,
-        val_batches=val_batches, panel=ValidationPanel(data.legend, data.samples('val', False).read_image),
-        class_names=data.legend.names, config=network_config(args, data.legend.classes, seed), seed=seed,
+        val_batches=val_batches, panel=ValidationPanel(data.legend, read_image),
+        class_names=data.legend.names, config=from_flags.network_config(args, data, seed), seed=seed,
         patience=args.num_epoch // 4,
     )  # fmt: skip
     return from_flags.trainer(args, stage, loader, run).fit()
 
 
-def arguments_of_seeds(args, data, dtype):
+def arguments_of_seeds(args: argparse.Namespace, data: FoldData, dtype: torch.dtype) -> dict[int, dict]:
     """Seed -> what its run depends on (`resume.run_arguments`)."""
     files = {'validation list': data.val_list}
     files |= {f'list of base class {class_id}': data.lists.base_class(class_id) for class_id in data.base_ids}
     if args.restore_from not in ('none', 'imagenet') and not args.start_epoch:
         files['base network'] = resolve_checkpoint(args.restore_from)
-    common = run_arguments(args, dtype, files)
+    common = run_arguments(vars(args), dtype, files)
     return {
         seed: common | {'random_seed': seed} | digests({'support list': data.lists.support(args.shot, seed)})
         for seed in args.random_seed
@@ -185,8 +193,8 @@ def arguments_of_seeds(args, data, dtype):
 
 
 @exits_cleanly
-def main(args):
-    with start_run(args) as device:
+def main(args: argparse.Namespace):
+    with from_flags.training_process(args) as device:
         data, dtype = from_flags.fold_data(args), precision(device, args.fp16)
         notes = main_first(data.prepare)
         data.check_support(args.shot, args.random_seed)
@@ -198,7 +206,7 @@ def main(args):
             compile_features(frozen)
         if args.restore_from == 'none':
             notes.append('--restore-from none: the base network is random and stays so')
-        run = Run(folder, args, notes)
+        run = Run(folder, vars(args), notes)
         run.logger.info(
             f'{args.shot}-shot, novel classes {data.novel_ids}, {len(val_set)} validation images; '
             f'computing in {name_of(dtype)}'
@@ -213,7 +221,9 @@ def main(args):
         )  # fmt: skip
         rows = {}
         for seed in args.random_seed:
-            results = teach(args, data, seed, base=base, frozen=frozen, val_batches=val_batches, dtype=dtype, run=run)
+            results = train_seed(
+                args, data, seed, base=base, frozen=frozen, val_batches=val_batches, dtype=dtype, run=run
+            )  # fmt: skip
             for which, metrics in results.items():
                 rows[f'seed {seed}, {which}{" (selected)" if which == args.select else ""}'] = metrics
         run.logger.info(f'validation at {args.base_size[0]}x{args.base_size[1]}, mIoU in %:\n{summary_table(rows)}')

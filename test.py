@@ -25,7 +25,7 @@ from core.errors import InputError, exits_cleanly, some
 from core.files import atomic_write, check_writable
 from core.ranks import is_main
 from dataset import FoldData
-from engine.checkpoint import imagenet_checkpoint, network_config, read_checkpoint, resolve_checkpoint
+from engine.checkpoint import imagenet_checkpoint, read_checkpoint, resolve_checkpoint
 from engine.distributed import main_first, process_group
 from engine.inference import Segmenter
 from engine.precision import name_of, precision
@@ -90,7 +90,7 @@ def load_network(args: argparse.Namespace, data: FoldData, seed: int) -> tuple[P
     checkpoint = read_checkpoint(resolve_checkpoint(args.restore_from, args.select, seed))
     num_novel = len(data.novel_ids) if checkpoint.class_counts[1] else 0
     net = build_model(args.backbone, len(data.base_ids), num_novel, args.os)
-    checkpoint.load_into(net, network_config(args, data.legend.classes, seed))
+    checkpoint.load_into(net, from_flags.network_config(args, data, seed))
     trained_at = checkpoint.config.get('base_size', list(args.base_size))
     if trained_at != list(args.base_size) and is_main():
         height, width = trained_at

@@ -15,30 +15,25 @@ import torch
 from core.errors import InputError, exits_cleanly
 from core.ranks import world_size
 from dataset import Augmentation
-from engine.checkpoint import imagenet_checkpoint, network_config, read_checkpoint, resolve_checkpoint
+from engine.checkpoint import imagenet_checkpoint, read_checkpoint, resolve_checkpoint
 from engine.distributed import main_first, wrap_ddp
 from engine.loaders import evaluation_loader, training_loader
 from engine.precision import autocast, compile_features, name_of, precision, to_device
 from engine.resume import run_arguments
-from engine.run import Run, start_run
+from engine.run import Run
 from engine.stage import Stage
-from model import BACKBONES, MODELS, build_model
-from model.kernels.malloc import return_freed_memory
+from model import BACKBONES, MODELS, POP, build_model
 from model.losses import pop_losses
 from report.tensorboard import ValidationPanel
 from utils import cli, from_flags
 
 
-def parse_args(argv=None):
-    parser = cli.make_parser(__doc__)
-    cli.add_data_flags(parser)
-    cli.add_model_flags(
-        parser, MODELS, BACKBONES,
-        'backbone weights: a file, "imagenet" (torchvision\'s) or "none"; or start from a stage-1 checkpoint',
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = cli.training_parser(
+        __doc__, MODELS, BACKBONES, batch_size=None, num_epoch=50,
+        restore_help='backbone weights: a file, "imagenet" (torchvision\'s) or "none"; or a stage-1 checkpoint',
     )  # fmt: skip
-    cli.add_training_flags(parser, batch_size=None, num_epoch=50)
     parser.add_argument('--random-seed', type=cli.not_negative, default=123, help='of all random draws (default: 123)')
-    cli.add_process_flags(parser)
     parser.add_argument(
         '--sync-bn', action=argparse.BooleanOptionalAction, default=True,
         help='batch statistics over all GPUs (default: on; not available on CPUs)',
@@ -58,20 +53,19 @@ def parse_args(argv=None):
 class BaseStage(Stage):
     """Learns backbone, decoder, phi and the base prototypes."""
 
-    def losses(self, batch, **scale):
+    def losses(self, batch: dict, pixel_weight: float, micro_batches: int) -> dict[str, torch.Tensor]:
         images = to_device(batch['image'], self.device)  # [B, 3, H, W]
         masks = batch['mask'].to(self.device, non_blocking=True).long()  # [B, H, W]
         with autocast(self.device, self.dtype):
             logits = self.model(images)  # [B, 1 + Kb, h, w]
-        return_freed_memory(self.device)
-        return pop_losses(logits, masks, self.net.base_emb, **scale)
+        return pop_losses(logits, masks, self.net.base_emb, pixel_weight=pixel_weight, micro_batches=micro_batches)
 
     @staticmethod
-    def improves(metrics, best):
+    def improves(metrics: dict, best: dict | None) -> bool:
         return best is None or metrics['base'] >= best['base']
 
 
-def build_network(args, num_base, config, resumes):
+def build_network(args: argparse.Namespace, num_base: int, config: dict, resumes: bool) -> POP:
     """The network of stage 1, with the weights of --restore-from unless the run resumes (`Trainer` loads them then)."""
     net = build_model(args.backbone, num_base, output_stride=args.os)
     if not resumes:
@@ -83,7 +77,7 @@ def build_network(args, num_base, config, resumes):
     return net
 
 
-def restore(net, args, config):
+def restore(net: POP, args: argparse.Namespace, config: dict):
     """Load what --restore-from names: nothing, a backbone, or a whole stage-1 network with this `network_config`."""
     checkpoint = None
     if args.restore_from == 'imagenet':
@@ -100,25 +94,25 @@ def restore(net, args, config):
 
 
 @exits_cleanly
-def main(args):
-    with start_run(args) as device:
+def main(args: argparse.Namespace):
+    with from_flags.training_process(args) as device:
         torch.manual_seed(args.random_seed)
         data, dtype = from_flags.fold_data(args), precision(device, args.fp16)
         notes = main_first(data.prepare)
         files = {'training list': data.lists.train, 'validation list': data.val_list}
-        folder = from_flags.run_folder(args, data, {None: run_arguments(args, dtype, files)})
+        folder = from_flags.run_folder(args, data, {None: run_arguments(vars(args), dtype, files)})
         train_set = data.base_training(Augmentation(args.input_size, args.scale_range), args.random_seed)
         val_set = data.validation(args.base_size, with_novel=False, limit=args.val_limit)
         loading = {'num_workers': args.num_workers, 'device': device}
         loader = training_loader(train_set, args.batch_size, args.random_seed, micro_batches=args.accumulate, **loading)
 
-        config = network_config(args, data.legend.classes)
+        config = from_flags.network_config(args, data)
         net = build_network(args, len(data.base_ids), config, resumes=folder.holds()).to(
             device, memory_format=torch.channels_last
         )
         if args.compile:
             compile_features(net)
-        run = Run(folder, args, notes)
+        run = Run(folder, vars(args), notes)
         run.logger.info(
             f'{len(train_set)} training and {len(val_set)} validation images, base classes {data.base_ids}; '
             f'computing in {name_of(dtype)}'

@@ -38,14 +38,19 @@ def exits_cleanly(main: Callable) -> Callable:
                 raise
             _end(f'error: no space left to write {error.filename or "the log"}; what was saved is intact', 1)
         except RuntimeError as error:
-            # PyTorch's process groups raise this where another process has ended
-            if 'WORLD_SIZE' not in os.environ or not re.search('gloo|nccl|socket|store', str(error), re.IGNORECASE):
+            # PyTorch's process groups raise this if another process has ended
+            if 'WORLD_SIZE' not in os.environ or not _is_from_process_group(error):
                 raise
             _end(f'process {os.environ["RANK"]} ends: {str(error).splitlines()[0]}', 1)
         finally:
             end_workers()
 
     return wrapper
+
+
+def _is_from_process_group(error):
+    """Whether PyTorch's process groups raised an error: by the names of its types, or of Gloo and its sockets."""
+    return type(error).__name__.startswith('Dist') or re.search(r'\b(gloo|nccl|socket|TCPStore)\b', str(error), re.I)
 
 
 def _end(message, code):

@@ -5,7 +5,7 @@ import signal
 from collections.abc import Sequence
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
-_asked = 0
+_received = 0
 
 
 class Stopped(Exception):
@@ -26,23 +26,20 @@ def listen():
         signal.signal(number, _remember)
 
 
-def asked() -> int:
-    """The number of the signal that arrived, or 0."""
-    return _asked
-
-
-def flags() -> tuple[int, ...]:
+def received() -> tuple[int, ...]:
     """One number per signal of NUMBERS: 1 if it arrived, else 0. Processes add these up to agree on a stop."""
-    return tuple(int(_asked == number) for number in NUMBERS)
+    return tuple(int(_received == number) for number in NUMBERS)
 
 
-def stop(counts: Sequence[float]) -> Stopped:
-    """The exception for the signal that most processes received.
+def raise_if_received(counts: Sequence[int] | None = None):
+    """Raise Stopped if a signal arrived.
 
     Args:
-        counts: sum of `flags` over all processes.
+        counts: sum of `received` over all processes; by default that of this process.
     """
-    return Stopped(NUMBERS[max(range(len(NUMBERS)), key=lambda i: counts[i])])
+    counts = received() if counts is None else counts
+    if any(counts):
+        raise Stopped(NUMBERS[max(range(len(NUMBERS)), key=lambda i: counts[i])])
 
 
 def ignore(_worker: int | None = None):
@@ -64,7 +61,7 @@ def end_workers():
 
 
 def _remember(number, _frame):
-    global _asked
-    if _asked == number == signal.SIGINT:
+    global _received
+    if _received == number == signal.SIGINT:
         raise KeyboardInterrupt
-    _asked = number
+    _received = number

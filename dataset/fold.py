@@ -82,7 +82,8 @@ class FoldData:
             Notes: classes without an image, and existing lists that this data would not give.
         """
         self.ensure_images()
-        differing = ensure_class_lists(self.spec, self.samples('train', True), self.train_list, self.lists, overwrite)
+        samples = self.samples('train', novel_as_background=True)
+        differing = ensure_class_lists(self.spec, samples, self.train_list, self.lists, overwrite)
         notes = []
         lists = {c: self.lists.novel_class(c) for c in self.novel_ids}
         lists |= {c: self.lists.base_class(c) for c in self.base_ids}
@@ -103,12 +104,13 @@ class FoldData:
         """Read every validation mask once, so that a bad mask ends a run before its first epoch, not after it."""
         ids = read_ids(self.val_list, self.spec.hint)
         cache = Path(self.val_list).parent / f'val_{CACHE_NAME}'
-        ClassIndex.from_masks(self.samples('val', True, ids), ids, self.spec.num_classes, cache)
+        ClassIndex.from_masks(self.samples('val', ids, novel_as_background=True), ids, self.spec.num_classes, cache)
 
     def base_training(self, augmentation: Augmentation, seed: int) -> SegmentationDataset:
         """Training set of stage 1: images with at least one base class; novel pixels are relabelled background."""
         ids = read_ids(self.lists.train, self._lists_hint)
-        return SegmentationDataset(ids, self.samples('train', True, ids), augmentation, seed, skip_bad=self.skip_bad)
+        samples = self.samples('train', ids, novel_as_background=True)
+        return SegmentationDataset(ids, samples, augmentation, seed, skip_bad=self.skip_bad)
 
     def few_shot_training(
         self, augmentation: Augmentation, shot: int, seed: int, redraw_every: int = 0
@@ -124,10 +126,10 @@ class FoldData:
         class_lists = {c: read_ids(self.lists.base_class(c), self._lists_hint, allow_empty=True) for c in self.base_ids}
         base_ids = list(dict.fromkeys(image_id for ids in class_lists.values() for image_id in ids))
         support_ids = self.support_ids(shot, seed)
-        support = SegmentationDataset(support_ids, self.samples('train', False, support_ids), augmentation)
-        base = SegmentationDataset(
-            base_ids, self.samples('train', True, base_ids), augmentation, skip_bad=self.skip_bad
-        )
+        samples = self.samples('train', support_ids, novel_as_background=False)
+        support = SegmentationDataset(support_ids, samples, augmentation)
+        samples = self.samples('train', base_ids, novel_as_background=True)
+        base = SegmentationDataset(base_ids, samples, augmentation, skip_bad=self.skip_bad)
         return FewShotDataset(support, base, class_lists, shot, seed, redraw_every)
 
     def check_support(self, shot: int, seeds: Sequence[int]):
@@ -160,7 +162,7 @@ class FoldData:
                 f'list {path} names {len(ids)} images; expected {shot * len(self.novel_ids)}, {shot} for each of '
                 f'{len(self.novel_ids)} novel classes. Is it a list of another shot? If so, delete {path} and {hint}'
             )
-        samples = self.samples('train', False, ids)
+        samples = self.samples('train', ids, novel_as_background=False)
         for i, image_id in enumerate(ids):
             label = len(self.base_ids) + 1 + i // shot
             if label not in samples.read(image_id)[1]:
@@ -185,20 +187,20 @@ class FoldData:
         if limit and limit < len(ids):
             chosen = set(random.Random(0).sample(ids, limit))
             ids = [image_id for image_id in ids if image_id in chosen]
-        samples = self.samples('val', not with_novel, ids)
+        samples = self.samples('val', ids, novel_as_background=not with_novel)
         return SegmentationDataset(ids, samples, fit_size=size, resize_mask=not original_size, skip_bad=self.skip_bad)
 
     @property
     def _lists_hint(self):
         return f'remove {self.lists.train.parent} to make its lists again'
 
-    def samples(self, split: str, novel_as_background: bool, ids: Sequence[str] = ()) -> Samples:
+    def samples(self, split: str, ids: Sequence[str] = (), *, novel_as_background: bool) -> Samples:
         """How to read the images and masks of a split.
 
         Args:
             split: 'train' or 'val'.
-            novel_as_background: novel pixels get label 0; otherwise their own labels.
             ids: image ids whose files must exist.
+            novel_as_background: novel pixels get label 0; otherwise their own labels.
 
         Raises:
             InputError: a folder of the split, or the image or mask of one of `ids`, is missing.

@@ -10,17 +10,16 @@ import re
 import shutil
 import urllib.error
 import zipfile
-from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 from torchvision import models
 
 from core.errors import InputError, some
 from core.files import atomic_write
 from core.ranks import is_main
+from model import POP
 
 STAGE_2_PREFIXES = ('novel_emb', 'classifier_n.')
 # what classification networks have beyond our backbones
@@ -29,7 +28,7 @@ CLASSIFIER_PREFIXES = ('fc.', 'classifier.', 'features.18.')
 
 def save_checkpoint(
     path: Path,
-    net: nn.Module,
+    net: POP,
     config: dict,
     epoch: int,
     metrics: dict,
@@ -41,7 +40,7 @@ def save_checkpoint(
     Args:
         path: of the file.
         net: the network, not wrapped.
-        config: what the network is for (`network_config`), checked when it is loaded.
+        config: what the network is for (`from_flags.network_config`), checked when it is loaded.
         epoch: epochs done.
         metrics: validation metrics of these weights.
         training: what a run resumes from.
@@ -84,28 +83,13 @@ def read_state(path: Path | str) -> dict:
     return content
 
 
-def network_config(args: Namespace, classes: list, seed: int | None = None) -> dict:
-    """What a checkpoint says of its network: dataset, fold, classes, architecture and size; for stage 2 shot and seed.
-
-    Args:
-        args: the flags.
-        classes: of the fold (`Legend.classes`).
-        seed: of stage 2.
-    """
-    config = {
-        'dataset': args.dataset, 'fold': args.fold, 'backbone': args.backbone, 'os': args.os, 'classes': classes,
-        'base_size': list(args.base_size),
-    }  # fmt: skip
-    return config if seed is None else config | {'shot': args.shot, 'seed': seed}
-
-
 def check_config(path: Path | str, config: dict, expected: dict):
     """Compare a checkpoint's config with what is expected, in the entries that both have; any size is accepted.
 
     Args:
         path: for the message.
         config: the checkpoint's.
-        expected: entries of `network_config`.
+        expected: entries of such a config.
 
     Raises:
         InputError: they differ.
@@ -127,7 +111,7 @@ def check_config(path: Path | str, config: dict, expected: dict):
         what = some(changed) if changed else f'base and novel ids are {list(theirs)}, expected {list(ours)}'
         raise InputError(
             f'{path} is of other classes than the row of {config.get("dataset")!r} in '
-            f'dataset/classes.py has now: {what}. Undo the change of that row, or train anew.'
+            f'dataset/classes.py has now: {what}. Undo the change of that row, or train again.'
         )
 
 
@@ -138,7 +122,7 @@ class Checkpoint:
     Attributes:
         path: of the file, or another name of the source for messages.
         state: parameter name -> tensor, without any `module.` prefix.
-        config: what the network is for (`network_config`); empty for files of other code.
+        config: what the network is for (`from_flags.network_config`); empty for files of other code.
     """
 
     path: Path | str
@@ -163,11 +147,11 @@ class Checkpoint:
             )
         return len(self.state['base_emb']), len(self.state.get('novel_emb', ()))
 
-    def load_into(self, net: nn.Module, expected: dict | None = None) -> list[str]:
+    def load_into(self, net: POP, expected: dict | None = None) -> list[str]:
         """Load a checkpoint of ours or of the published code into a POP network.
 
         Args:
-            net: a `POP` network; changed in place.
+            net: changed in place.
             expected: config entries that the file must agree with where it has them.
 
         Returns:
@@ -186,7 +170,13 @@ class Checkpoint:
             net.start_novel_classifier()
         return absent
 
-    def load_backbone_into(self, net: nn.Module):
+    def load_base_into(self, net: POP, expected: dict | None = None):
+        """Load the base parts of a network of either stage into one of stage 1; errors as in `load_into`."""
+        check_config(self.path, self.config, expected or {})
+        state = {key: value for key, value in self.state.items() if not key.startswith(STAGE_2_PREFIXES)}
+        _load_exactly(net, state, self.path)
+
+    def load_backbone_into(self, net: POP):
         """Load the weights of a classification network or bare backbone into the backbone of a POP network.
 
         Raises:

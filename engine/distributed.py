@@ -15,7 +15,7 @@ from torch import nn
 
 from core.errors import InputError
 from core.ranks import is_main, local_rank, rank, world_size
-from model.kernels.malloc import keep_freed_memory
+from model.kernels import keep_freed_memory
 
 T = TypeVar('T')
 _gloo = None  # a second group, for what is exchanged on the CPU
@@ -48,7 +48,7 @@ def process_group(
     if world_size() > 1:
         timeout = timedelta(minutes=timeout_minutes)
         backend = 'nccl' if device.type == 'cuda' else 'gloo'
-        dist.init_process_group(backend, timeout=timeout, **_meeting_place(timeout))
+        dist.init_process_group(backend, timeout=timeout, **_rendezvous_store(timeout))
         # what is exchanged in every step goes over Gloo, so that nobody waits for a GPU
         global _gloo
         _gloo = dist.new_group(backend='gloo', timeout=timeout)
@@ -73,7 +73,7 @@ def _memory_advice(error, device):
     )
 
 
-def _meeting_place(timeout):
+def _rendezvous_store(timeout):
     """Where the processes find each other, as arguments of init_process_group; none: where PyTorch looks by itself.
 
     torchrun keeps one store over all restarts, in which processes would find the addresses of those that died.

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 from tqdm import tqdm
 
 from core import IGNORE_INDEX, signals
@@ -13,23 +12,26 @@ from core.ranks import is_main, world_size
 from engine.distributed import all_sum, sum_over_processes
 from engine.metrics import confusion_matrix
 from engine.precision import autocast, to_device
-from model.kernels.upsampling import needed, predict
+from model import POP
+from model.kernels import needed, predict
 
+# called with (image id, prediction, mask), integer tensors [h, w]
+OnPrediction = Callable[[str, torch.Tensor, torch.Tensor], None]
 BATCHES_BETWEEN_EXCHANGES = 8  # of several processes, which stop together
 
 
 @torch.no_grad()
 def evaluate(
-    net: nn.Module,
+    net: POP,
     batches: Iterable[dict],
     device: torch.device,
     dtype: torch.dtype = torch.float32,
-    on_prediction: Callable | None = None,
+    on_prediction: OnPrediction | None = None,
 ) -> np.ndarray:
     """Segment images and compare them with their masks.
 
     Args:
-        net: a `POP` network; put into eval mode.
+        net: put into eval mode.
         batches: from `loaders.evaluation_loader`, or with 'features' in place of 'image' (`feature_cache`); 'truth' may
             hold the masks in one tensor [B, H, W].
         device, dtype: where and in which precision the network runs (`precision.precision`).
@@ -76,14 +78,13 @@ def _interruptible(batches: Iterable[dict]) -> Iterator[dict]:
 
 def _exchange_signals(finished):
     """Whether all processes have finished; Stopped where a signal has reached one of them."""
-    *asked, count = sum_over_processes(*signals.flags(), int(finished))
-    if any(asked):
-        raise signals.stop(asked)
+    *received, count = sum_over_processes(*signals.received(), int(finished))
+    signals.raise_if_received(received)
     return count == world_size()
 
 
 def segment(
-    net: nn.Module,
+    net: POP,
     features: torch.Tensor,
     scores: tuple[torch.Tensor, torch.Tensor],
     canvas: tuple[int, int],

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 
 from core import IGNORE_INDEX
@@ -17,6 +16,7 @@ from core.errors import InputError
 from core.ranks import local_world_size, world_size
 from engine.distributed import broadcast
 from engine.precision import autocast, to_device
+from model import POP
 
 GB = 10**9
 SPARE_DISK = 2 * GB  # left free for checkpoints and logs
@@ -24,7 +24,7 @@ IMAGES_AT_ONCE = {'cpu': 1, 'cuda': 32}  # of a cached batch
 
 
 def cache_features(
-    frozen: nn.Module,
+    frozen: POP,
     loader: DataLoader,
     size: tuple[int, int],
     device: torch.device,
@@ -46,7 +46,7 @@ def cache_features(
         place: 'gpu', 'memory', 'disk', 'off', or 'auto': the first of these with room for them.
         budget_gb: memory for the features of all processes of a host together, in 10^9 bytes.
         folder: where they are kept on disk.
-        log: is told where the features are, or why they are not kept.
+        log: called with a message about where the features are kept, or why they are not.
 
     Returns:
         Batches for `evaluation.evaluate`.
@@ -76,7 +76,7 @@ def cache_features(
     if chosen is None and place != 'auto':
         raise InputError(f'--val-cache {place}: {shortage}. Raise the budget, use --val-limit, or auto.')
     if chosen is None:
-        log(f'{shortage}: not kept, every validation computes them anew (--val-limit N validates on fewer)')
+        log(f'{shortage}: not kept, every validation computes them again (--val-limit N validates on fewer)')
         return features
     log(f'validation features: {len(loader.dataset)} images, {need / GB:.2f} GB, kept in {chosen}')
     return CachedFeatures(frozen, loader, device, dtype, (count, *shape), (count, *size), chosen, folder)
@@ -88,13 +88,13 @@ def _spare_gpu_memory(device):
 
 
 class FrozenFeatures:
-    """Batches of validation features, computed anew in each pass.
+    """Batches of validation features, computed again in each pass.
 
     Args:
         frozen, loader, device, dtype: as in `cache_features`.
     """
 
-    def __init__(self, frozen: nn.Module, loader: DataLoader, device: torch.device, dtype: torch.dtype):
+    def __init__(self, frozen: POP, loader: DataLoader, device: torch.device, dtype: torch.dtype):
         self.frozen, self.loader, self.device, self.dtype = frozen, loader, device, dtype
 
     def __len__(self) -> int:
@@ -120,7 +120,7 @@ class CachedFeatures(FrozenFeatures):
 
     def __init__(
         self,
-        frozen: nn.Module,
+        frozen: POP,
         loader: DataLoader,
         device: torch.device,
         dtype: torch.dtype,
@@ -192,7 +192,10 @@ def _allocate(shape, dtype, place, folder, device):
     with tempfile.TemporaryFile(dir=folder) as file:
         try:
             # reserved at once: a disk that fills up later would end the process without a message
-            os.posix_fallocate(file.fileno(), 0, size)
+            if hasattr(os, 'posix_fallocate'):  # not on macOS
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
         except OSError as error:
             raise InputError(
                 f'cannot keep {size / GB:.1f} GB of validation features in {folder}: {error.strerror}. '

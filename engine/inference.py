@@ -1,23 +1,21 @@
 """A network made ready to segment images."""
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
-from torch import nn
 from torch.utils.data import Dataset
 
-from engine.evaluation import evaluate
+from engine.evaluation import OnPrediction, evaluate
 from engine.loaders import evaluation_loader
 from engine.precision import compile_features
-from model.kernels.fusing import fuse
+from model import POP
+from model.kernels import fuse
 
 
 class Segmenter:
     """Segments data sets with a network whose batch normalisations are fused into its convolutions.
 
     Args:
-        net: a `POP` network with its final weights.
+        net: with its final weights.
         device, dtype: where and in which precision it runs (`precision.precision`).
         compiled: torch.compile backbone and decoder.
 
@@ -25,13 +23,13 @@ class Segmenter:
         net: the fused network, on the device.
     """
 
-    def __init__(self, net: nn.Module, device: torch.device, dtype: torch.dtype, compiled: bool = False):
+    def __init__(self, net: POP, device: torch.device, dtype: torch.dtype, compiled: bool = False):
         self.net, self.device, self.dtype = fuse(net.to(device), dtype), device, dtype
         if compiled:
             compile_features(self.net)
 
     def run(
-        self, dataset: Dataset, on_prediction: Callable | None = None, *, batch_size: int = 1, num_workers: int = 0
+        self, dataset: Dataset, on_prediction: OnPrediction | None = None, *, batch_size: int = 1, num_workers: int = 0
     ) -> np.ndarray:
         """Segment this process's share of a `SegmentationDataset`; see `evaluation.evaluate`.
 

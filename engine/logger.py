@@ -27,7 +27,7 @@ class RunLogger:
         path: the snapshot folder; made where it is missing.
         arguments: written to args.json.
         folder: says which records of metrics.jsonl stay: those made after the checkpoint that a run resumes from are
-            made again. Without it none stay.
+            made again. Without it all are removed.
     """
 
     def __init__(self, path: Path, arguments: dict, folder: RunFolder | None = None):

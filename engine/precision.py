@@ -5,10 +5,10 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from core.ranks import is_main
 from engine.distributed import broadcast
+from model import POP
 
 
 def precision(device: torch.device, fp16: bool) -> torch.dtype:
@@ -49,7 +49,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def compile_features(net: nn.Module):
+def compile_features(net: POP):
     """Compile backbone and decoder of a POP network in place (torch.compile); its keys do not change."""
     net.backbone.compile()
     net.decoder.compile()

@@ -12,7 +12,6 @@ says which ones a resumed run keeps; later ones are made again.
 import hashlib
 import math
 import shutil
-from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +64,7 @@ class SavedState:
 
     @classmethod
     def of(cls, path: Path | str, state: dict) -> 'SavedState':
-        """Of a checkpoint that has been read (`checkpoint.read_state`)."""
+        """Make it from a checkpoint that has been read (`checkpoint.read_state`)."""
         training = state['training']
         epoch = training['progress']['epoch']
         return cls(str(path), training['arguments'], epoch, training.get('step', 0), training.get('records', 0))
@@ -91,15 +90,15 @@ class RunFolder:
         self, folder: Path, arguments: dict, resume: str = 'auto', overwrite: bool = False, classes: Sequence = ()
     ):
         self.folder, self.arguments, self.classes = Path(folder), arguments, classes
-        self._given_up = []  # files of an earlier run
+        self._to_remove = []  # files of an earlier run
         self._found: dict[int | None, SavedState] = on_main(lambda: self._find(resume, overwrite))
 
     def remove_earlier_run(self):
-        """Remove the run that --overwrite gives up; to be called when nothing is left to be refused."""
+        """Delete the run that --overwrite replaces; call it after all checks have passed."""
         barrier()  # every process has read what it starts from
-        for path in self._given_up:
+        for path in self._to_remove:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        self._given_up = []
+        self._to_remove = []
 
     def state(self, seed: int | None = None) -> dict | None:
         """What `checkpoint.save_checkpoint` stored of a seed; None where the seed starts from the beginning."""
@@ -146,7 +145,7 @@ class RunFolder:
         """Seed -> SavedState."""
         self._check_stage()
         if resume == 'off':
-            self._give_up(overwrite)
+            self._plan_removal(overwrite)
             return {}
         if resume != 'auto':
             return self._find_from_file(resume, overwrite)
@@ -192,7 +191,7 @@ class RunFolder:
                     f'({"; ".join(differing)}). Use --restore-from to start from its weights.'
                 )
         if not self._contains(path):
-            self._give_up(overwrite)
+            self._plan_removal(overwrite)
             found[seed].records = 0
         return found
 
@@ -230,14 +229,14 @@ class RunFolder:
                 '--resume off --overwrite to start over.'
             )
 
-    def _give_up(self, overwrite):
+    def _plan_removal(self, overwrite):
         present = [path for pattern in RUN_FILES for path in self.folder.glob(pattern)]
         if present and not overwrite:
             raise InputError(
                 f'{self.folder} holds an earlier run ({some(sorted(path.name for path in present))}); --overwrite '
                 'removes it, --resume auto continues it'
             )
-        self._given_up = present
+        self._to_remove = present
 
 
 def _differing(earlier, now, names=None):
@@ -249,16 +248,16 @@ def _differing(earlier, now, names=None):
     ]
 
 
-def run_arguments(args: Namespace, dtype: torch.dtype, files: dict[str, Path]) -> dict:
+def run_arguments(flags: dict, dtype: torch.dtype, files: dict[str, Path]) -> dict:
     """What a run depends on, as plain values: its flags, precision, and the contents of its lists and base network.
 
     Args:
-        args: the flags.
+        flags: name -> value.
         dtype: the precision that --fp16 selects on this device.
         files: name -> path.
     """
-    flags = {name: _plain(value) for name, value in vars(args).items() if name not in EXECUTION_FLAGS}
-    return flags | {'precision': name_of(dtype)} | digests(files)
+    plain = {name: _plain(value) for name, value in flags.items() if name not in EXECUTION_FLAGS}
+    return plain | {'precision': name_of(dtype)} | digests(files)
 
 
 def digests(files: dict[str, Path]) -> dict[str, str]:

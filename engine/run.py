@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import os
 import socket
-from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,8 +21,14 @@ from engine.stage import Stage
 
 
 @contextlib.contextmanager
-def start_run(args: Namespace) -> Iterator[torch.device]:
-    """Join the processes of a training run, lock its folder, and have SIGTERM and SIGINT save before they end it.
+def training_process(
+    folder: Path, device: str, timeout_minutes: float, deterministic: bool
+) -> Iterator[torch.device]:
+    """Join the processes of a training run, lock its folder, and make SIGTERM and SIGINT save before they end it.
+
+    Args:
+        folder: the snapshot folder.
+        device, timeout_minutes, deterministic: as in `distributed.process_group`.
 
     Yields:
         This process's device.
@@ -31,24 +36,24 @@ def start_run(args: Namespace) -> Iterator[torch.device]:
     Raises:
         InputError: there is no such device, or another run uses --snapshot-dir.
     """
-    with process_group(args.device, args.timeout_minutes, args.deterministic) as device, locked(args.snapshot_dir):
+    with process_group(device, timeout_minutes, deterministic) as process_device, locked(folder):
         signals.listen()
-        yield device
+        yield process_device
 
 
 class Run:
-    """What a trainer writes to. Made when nothing is left to be refused: it removes what --overwrite gives up.
+    """What a trainer writes to. Make it after all checks have passed: it deletes the earlier run of --overwrite.
 
     Args:
         folder: the snapshot folder, and what the run resumes from.
-        args: the flags, for args.json.
+        arguments: the flags, for args.json.
         notes: logged first.
     """
 
-    def __init__(self, folder: RunFolder, args: Namespace, notes: Sequence[str] = ()):
+    def __init__(self, folder: RunFolder, arguments: dict, notes: Sequence[str] = ()):
         folder.remove_earlier_run()
-        self.folder, self.args = folder, args
-        self.logger = RunLogger(folder.path(), vars(args), folder)
+        self.folder, self.arguments = folder, arguments
+        self.logger = RunLogger(folder.path(), arguments, folder)
         for note in notes:
             self.logger.info(f'note: {note}')
 

@@ -1,7 +1,9 @@
 """What differs between runs of the two stages (`Stage`), and how long they train (`Plan`)."""
 
-from collections.abc import Callable, Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 
 from core.ranks import is_main
 from engine.evaluation import evaluate
+from model import POP
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,16 @@ class Plan:
     print_frequency: int = 50
 
 
+class Panel(Protocol):
+    """Shows what a network does: takes its validation predictions, gives pictures for TensorBoard."""
+
+    def __call__(self, image_id: str, prediction: torch.Tensor, truth: torch.Tensor): ...
+
+    def pictures(self, net: POP) -> dict[str, np.ndarray]: ...
+
+
 @dataclass(kw_only=True)
-class Stage:
+class Stage(ABC):
     """What a stage trains, minimises and is judged by. train_base.py and ft_pop.py each define theirs.
 
     Attributes:
@@ -43,32 +54,37 @@ class Stage:
         model: what `losses` calls: `net` or its head, under DistributedDataParallel where there are several processes.
         val_batches: validation images or their features (`evaluation.evaluate`).
         device, dtype: where and in which precision the network runs.
-        panel: is called with each validation prediction; `pictures(net)` then gives the pictures for TensorBoard.
+        panel: is called with each validation prediction.
         class_names: of the logits.
         config: stored in the checkpoints (`checkpoint.network_config`).
         seed: of stage 2; part of the file names.
         patience: stop after more than so many epochs without a new best, as the released code does; None: never.
     """
 
-    net: nn.Module
+    net: POP
     model: nn.Module
     val_batches: Iterable[dict]
     device: torch.device
     dtype: torch.dtype
-    panel: Callable
+    panel: Panel
     class_names: tuple[str, ...]
     config: dict
     seed: int | None = None
     patience: int | None = None
 
+    @abstractmethod
     def losses(self, batch: dict, pixel_weight: float, micro_batches: int) -> dict[str, torch.Tensor]:
-        """Named loss terms of a micro-batch, whose sum is minimised; the keywords are those of `losses.pop_losses`."""
-        raise NotImplementedError
+        """Named loss terms of a micro-batch; their sum is minimised.
+
+        Args:
+            batch: from the training loader.
+            pixel_weight, micro_batches: as in `losses.pop_losses`.
+        """
 
     @staticmethod
+    @abstractmethod
     def improves(metrics: dict, best: dict | None) -> bool:
         """Whether validation metrics (`metrics.summarize`) are better than the best so far."""
-        raise NotImplementedError
 
     def validate(self) -> np.ndarray:
         """Confusion matrix on the validation images, int64 [K, K], row = truth."""

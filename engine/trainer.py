@@ -19,6 +19,7 @@ from engine.metrics import iou_per_class, summarize
 from engine.optim import MIN_LOSS_SCALE, Optimization
 from engine.run import Run
 from engine.stage import Plan, Stage
+from model.kernels import return_freed_memory
 
 
 @dataclass
@@ -55,7 +56,7 @@ class Trainer:
         self.stage, self.net, self.loader = stage, stage.net, loader
         self.optimization, self.run, self.plan = optimization, run, plan
         self.logger = run.logger
-        self.steps = loader.batch_sampler.steps
+        self.steps_per_epoch = loader.batch_sampler.steps
         self.progress = Progress(plan.start_epoch, best_epoch=plan.start_epoch)
         self.saved_at, self.skipped = time.monotonic(), set()
         self.position = {} if stage.seed is None else {'seed': stage.seed}
@@ -72,7 +73,7 @@ class Trainer:
         self.progress = Progress(**training['progress'])
         torch.set_rng_state(training['rng'])
         where = f'resumed at epoch {self.progress.epoch + 1}, step {self.progress.step + 1}'
-        done = 'finished earlier; to train on: --resume FILE with more epochs, to start anew: --resume off --overwrite'
+        done = 'finished earlier; train longer: --resume FILE with more epochs; start over: --resume off --overwrite'
         self.logger.info(self.prefix + (done if self.progress.finished else where))
 
     def save(self, name: str = 'last'):
@@ -82,8 +83,8 @@ class Trainer:
             training = {
                 'optimization': self.optimization.state_dict(),
                 'progress': asdict(progress),
-                'rng': torch.get_rng_state(),
-                'step': progress.epoch * self.steps + progress.step,
+                'rng': torch.get_rng_state(),  # nothing draws from it today
+                'step': progress.epoch * self.steps_per_epoch + progress.step,
             }
         self.run.save(name, self.stage, progress.epoch, progress.last, training)
         if name == 'last':
@@ -106,7 +107,7 @@ class Trainer:
             metrics = self.validation() if validated else {}
             progress.epoch, progress.step, progress.last = progress.epoch + 1, 0, metrics
             if metrics:
-                self.compare(metrics)
+                self.update_best(metrics)
             self.end_epoch(stops_early=bool(metrics) and self.is_out_of_patience())
         if self.skipped:
             self.logger.info(f'{self.prefix}{len(self.skipped)} training images were skipped')
@@ -123,7 +124,7 @@ class Trainer:
         return stops
 
     def end_epoch(self, stops_early: bool):
-        """Save, and stop where a signal asks for it. `last` is written last: a run killed before repeats it all."""
+        """Save, and stop if a signal asks for it. `last` is written last: a run killed before it repeats this."""
         progress, plan = self.progress, self.plan
         progress.finished = broadcast(stops_early or progress.epoch == plan.num_epoch)
         if plan.save_pred_every and progress.epoch % plan.save_pred_every == 0:
@@ -131,50 +132,47 @@ class Trainer:
         if progress.finished:
             final = {f'best_{name}': value for name, value in progress.best.items()}
             final |= {f'last_{name}': value for name, value in progress.last.items()}
-            self.logger.hyperparameters(vars(self.run.args), final, **self.position)
+            self.logger.hyperparameters(self.run.arguments, final, **self.position)
         self.save()
-        asked = sum_over_processes(*signals.flags())
-        if any(asked):
-            raise signals.stop(asked)
+        signals.raise_if_received(sum_over_processes(*signals.received()))
 
     def train_epoch(self):
         """Take the steps that are left of the current epoch."""
         plan, progress, sampler = self.plan, self.progress, self.loader.batch_sampler
         self.net.train()
         sampler.epoch, sampler.first_step = progress.epoch, progress.step
-        if progress.step == self.steps:
+        if progress.step == self.steps_per_epoch:
             return
         # reading a loss waits for the GPU, so there it is read when it is printed
         check_every = 1 if self.optimization.device.type == 'cpu' else plan.print_frequency
         unchecked, speed = [], _Speed(progress.step)
         hidden = None if is_main() else True  # None: hidden unless there is a terminal
-        bar = tqdm(None, self.title, self.steps, initial=progress.step, leave=False, disable=hidden)
+        bar = tqdm(None, self.title, self.steps_per_epoch, initial=progress.step, leave=False, disable=hidden)
         batches = iter(self.loader)
-        while progress.step < self.steps:
+        while progress.step < self.steps_per_epoch:
             with speed.waiting():
                 micro_batches = [next(batches) for _ in range(sampler.micro_batches)]
             rates = self.optimization.learning_rates
-            values, asked = self.step(micro_batches)
+            values, received = self.step(micro_batches)
             progress.step += 1
             bar.update()
             self.note_skipped(micro_batches)
             image_ids = [name for batch in micro_batches for name in _all_of(batch, 'id')]
             unchecked.append((progress.step, values, image_ids))
-            due = any(asked) or self.is_save_due()
-            if due or progress.step % check_every == 0 or progress.step == self.steps:
+            due = any(received) or self.is_save_due()
+            if due or progress.step % check_every == 0 or progress.step == self.steps_per_epoch:
                 self.check_finite(unchecked)
                 unchecked = []
-            if progress.step % plan.print_frequency == 0 or progress.step == self.steps:
-                self.report(bar, values, rates, speed, len(image_ids))
+            if progress.step % plan.print_frequency == 0 or progress.step == self.steps_per_epoch:
+                self.log_step(bar, values, rates, speed, len(image_ids))
             if due:
                 self.save()
-            if any(asked):
-                raise signals.stop(asked)
+            signals.raise_if_received(received)
         bar.close()
 
     @property
     def title(self) -> str:
-        """Of the current epoch."""
+        """Title of the current epoch in log and progress bar."""
         return f'{self.prefix}epoch {self.progress.epoch + 1}/{self.plan.num_epoch}'
 
     def step(self, micro_batches: list[dict]) -> tuple[dict, list[int]]:
@@ -186,7 +184,7 @@ class Trainer:
         Returns:
             Loss terms and 'grad_norm', scalar tensors; how many processes each signal has reached.
         """
-        pixels, *asked = sum_over_processes(sum(map(_counted_pixels, micro_batches)), *signals.flags())
+        pixels, *received = sum_over_processes(sum(map(_counted_pixels, micro_batches)), *signals.received())
         pixel_weight = world_size() / max(pixels, 1)
         values = {}
         for i, batch in enumerate(micro_batches):
@@ -194,18 +192,19 @@ class Trainer:
             exchanges = i + 1 == len(micro_batches) or not hasattr(self.stage.model, 'no_sync')
             with contextlib.nullcontext() if exchanges else self.stage.model.no_sync():
                 losses = self.stage.losses(batch, pixel_weight=pixel_weight, micro_batches=len(micro_batches))
+                return_freed_memory(self.optimization.device)  # before the backward pass, which needs the most
                 self.optimization.backward(sum(losses.values()))
             values = {name: values.get(name, 0) + value.detach() for name, value in losses.items()}
         values['grad_norm'] = self.optimization.step()
-        return values, asked
+        return values, received
 
-    def report(self, bar: tqdm, values: dict, rates: dict, speed: '_Speed', images: int):
+    def log_step(self, bar: tqdm, values: dict, rates: dict, speed: '_Speed', images: int):
         """Log the step just done; `values` and `rates` are its losses and learning rates, `images` this process's."""
         progress, device = self.progress, self.optimization.device
         means = mean_over_processes(values)
         steps_per_second, waiting = speed.measure(progress.step)
         images_per_second = steps_per_second * images * world_size()
-        left = (self.steps * (self.plan.num_epoch - progress.epoch) - progress.step) / steps_per_second
+        left = (self.steps_per_epoch * (self.plan.num_epoch - progress.epoch) - progress.step) / steps_per_second
         memory = _peak_memory(device) / 1e9
         losses = ' '.join(f'{name} {value:.4f}' for name, value in means.items() if name != 'grad_norm')
         shown_rates = ' '.join(f'{name} {rate:.2e}' for name, rate in rates.items() if name != 'head_bias')
@@ -217,9 +216,9 @@ class Trainer:
             f'{waiting:.0%} waiting for data | {memory:.1f} GB | {timedelta(seconds=round(left))} left'
         )
         bar.set_postfix_str(f'{losses}, {timedelta(seconds=round(left))} left')
-        self.logger.info(f'{self.title} step {progress.step}/{self.steps} | {line}', terminal=bar.disable)
+        self.logger.info(f'{self.title} step {progress.step}/{self.steps_per_epoch} | {line}', terminal=bar.disable)
         self.logger.record(
-            'train', progress.epoch * self.steps + progress.step,
+            'train', progress.epoch * self.steps_per_epoch + progress.step,
             means | scale | {f'lr_{name}': rate for name, rate in rates.items()},
             {'images_per_second': images_per_second, 'waiting_for_data': waiting, 'memory_gb': memory},
             epoch=progress.epoch + 1, **self.position,
@@ -228,7 +227,7 @@ class Trainer:
     def validation(self) -> dict:
         """Validate the network and log its metrics and pictures; returns the metrics."""
         epoch, began = self.progress.epoch + 1, time.perf_counter()
-        step = epoch * self.steps
+        step = epoch * self.steps_per_epoch
         broadcast_buffers(self.net)
         try:
             confusion = self.stage.validate()
@@ -243,7 +242,7 @@ class Trainer:
                 self.logger.picture(name, picture, step, **self.position)
         return metrics
 
-    def compare(self, metrics: dict):
+    def update_best(self, metrics: dict):
         """Save the weights as `best` where their metrics are the best so far."""
         progress = self.progress
         if broadcast(self.stage.improves(metrics, progress.best)):
@@ -254,8 +253,8 @@ class Trainer:
         self.logger.info(f'{self.prefix}epoch {progress.epoch}: mIoU {", ".join(shown)}; {best_at}')
 
     def is_save_due(self) -> bool:
-        """Whether the plan asks for a checkpoint now; the main process, which writes it, looks at the clock."""
-        plan, done = self.plan, self.progress.epoch * self.steps + self.progress.step
+        """Whether the plan asks for a checkpoint now; the main process, which writes it, checks the elapsed time."""
+        plan, done = self.plan, self.progress.epoch * self.steps_per_epoch + self.progress.step
         by_steps = plan.save_every_steps and done % plan.save_every_steps == 0
         if by_steps or not plan.save_every_minutes or not is_main():
             return bool(by_steps)

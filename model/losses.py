@@ -47,6 +47,11 @@ def cross_entropy(logits: torch.Tensor, mask: torch.Tensor, pixel_weight: float 
 
     Returns:
         Scalar; 0 if every pixel is ignored.
+
+    The sum is, without full-size logits in memory,
+
+        F.cross_entropy(F.interpolate(logits, mask.shape[-2:], mode='bilinear', align_corners=True), mask,
+                        ignore_index=255, reduction='sum')
     """
     total = summed_cross_entropy(logits, mask)
     if pixel_weight is None:
@@ -85,7 +90,8 @@ def pseudo_label(mask: torch.Tensor, logits: torch.Tensor, num_base: int) -> tor
         num_base: Kb.
 
     Returns:
-        A new mask; background pixels hold the argmax over background and the novel classes.
+        A new mask; background pixels hold the argmax over background and the novel classes of the logits, upsampled
+        to the mask.
     """
     candidates = torch.cat([logits[:, :1], logits[:, 1 + num_base :]], dim=1)
     choice = predict(candidates, mask.shape[-2:])

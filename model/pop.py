@@ -115,7 +115,7 @@ class POP(nn.Module):
 
     def start_from(self, base: 'POP') -> None:
         """Start stage 2 from a network of stage 1: its weights, and phi_n from phi."""
-        self.load_state_dict(base.state_dict(), strict=False)
+        self.load_state_dict(self.state_dict() | base.state_dict())
         self.start_novel_classifier()
 
     def start_novel_classifier(self) -> None:

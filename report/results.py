@@ -108,7 +108,7 @@ def draw_seed(
     if legend.novel_labels:
         try:
             ids = data.support_ids(shot, seed)
-            samples = data.samples('train', False, ids)
+            samples = data.samples('train', ids, novel_as_background=False)
             figures['support'] = support_figure([(i, *samples.read(i)) for i in ids], legend, shot)
         except InputError as error:  # the other figures do not need the training images
             print(f'no picture of the support images: {error}')

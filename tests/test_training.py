@@ -1,6 +1,5 @@
 """Optimisation, selection of the best epoch, and the files of a run."""
 
-import argparse
 import copy
 import json
 import sys
@@ -19,12 +18,13 @@ from engine.logger import RunLogger
 from engine.optim import Optimization, parameter_groups
 from engine.resume import RunFolder
 from engine.run import Run
-from engine.stage import Plan, Stage
+from engine.stage import Plan
 from engine.trainer import Trainer
 from ft_pop import NovelStage
 from model import POP, PSP, build_model, reference
 from model.losses import pop_losses
 from report.tensorboard import ValidationPanel
+from train_base import BaseStage
 
 CPU = torch.device('cpu')
 
@@ -140,19 +140,15 @@ def test_a_run_keeps_best_and_last_and_stops_early(tmp_path, monkeypatch, val_ev
     loader = training_loader(range(4), 2, seed=0, num_workers=0, device=CPU)
     legend = Legend(('background', 'thing'), (0, 1), 1, 'voc')
 
-    class ScriptedStage(Stage):
+    class Scripted(BaseStage):
         def validate(self):
             return np.array([[(hits := next(correct)), 100 - hits], [0, 100]])
 
-        @staticmethod
-        def improves(metrics, best):
-            return best is None or metrics['base'] > best['base']
-
-    stage = ScriptedStage(
+    stage = Scripted(
         net=net, model=net, val_batches=(), device=CPU, dtype=torch.float32, class_names=legend.names,
         panel=ValidationPanel(legend, read_image=None), config={'fold': 0}, seed=7, patience=1,
     )  # fmt: skip
-    run = Run(RunFolder(tmp_path, {7: {}}), argparse.Namespace())
+    run = Run(RunFolder(tmp_path, {7: {}}), {})
     plan = Plan(num_epoch=8, val_every=val_every, save_pred_every=3, print_frequency=1)
     result = Trainer(stage, loader, Optimization(net, 1e-3, 0.9, 0.0, total_steps=16, power=0), run, plan).fit()
     epochs = {path.stem: torch.load(path, weights_only=True)['epoch'] for path in tmp_path.glob('*.pth')}
@@ -221,9 +217,9 @@ def test_a_collapsed_loss_scale_ends_the_run_with_the_images(tmp_path):
     optimization.scaler = torch.amp.GradScaler('cpu', init_scale=0.5)
     optimization.backward(net.base_emb.sum())
     loader = training_loader(range(4), 2, seed=0, num_workers=0, device=CPU)
-    stage = Stage(
+    stage = BaseStage(
         net=net, model=net, val_batches=(), device=CPU, dtype=torch.float16, class_names=(), panel=None, config={}
     )  # fmt: skip
-    trainer = Trainer(stage, loader, optimization, Run(RunFolder(tmp_path, {None: {}}), argparse.Namespace()), Plan(8))
+    trainer = Trainer(stage, loader, optimization, Run(RunFolder(tmp_path, {None: {}}), {}), Plan(8))
     with pytest.raises(InputError, match=r'loss scale fell to 0\.5 at epoch 1, step 3.*images: a, b.*--learning-rate'):
         trainer.check_finite([(3, {'ce': torch.ones(()), 'grad_norm': torch.ones(())}, ['a', 'b'])])

@@ -88,16 +88,40 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     return _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+def training_parser(
+    doc: str,
+    models: tuple[str, ...],
+    backbones: Iterable[str],
+    restore_help: str,
+    *,
+    batch_size: int | None,
+    num_epoch: int,
+) -> argparse.ArgumentParser:
+    """A parser with the flags that both stages share.
+
+    Args:
+        doc: the script's docstring.
+        models, backbones: choices of --model and --backbone.
+        restore_help: help of --restore-from.
+        batch_size, num_epoch: defaults; a batch size of None is the dataset's.
+    """
+    parser = make_parser(doc)
+    add_data_flags(parser)
+    add_model_flags(parser, models, backbones, restore_help)
+    add_training_flags(parser, batch_size, num_epoch)
+    add_process_flags(parser)
+    return parser
+
+
 def add_data_flags(parser: argparse.ArgumentParser):
     """Which data: --dataset --data-dir --train-list --val-list --fold --base-size --num-workers ..."""
     group = parser.add_argument_group('data')
     group.add_argument('--dataset', choices=list(DATASETS), default='voc', help='default: voc')
     group.add_argument('--data-dir', type=Path, required=True, help='folder of the images and masks')
     group.add_argument(
-        '--train-list',
-        type=Path,
+        '--train-list', type=Path,
         help="training ids; the fold's lists are kept beside it (default: dataset/list/DATASET/...)",
-    )
+    )  # fmt: skip
     group.add_argument('--val-list', type=Path, help='evaluation ids (default: val.txt beside the train list)')
     group.add_argument('--fold', type=int, default=0, help='which classes are novel; -1: none (default: 0)')
     group.add_argument(
@@ -109,19 +133,14 @@ def add_data_flags(parser: argparse.ArgumentParser):
 def add_evaluation_flags(group):
     """How evaluation feeds images to the network; `group` is a parser or a group of one."""
     group.add_argument(
-        '--base-size',
-        type=parse_size,
-        default=BASE_SIZE,
-        metavar='H,W',
+        '--base-size', type=parse_size, default=BASE_SIZE, metavar='H,W',
         help='evaluation: images are resized to fit (default: 473,473; for utils.predict: as in training)',
-    )
+    )  # fmt: skip
     group.add_argument('--test-batch-size', type=positive, default=1, help='per process (default: 1)')
     group.add_argument(
-        '--num-workers',
-        type=not_negative,
-        default=min(4, usable_cores()),
+        '--num-workers', type=not_negative, default=min(4, usable_cores()),
         help='loader processes per training process (default: 4, or the usable cores if there are fewer)',
-    )
+    )  # fmt: skip
 
 
 def add_model_flags(
@@ -145,10 +164,9 @@ def add_device_flags(group):
         '--device', choices=('auto', 'cpu', 'cuda'), default='auto', help='auto: CUDA if available (default)'
     )
     group.add_argument(
-        '--fp16',
-        action='store_true',
+        '--fp16', action='store_true',
         help='mixed precision: float16 on CUDA, bfloat16 on CPUs with instructions for it (float32 on others)',
-    )
+    )  # fmt: skip
 
 
 def add_training_flags(parser: argparse.ArgumentParser, batch_size: int | None, num_epoch: int):
@@ -163,57 +181,44 @@ def _add_recipe_flags(group, batch_size, num_epoch):
         '--input-size', type=parse_size, default=(473, 473), metavar='H,W', help='training crop (default: 473,473)'
     )
     group.add_argument(
-        '--scale-range',
-        type=parse_range,
-        metavar='LO,HI',
+        '--scale-range', type=parse_range, metavar='LO,HI',
         help="random resize factor, relative to the original size (default: the dataset's)",
-    )
+    )  # fmt: skip
     group.add_argument(
-        '--batch-size',
-        type=positive,
-        default=batch_size,
+        '--batch-size', type=positive, default=batch_size,
         help='of all processes together (default: 8 on VOC and 16 on COCO in stage 1, 1 in stage 2)',
-    )
+    )  # fmt: skip
     group.add_argument(
-        '--learning-rate',
-        type=rate,
-        default=1e-3,
+        '--learning-rate', type=rate, default=1e-3,
         help='of the backbone; everything else has ten times this rate (default: 1e-3)',
-    )
+    )  # fmt: skip
     group.add_argument('--momentum', type=rate, default=0.9, help='default: 0.9')
     group.add_argument('--weight-decay', type=rate, default=1e-4, help='default: 1e-4')
     group.add_argument('--power', type=rate, default=0.9, help='of the poly schedule (default: 0.9)')
     group.add_argument('--num-epoch', type=positive, default=num_epoch, help=f'default: {num_epoch}')
     group.add_argument(
-        '--start-epoch',
-        type=not_negative,
-        default=0,
+        '--start-epoch', type=not_negative, default=0,
         help='start the schedule and the random draws at this epoch, from the weights of --restore-from',
-    )
+    )  # fmt: skip
     group.add_argument(
         '--fix-bn', action='store_true', help='keep every batch normalisation as loaded (stage 2 always does)'
     )
     group.add_argument('--freeze-backbone', action='store_true', help='do not train the backbone (stage 2 never does)')
     group.add_argument('--fix-lr', action='store_true', help='constant learning rate')
     group.add_argument(
-        '--accumulate',
-        type=positive,
-        default=1,
-        metavar='N',
+        '--accumulate', type=positive, default=1, metavar='N',
         help='divide the batch into N micro-batches, one after the other, to save memory; batch normalisation then '
         'sees one of them (default: 1)',
-    )
+    )  # fmt: skip
 
 
 def _add_run_flags(group):
     group.add_argument('--snapshot-dir', type=Path, required=True, help='folder for checkpoints, logs and curves')
     group.add_argument(
-        '--resume',
-        default='auto',
-        metavar='auto|off|FILE',
+        '--resume', default='auto', metavar='auto|off|FILE',
         help='auto: resume an interrupted run with the same arguments (default); off: start in an empty folder; '
         'FILE: resume from a checkpoint, also with other arguments',
-    )
+    )  # fmt: skip
     group.add_argument('--overwrite', action='store_true', help='unless --resume auto: remove an earlier run first')
     group.add_argument(
         '--save-every-steps', type=not_negative, default=0, metavar='N', help='also save within epochs (default: 0, no)'
@@ -222,12 +227,9 @@ def _add_run_flags(group):
         '--save-every-minutes', type=rate, default=0, metavar='M', help='the same every M minutes (default: 0, no)'
     )
     group.add_argument(
-        '--save-pred-every',
-        type=not_negative,
-        default=0,
-        metavar='N',
+        '--save-pred-every', type=not_negative, default=0, metavar='N',
         help='also keep epoch_N.pth every N epochs (default: 0, never)',
-    )
+    )  # fmt: skip
     group.add_argument(
         '--print-frequency', type=positive, default=50, metavar='N', help='log every N steps (default: 50)'
     )
@@ -235,38 +237,29 @@ def _add_run_flags(group):
 
 def _add_validation_flags(group):
     group.add_argument(
-        '--val-every',
-        type=positive,
-        default=1,
-        metavar='N',
+        '--val-every', type=positive, default=1, metavar='N',
         help='validate every N epochs and after the last (default: 1)',
-    )
+    )  # fmt: skip
     group.add_argument(
-        '--val-limit',
-        type=positive,
-        metavar='N',
+        '--val-limit', type=positive, metavar='N',
         help='validate on a fixed random choice of N images; test.py evaluates on all (default: all)',
-    )
+    )  # fmt: skip
 
 
 def add_process_flags(parser: argparse.ArgumentParser):
     """How processes work together, and how they treat errors."""
     group = parser.add_argument_group('processes')
     group.add_argument(
-        '--timeout-minutes',
-        type=rate,
-        default=30,
-        metavar='M',
+        '--timeout-minutes', type=rate, default=30, metavar='M',
         help='a process that keeps the others waiting for longer ends the run (default: 30)',
-    )
+    )  # fmt: skip
     group.add_argument(
         '--deterministic', action='store_true', help='only deterministic algorithms on CUDA; CPU runs always are'
     )
     group.add_argument(
-        '--skip-bad-images',
-        action='store_true',
+        '--skip-bad-images', action='store_true',
         help='skip images that cannot be read, and list them at the end',
-    )
+    )  # fmt: skip
 
 
 def add_few_shot_flags(parser: argparse.ArgumentParser):
@@ -274,11 +267,9 @@ def add_few_shot_flags(parser: argparse.ArgumentParser):
     group = parser.add_argument_group('few-shot')
     group.add_argument('--shot', type=positive, default=1, help='support images per novel class (default: 1)')
     group.add_argument(
-        '--select',
-        choices=('best', 'last'),
-        default='best',
+        '--select', choices=('best', 'last'), default='best',
         help='the checkpoint that is reported (default: best)',
-    )
+    )  # fmt: skip
 
 
 def check_folds(parser: argparse.ArgumentParser, spec: DatasetSpec, folds: list[int]):

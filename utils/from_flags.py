@@ -1,14 +1,16 @@
 """Objects that the training and evaluation scripts make from their flags (`cli`)."""
 
 import argparse
+import contextlib
 import dataclasses
 
+import torch
 from torch.utils.data import DataLoader
 
 from dataset import DATASETS, FoldData
+from engine import run
 from engine.optim import Optimization
 from engine.resume import RunFolder
-from engine.run import Run
 from engine.stage import Plan, Stage
 from engine.trainer import Trainer
 
@@ -21,12 +23,34 @@ def fold_data(args: argparse.Namespace) -> FoldData:
     )  # fmt: skip
 
 
+def network_config(args: argparse.Namespace, data: FoldData, seed: int | None = None) -> dict:
+    """What a checkpoint says of its network: dataset, fold, classes, architecture and size; for stage 2 shot and seed.
+
+    Args:
+        args: the flags.
+        data: the fold.
+        seed: of stage 2.
+    """
+    config = {
+        'dataset': args.dataset, 'fold': args.fold, 'backbone': args.backbone, 'os': args.os,
+        'classes': data.legend.classes, 'base_size': list(args.base_size),
+    }  # fmt: skip
+    return config if seed is None else config | {'shot': args.shot, 'seed': seed}
+
+
+def training_process(args: argparse.Namespace) -> contextlib.AbstractContextManager[torch.device]:
+    """`run.training_process` with the flags."""
+    return run.training_process(
+        args.snapshot_dir, device=args.device, timeout_minutes=args.timeout_minutes, deterministic=args.deterministic
+    )  # fmt: skip
+
+
 def run_folder(args: argparse.Namespace, data: FoldData, arguments: dict) -> RunFolder:
     """--snapshot-dir, and where a run of this fold in it resumes; `arguments` as in `RunFolder`."""
     return RunFolder(args.snapshot_dir, arguments, args.resume, args.overwrite, classes=data.legend.classes)
 
 
-def trainer(args: argparse.Namespace, stage: Stage, loader: DataLoader, run: Run) -> Trainer:
+def trainer(args: argparse.Namespace, stage: Stage, loader: DataLoader, training_run: run.Run) -> Trainer:
     """A trainer with the optimiser, the schedule and the plan of the flags."""
     steps = loader.batch_sampler.steps
     optimization = Optimization(
@@ -34,4 +58,4 @@ def trainer(args: argparse.Namespace, stage: Stage, loader: DataLoader, run: Run
         first_step=args.start_epoch * steps, power=0 if args.fix_lr else args.power, fp16=args.fp16,
     )  # fmt: skip
     plan = Plan(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Plan)})
-    return Trainer(stage, loader, optimization, run, plan)
+    return Trainer(stage, loader, optimization, training_run, plan)

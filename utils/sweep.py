@@ -42,11 +42,11 @@ class Step:
     """One command of the sweep.
 
     Attributes:
-        name: for messages.
+        name: name in messages.
         script: train_base, gen_fs_list, ft_pop or test; the key in sweep.json.
         command: argument vector.
-        folder: of its output, and of the sweep.json that says whether it is done.
-        after: the step that must be done before, or None.
+        folder: gets its output, and the sweep.json that says whether it is done.
+        after: the step that must be done first, or None.
     """
 
     name: str
@@ -85,7 +85,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         '--nproc', type=positive, default=1, metavar='N',
         help="processes of train_base.py and test.py (default: 1); stage 2, with its batch of 1, always has one",
     )  # fmt: skip
-    parser.add_argument('--train-list', help='of the three scripts and the few-shot lists; for one data set only')
+    parser.add_argument('--train-list', help='train list of all commands; for one data set only')
     for name, whose in (
         ('--flags', 'all three scripts'),
         ('--training-flags', 'train_base.py and ft_pop.py'),
@@ -197,8 +197,7 @@ def run(steps: list[Step], jobs: int, when_done: Callable[[Step], None]) -> list
             if not running:
                 break  # what is waiting builds on failed steps
             time.sleep(0.2)
-            if signals.asked():
-                raise signals.Stopped(signals.asked())
+            signals.raise_if_received()
             for step in [step for step, (process, *_) in running.items() if process.poll() is not None]:
                 process, _, began = running.pop(step)
                 if succeeded(step, process.returncode, time.monotonic() - began):
