@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Set up the environment, then check style, imports and behaviour; one test process per core. Flags go to pytest.
-#   bash scripts/run_tests.sh [-k NAME ...]
+#   bash scripts/run_tests.sh                  everything, as CI does
+#   bash scripts/run_tests.sh -m "not slow"    quick: without the tests that take long and rarely break
+#   bash scripts/run_tests.sh -k NAME          some tests
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" requirements-dev.txt
 cd "$ROOT"

@@ -12,7 +12,7 @@ import pytest
 from conftest import LAUNCH, ROOT, run_process, same_results, stage_1, stage_2, start
 
 
-@pytest.mark.parametrize('stage', (1, 2))
+@pytest.mark.parametrize('stage', (1, pytest.param(2, marks=pytest.mark.slow)))
 def test_two_processes_and_micro_batches_follow_the_losses_of_one(shapes, base_run, few_shot_run, tmp_path, stage):
     def curve(launch, name, *flags):
         folder = tmp_path / name
@@ -43,6 +43,7 @@ def test_an_error_of_one_process_ends_all_with_its_message(shapes, tmp_path):
     assert '[rank' not in output and time.monotonic() - began < 60, output
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_restarted_and_the_run_resumes(shapes, whole, tmp_path):
     launch = (*LAUNCH, '--max-restarts', 2)
     process = start(*launch, *stage_1(shapes, tmp_path))

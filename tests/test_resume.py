@@ -33,7 +33,10 @@ def kill_when_it_prints(process, text):
 
 @pytest.mark.parametrize(
     ('processes', 'moments'),
-    ((1, ('epoch 1/2 step 4/', 'epoch 2/2 step 3/')), (2, ('epoch 2/2 step 3/',))),
+    (
+        (1, ('epoch 1/2 step 4/', 'epoch 2/2 step 3/')),
+        pytest.param(2, ('epoch 2/2 step 3/',), marks=pytest.mark.slow),
+    ),
 )
 def test_a_killed_run_of_stage_1_resumes_to_the_same_weights(shapes, whole, tmp_path, processes, moments):
     for moment in moments:
@@ -109,7 +112,10 @@ def test_a_changed_list_is_named(run_script, shapes, tmp_path):
     assert code == 1 and 'content of validation list was' in output, output
 
 
-@pytest.mark.parametrize('damage', ('truncated', 'zeros', 'flipped'))
+@pytest.mark.parametrize(
+    'damage',
+    ('truncated', pytest.param('zeros', marks=pytest.mark.slow), pytest.param('flipped', marks=pytest.mark.slow)),
+)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(shapes, whole, tmp_path, damage):
     run = tmp_path / 'run'
     shutil.copytree(whole(1), run)

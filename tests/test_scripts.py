@@ -197,6 +197,7 @@ def test_a_stage_1_network_is_evaluated_on_base_classes(run_script, shapes, base
     assert json.loads((tmp_path / 'results.json').read_text())['mean']['novel'] is None
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_weights_with_any_number_of_workers(shapes, tmp_path):
     for name, workers in (('a', 0), ('b', 2)):
         code, output = run_process(
@@ -257,6 +258,7 @@ def test_filter_novel_trains_on_fewer_images(run_script, shapes, tmp_path):
         assert not np.isin(read_mask(shapes / f'SegmentationClassAug/{image_id}.png'), range(1, 6)).any()
 
 
+@pytest.mark.slow
 def test_several_processes_train_and_evaluate_together(shapes, base_run, few_shot_run, tmp_path):
     launch = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node')
     code, output = run_process(

@@ -38,7 +38,9 @@ def make_rectangles(folder, name, images):
 
 @pytest.mark.parametrize(('name', 'base', 'novel', 'evaluate', 'processes'), (
     ('voc', 'train_voc_fold0_base.sh', 'ft_voc.sh', 'evaluate_voc_fold0.sh', '1'),
-    ('coco', 'train_coco_fold0_base_q.sh', 'ft_coco.sh', 'evaluate_coco_fold0.sh', '2'),
+    pytest.param(
+        'coco', 'train_coco_fold0_base_q.sh', 'ft_coco.sh', 'evaluate_coco_fold0.sh', '2', marks=pytest.mark.slow
+    ),
 ))  # fmt: skip
 def test_entry_points_run_one_after_the_other(tmp_path, name, base, novel, evaluate, processes):
     make_rectangles(tmp_path / 'data', name, images=40 if name == 'voc' else 160)

@@ -114,6 +114,7 @@ def test_a_larger_grid_keeps_the_commands_of_a_smaller_one_and_flags_add_up(tmp_
     assert [('-x' in flags, '-y' in flags) for flags in novel] == [(False, False), (True, True)]
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_resumes_and_skips_what_is_done(shapes, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
     monkeypatch.setattr(sweep.signals, 'listen', lambda: None)  # the handlers of this process stay
