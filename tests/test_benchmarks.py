@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import cases, run
+from benchmarks import cases, gpu, gpu_cases, run
 from benchmarks.sides import measure
 
 
@@ -73,3 +73,29 @@ def test_projections_add_up(capsys):
     assert voc['plain_h'] == pytest.approx(500 * (15 * 36 + 1449 * 7.2) / 3600)
     assert voc['ours_h'] == pytest.approx(1449 * 0.001 + 500 * (15 * 0.001 + 1449 * 0.0001))
     assert 'VOC' in capsys.readouterr().out
+
+
+def test_without_a_gpu_its_checks_are_listed(monkeypatch, capsys):
+    monkeypatch.setattr('sys.argv', ['gpu.py', '--only', 'overflow', 'speed'])
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    assert gpu.main() == 3
+    listed = capsys.readouterr().out
+    assert 'overflow' in listed and 'speed' in listed and 'smoke' not in listed
+
+
+def test_checks_of_the_gpu_pass_on_a_cpu(tmp_path, capsys):
+    """Those that need no GPU, on small images: they run, and what they compare agrees."""
+    setting = gpu_cases.Setting(cases.CPU, 65, tmp_path, backbone='resnet18')
+    rows = gpu.run_parts(['overflow', 'reference', 'evaluation'], setting)
+    assert len(rows) == 8 and all(row.passed for row in rows), capsys.readouterr().out
+    assert not gpu_cases.Row('', float('nan'), 1.0).passed
+    for plain in (False, True):
+        assert gpu_cases.stage_1_step(setting, torch.float32, 3, 2, plain)().isfinite()
+        assert gpu_cases.stage_2_step(setting, torch.float32, plain)().isfinite()
+
+
+def test_a_part_that_breaks_fails_and_the_next_ones_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(gpu.PARTS, 'speed', lambda setting: 1 / 0)
+    setting = gpu_cases.Setting(cases.CPU, 65, tmp_path)
+    failed, *others = gpu.run_parts(['speed', 'overflow'], setting)
+    assert not failed.passed and len(others) == 1 and others[0].passed

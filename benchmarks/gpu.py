@@ -1,0 +1,88 @@
+"""Prove the CUDA path on a GPU: one table of PASS and FAIL, with figures, in about 20 minutes.
+
+    python benchmarks/gpu.py [--only PART ...] [--json FILE] [--size 473]
+
+Each part takes under 10 minutes. Parts run in order of importance; one that breaks is reported and the next one goes
+on. Data is the embedded set. Exit code 0 if everything passes, 1 if not, 3 on a machine without a GPU, where the parts
+are only listed.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import gpu_checks, gpu_speed
+from benchmarks.gpu_cases import Row, Setting
+from engine.distributed import process_group
+
+PARTS = {
+    'smoke': gpu_checks.smoke,
+    'overflow': gpu_checks.overflow,
+    'reference': gpu_checks.reference_forms,
+    'golden': gpu_checks.golden_curve,
+    'precision': gpu_checks.precisions,
+    'evaluation': gpu_checks.evaluations,
+    'synchronisation': gpu_checks.synchronisations,
+    'speed': gpu_speed.speed,
+    'validation': gpu_speed.validation_speed,
+    'profile': gpu_speed.profile,
+    'resume': gpu_checks.resuming,
+    'compile': gpu_checks.compiling,
+    'processes': gpu_checks.processes,
+    'memory': gpu_checks.out_of_memory,
+    'loading': gpu_speed.loading,
+}
+
+
+def run_parts(names: list[str], setting: Setting) -> list[Row]:
+    """Run parts and print their rows; a part that raises becomes a row that fails."""
+    rows = []
+    for name in names:
+        began = time.perf_counter()
+        try:
+            found = PARTS[name](setting)
+        except Exception:  # whatever one part meets, the others are still worth their time
+            traceback.print_exc()
+            found = [Row('the part raised an exception', 1, 0)]
+        for row in found:
+            limit = '' if row.limit is None else f'<= {row.limit:g}'
+            verdict = '' if row.limit is None else 'PASS' if row.passed else 'FAIL'
+            print(f'{name:16} {row.name:80} {row.value:12.5g} {row.unit:8} {limit:10} {verdict}', flush=True)
+        print(f'{name:16} took {time.perf_counter() - began:.0f} s', flush=True)
+        rows += found
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--only', nargs='+', choices=PARTS, default=list(PARTS), metavar='PART', help=', '.join(PARTS))
+    parser.add_argument('--json', type=Path, help='write the rows to this file')
+    parser.add_argument('--size', type=int, default=473, help='side of images in pixels (default: 473)')
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print('PyTorch finds no GPU here. On one, these parts would run:')
+        for name in args.only:
+            print(f'  {name:16} {PARTS[name].__doc__.splitlines()[0]}')
+        return 3
+    with tempfile.TemporaryDirectory() as folder, process_group('cuda') as device:
+        print(f'{torch.cuda.get_device_name(device)}, PyTorch {torch.__version__}')
+        rows = run_parts(args.only, Setting(device, args.size, Path(folder)))
+    if args.json:
+        content = {'device': torch.cuda.get_device_name(), 'pytorch': torch.__version__}
+        args.json.write_text(json.dumps(content | {'rows': [asdict(row) for row in rows]}, indent=2))
+    failed = [row.name for row in rows if not row.passed]
+    print(f'{len(rows)} rows, {len(failed)} failed' + ''.join(f'\n  {name}' for name in failed))
+    return 1 if failed else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
