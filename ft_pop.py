@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from core.errors import InputError, exits_cleanly
-from dataset import DATASETS, Augmentation, FoldData
+from dataset import DATASETS, Augmentation, FewShotDataset, FoldData
 from engine.checkpoint import Checkpoint, imagenet_checkpoint, read_checkpoint, resolve_checkpoint
 from engine.distributed import main_first, wrap_ddp
 from engine.feature_cache import FrozenFeatures, cache_features
@@ -142,6 +142,14 @@ def build_novel(args: argparse.Namespace, data: FoldData, seed: int, base: POP, 
     return net.to(base.base_emb.device, memory_format=torch.channels_last)
 
 
+def few_shot_set(args: argparse.Namespace, data: FoldData, seed: int) -> FewShotDataset:
+    """Training data of a seed; InputError if its support or base images cannot be drawn."""
+    return data.few_shot_training(
+        Augmentation(args.input_size, args.scale_range), args.shot, seed,
+        redraw_every=args.update_epoch if args.update_base else 0,
+    )  # fmt: skip
+
+
 def train_seed(
     args: argparse.Namespace,
     data: FoldData,
@@ -160,13 +168,9 @@ def train_seed(
     """
     torch.manual_seed(seed)
     device = base.base_emb.device
-    train_set = data.few_shot_training(
-        Augmentation(args.input_size, args.scale_range), args.shot, seed,
-        redraw_every=args.update_epoch if args.update_base else 0,
-    )  # fmt: skip
     loader = training_loader(
-        train_set, args.batch_size, seed, num_workers=args.num_workers, device=device, fill_last=True,
-        micro_batches=args.accumulate,
+        few_shot_set(args, data, seed), args.batch_size, seed, num_workers=args.num_workers, device=device,
+        fill_last=True, micro_batches=args.accumulate,
     )  # fmt: skip
     net = build_novel(args, data, seed, base, run.folder)
     read_image = data.samples('val', novel_as_background=False).read_image
@@ -198,6 +202,8 @@ def main(args: argparse.Namespace):
         data, dtype = from_flags.fold_data(args), precision(device, args.fp16)
         notes = main_first(data.prepare)
         data.check_support(args.shot, args.random_seed)
+        for seed in args.random_seed:
+            few_shot_set(args, data, seed)  # a shortage is an error before anything is computed
         folder = from_flags.run_folder(args, data, arguments_of_seeds(args, data, dtype))
         val_set = data.validation(args.base_size, with_novel=True, limit=args.val_limit)
         base = restore_base(args, data, folder).to(device, memory_format=torch.channels_last)

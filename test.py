@@ -91,6 +91,8 @@ def load_network(args: argparse.Namespace, data: FoldData, seed: int) -> tuple[P
     num_novel = len(data.novel_ids) if checkpoint.class_counts[1] else 0
     net = build_model(args.backbone, len(data.base_ids), num_novel, args.os)
     checkpoint.load_into(net, from_flags.network_config(args, data, seed))
+    if data.novel_ids and not num_novel and is_main():
+        print(f'note: {checkpoint.path} is of stage 1: it is evaluated on the base classes, and --shot has no effect')
     trained_at = checkpoint.config.get('base_size', list(args.base_size))
     if trained_at != list(args.base_size) and is_main():
         height, width = trained_at

@@ -96,7 +96,8 @@ class FoldData:
         if differing:
             notes.append(
                 f'{len(differing)} existing lists of fold {self.fold} are used, but this data and min_pixels '
-                f'{self.spec.min_pixels} give others: {some(map(str, differing))}. Remove those to make them again.'
+                f'{self.spec.min_pixels} give others: {some(map(str, differing))}. '
+                f'To make all of them again: rm {differing[0].parent}/train_*.txt'
             )
         return notes
 

@@ -223,10 +223,11 @@ class RunFolder:
 
     def _check_same(self, seed, found):
         if differing := _differing(found.arguments, self.arguments[seed]):
+            fits = not _differing(found.arguments, self.arguments[seed], FIXED_FLAGS)
+            from_file = f'--resume {found.path} to resume from its weights and optimiser with these arguments, '
             raise InputError(
                 f'{self.folder} holds a run with other arguments: {"; ".join(differing)}. Use another --snapshot-dir, '
-                f'--resume {found.path} to resume from its weights and optimiser with these arguments, or '
-                '--resume off --overwrite to start over.'
+                f'{from_file if fits else ""}or --resume off --overwrite to start over.'
             )
 
     def _plan_removal(self, overwrite):

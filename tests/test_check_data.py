@@ -104,3 +104,13 @@ def test_lists_that_do_not_fit_are_found(checked, run_script):
     path.write_text('\n'.join(path.read_text().split()[::-1]))
     code, output = check('--fold', 0, '--shot', 1)
     assert code == 1 and 'fold0_1shot_seed123.txt' in output and 'does not show novel class' in output
+
+
+def test_base_classes_with_too_few_images_are_errors_for_shots_that_are_named(checked):
+    folder, check = checked
+    train_list = folder / 'list' / 'trainaug.txt'
+    train_list.write_text('\n'.join(train_list.read_text().split()[:60]) + '\n')
+    code, output = check('--fold', 0, '--shot', 20)
+    assert code == 1 and 'error  fold 0, 20-shot' in output and '20 base images' in output, output
+    code, output = check('--fold', 0)
+    assert code == 0 and 'note   fold 0, 10-shot' in output and '0 errors' in output, output

@@ -18,9 +18,12 @@ import numpy as np
 from core.errors import InputError, exits_cleanly, some
 from core.parallel import parallel_map
 from dataset import DATASETS, DatasetSpec, FoldData
+from dataset.fewshot import draw_base
 from dataset.images import Samples, read_header
 from dataset.lists import read_ids
-from utils.cli import check_folds, fill_lists, make_parser, not_negative, positive
+from utils.cli import check_folds, dataset_name, fill_lists, make_parser, not_negative, positive
+
+DEFAULT_SHOTS = (1, 5, 10)
 
 
 class Finding(NamedTuple):
@@ -33,14 +36,15 @@ class Finding(NamedTuple):
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument('--dataset', choices=list(DATASETS), default='voc', help='default: voc')
+    parser.add_argument('--dataset', type=dataset_name, default='voc', help='default: voc')
     parser.add_argument('--data-dir', type=Path, required=True, help='folder of the images and masks')
     parser.add_argument('--train-list', '--list', type=Path, help='training ids; the other lists are kept beside it')
     parser.add_argument('--val-list', type=Path, help='evaluation ids (default: val.txt beside the train list)')
     parser.add_argument('--fold', type=not_negative, nargs='+', help='folds whose lists are checked (default: all)')
     parser.add_argument(
-        '--shot', type=positive, nargs='+', default=[1, 5, 10], help='shots that are checked (default: 1 5 10)'
-    )
+        '--shot', type=positive, nargs='+',
+        help='shots that training will use; default: 1 5 10, of which too few images are only noted',
+    )  # fmt: skip
     parser.add_argument('--workers', type=positive, help='processes (default: one per core)')
     args = parser.parse_args(argv)
     spec = DATASETS[args.dataset]
@@ -115,6 +119,29 @@ def check_classes(spec: DatasetSpec, pixels: np.ndarray, shots: Sequence[int]) -
     return findings
 
 
+def check_base_draws(
+    spec: DatasetSpec, fold: int, ids: Sequence[str], pixels: np.ndarray, shots: Sequence[int], severity: str
+) -> list[Finding]:
+    """Draw base images as stage 2 does, which refuses base classes with too few of them.
+
+    Args:
+        spec: the dataset.
+        fold: of the base classes.
+        ids: training images.
+        pixels: number of pixels of each mask value in them, int64 [N, 256].
+        shots: base images per class and epoch.
+        severity: of a failed draw.
+    """
+    lists = {c: [ids[i] for i in np.flatnonzero(pixels[:, c] >= spec.min_pixels)] for c in spec.base_ids(fold)}
+    findings = []
+    for shot in shots if all(lists.values()) else ():  # empty classes are found by `check_classes`
+        try:
+            draw_base(lists, shot, support=(), seed=0, epoch=0)
+        except InputError as error:
+            findings.append(Finding(severity, f'fold {fold}, {shot}-shot', str(error)))
+    return findings
+
+
 def check_lists(data: FoldData, shots: Sequence[int]) -> list[Finding]:
     """Check that the existing lists of a fold fit the data. Training and gen_fs_list make the missing ones."""
     findings = []
@@ -127,9 +154,14 @@ def check_lists(data: FoldData, shots: Sequence[int]) -> list[Finding]:
     for shot in shots:
         for path in sorted(data.lists.support(shot, 0).parent.glob(f'fold{data.fold}_{shot}shot_seed*.txt')):
             try:
-                data.support_ids(shot, path.stem.rpartition('seed')[2])
+                ids = data.support_ids(shot, int(path.stem.rpartition('seed')[2]))
             except InputError as error:
                 findings.append(Finding('error', path.name, str(error)))
+                continue
+            listed = {c: set(read_ids(data.lists.novel_class(c), allow_empty=True)) for c in data.novel_ids}
+            if old := [i for k, i in enumerate(ids) if i not in listed[data.novel_ids[k // shot]]]:
+                text = f'{some(old)} are not in the class lists any more; to draw again: gen_fs_list --overwrite'
+                findings.append(Finding('note', path.name, text))
     return findings
 
 
@@ -144,16 +176,20 @@ def main(args: argparse.Namespace):
         text = f'{len(shared)} ids are in both lists, so training would use evaluation images: {some(shared)}'
         findings.append(Finding('error', 'lists', text))
     readable = not any(severity == 'error' for severity, *_ in findings)
-    findings += check_classes(spec, pixels, args.shot)
+    shots = args.shot or DEFAULT_SHOTS
+    findings += check_classes(spec, pixels, shots)
+    for fold in args.fold:
+        findings += check_base_draws(spec, fold, train_ids, pixels, shots, 'error' if args.shot else 'note')
     if readable:  # the check of the lists reads the masks
         for fold in args.fold:
-            findings += check_lists(FoldData(spec, args.data_dir, fold, args.train_list, args.val_list), args.shot)
+            findings += check_lists(FoldData(spec, args.data_dir, fold, args.train_list, args.val_list), shots)
     errors = sum(severity == 'error' for severity, *_ in findings)
     width = max((len(subject) for _, subject, _ in findings), default=0)
     for severity, subject, text in findings:
         print(f'{severity:<5}  {subject:<{width}}  {text}')
     counted = f'{len(train_ids)} training and {len(val_ids)} evaluation images'
-    print(f'{counted}: {errors} errors, {len(findings) - errors} notes')
+    notes = len(findings) - errors
+    print(f'{counted}: {errors} error{"s" * (errors != 1)}, {notes} note{"s" * (notes != 1)}')
     sys.exit(1 if errors else 0)
 
 

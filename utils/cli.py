@@ -12,6 +12,16 @@ from dataset import DATASETS, DatasetSpec
 BASE_SIZE = (473, 473)
 
 
+def dataset_name(text: str) -> str:
+    """A name from `DATASETS`."""
+    if text not in DATASETS:
+        raise argparse.ArgumentTypeError(
+            f'got {text!r}; expected one of {", ".join(DATASETS)}, or add a row to dataset/classes.py '
+            '(docs/own_data.md)'
+        )
+    return text
+
+
 def parse_switch(text: str) -> bool:
     """0/1, false/true, no/yes: the published scripts write `--save 0`."""
     values = {'0': False, 'false': False, 'no': False, '1': True, 'true': True, 'yes': True}
@@ -116,7 +126,7 @@ def training_parser(
 def add_data_flags(parser: argparse.ArgumentParser):
     """Which data: --dataset --data-dir --train-list --val-list --fold --base-size --num-workers ..."""
     group = parser.add_argument_group('data')
-    group.add_argument('--dataset', choices=list(DATASETS), default='voc', help='default: voc')
+    group.add_argument('--dataset', type=dataset_name, default='voc', help=f'{", ".join(DATASETS)} (default: voc)')
     group.add_argument('--data-dir', type=Path, required=True, help='folder of the images and masks')
     group.add_argument(
         '--train-list', type=Path,

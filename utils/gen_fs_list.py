@@ -14,12 +14,12 @@ from core.errors import InputError, exits_cleanly, some
 from dataset import DATASETS, FoldData
 from dataset.fewshot import draw_support
 from dataset.lists import read_ids, write_ids
-from utils.cli import add_seeds, check_folds, fill_lists, make_parser, not_negative, positive
+from utils.cli import add_seeds, check_folds, dataset_name, fill_lists, make_parser, not_negative, positive
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument('--dataset', choices=list(DATASETS), default='voc', help='default: voc')
+    parser.add_argument('--dataset', type=dataset_name, default='voc', help='default: voc')
     parser.add_argument(
         '--data-dir',
         type=Path,

@@ -85,6 +85,8 @@ def main(args: argparse.Namespace):
             print(f'left out: {some(photographs.left_out)}')
         checkpoint = read_checkpoint(resolve_checkpoint(args.restore_from))
         net, legend = load_network(checkpoint)
+        if not net.num_novel and is_main():
+            print(f'note: {checkpoint.path} is of stage 1: it knows the base classes only')
         check_writable(args.save_path)
         segmenter = Segmenter(net, device, precision(device, args.fp16))
         size = args.base_size or tuple(checkpoint.config.get('base_size', cli.BASE_SIZE))
