@@ -273,16 +273,21 @@ def test_an_interrupted_run_leaves_no_half_file_and_can_be_run_again(tmp_path):
 
 
 def touch_or_wait(item):
-    """Make a file, or wait for a number of seconds."""
-    time.sleep(item) if isinstance(item, float) else item.touch()
+    """Make a file, or wait until there is one."""
+    path, waits = item
+    while waits and not path.exists():
+        time.sleep(0.01)
+    path.touch()
 
 
 def test_ctrl_c_ends_a_map_whose_workers_are_partly_idle(tmp_path):
-    files = [tmp_path / name for name in 'abc']
-    process = start_in_own_group(exits_cleanly(parallel_map), touch_or_wait, [*files, 2.0], 'waiting', 4)
+    files, end = [tmp_path / name for name in 'abc'], tmp_path / 'end'
+    items = [*((path, False) for path in files), (end, True)]
+    process = start_in_own_group(exits_cleanly(parallel_map), touch_or_wait, items, 'waiting', 4)
     while process.is_alive() and not all(path.exists() for path in files):
         time.sleep(0.01)
-    time.sleep(0.3)
+    time.sleep(0.3)  # the workers that are done become idle
     os.killpg(process.pid, signal.SIGINT)
+    end.touch()
     process.join(30)
     assert process.exitcode == 130
