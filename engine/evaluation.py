@@ -78,9 +78,9 @@ def _interruptible(batches: Iterable[dict]) -> Iterator[dict]:
 
 def _exchange_signals(finished):
     """Whether all processes have finished; Stopped where a signal has reached one of them."""
-    *received, count = sum_over_processes(*signals.received(), int(finished))
+    *received, count, processes = sum_over_processes(*signals.received(), int(finished), 1)
     signals.raise_if_received(received)
-    return count == world_size()
+    return count == processes
 
 
 def segment(

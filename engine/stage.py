@@ -56,7 +56,7 @@ class Stage(ABC):
         device, dtype: where and in which precision the network runs.
         panel: is called with each validation prediction.
         class_names: of the logits.
-        config: stored in the checkpoints (`checkpoint.network_config`).
+        config: stored in the checkpoints (`from_flags.network_config`).
         seed: of stage 2; part of the file names.
         patience: stop after more than so many epochs without a new best, as the released code does; None: never.
     """
