@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from core.errors import InputError
-from core.ranks import is_main, local_rank, rank, world_size
+from core.ranks import check_ranks, is_main, local_rank, rank, world_size
 from model.kernels import keep_freed_memory
 
 T = TypeVar('T')
@@ -38,6 +38,7 @@ def process_group(
     Raises:
         InputError: CUDA is asked for and not available, or its memory ran out.
     """
+    check_ranks()
     device = _choose_device(device)
     if device.type == 'cpu':
         keep_freed_memory()

@@ -11,6 +11,9 @@ import time
 import pytest
 from conftest import LAUNCH, ROOT, run_process, same_results, stage_1, stage_2, start
 
+from core.errors import InputError
+from core.ranks import check_ranks
+
 
 @pytest.mark.parametrize('stage', (1, pytest.param(2, marks=pytest.mark.slow)))
 def test_two_processes_and_micro_batches_follow_the_losses_of_one(shapes, base_run, few_shot_run, tmp_path, stage):
@@ -87,3 +90,26 @@ def test_a_signal_stops_the_evaluation_of_all_processes_at_once(tmp_path):
     code, output = run_process(*LAUNCH, tmp_path / 'evaluate.py', env={'PYTHONPATH': str(ROOT)}, timeout=60)
     assert code != 0 and 'went through' not in output, output
     assert output.count('stopped by SIGTERM') == 2, output
+
+
+@pytest.mark.parametrize(('variables', 'expected'), (
+    ({'RANK': '1'}, 'RANK=1, but no WORLD_SIZE, LOCAL_RANK, MASTER_ADDR'),
+    ({'WORLD_SIZE': '4'}, 'WORLD_SIZE=4, but no RANK'),
+    ({'LOCAL_RANK': '0', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': '1'}, 'but no RANK, WORLD_SIZE'),
+    ({'RANK': '2', 'WORLD_SIZE': '2', 'LOCAL_RANK': '0', 'MASTER_ADDR': 'a', 'MASTER_PORT': '1'}, '0 .. WORLD_SIZE'),
+    ({'RANK': 'x', 'WORLD_SIZE': '2', 'LOCAL_RANK': '0', 'MASTER_ADDR': 'a', 'MASTER_PORT': '1'}, 'RANK=x'),
+))  # fmt: skip
+def test_half_of_what_torchrun_sets_is_refused(run_script, shapes, tmp_path, monkeypatch, variables, expected):
+    """A stray RANK=1 made a run train without saving anything."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    code, output = run_script(*stage_1(shapes, tmp_path / 'run'))
+    assert code == 2 and expected in output and 'torchrun' in output, output
+    assert not (tmp_path / 'run').exists()
+    with pytest.raises(InputError, match='torchrun'):
+        check_ranks()
+
+
+def test_the_master_alone_is_no_rank(monkeypatch):
+    monkeypatch.setenv('MASTER_ADDR', 'localhost')  # some clusters set it everywhere
+    check_ranks()

@@ -5,8 +5,9 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
+from core.errors import InputError
 from core.parallel import usable_cores
-from core.ranks import world_size
+from core.ranks import check_ranks, world_size
 from dataset import DATASETS, DatasetSpec
 
 BASE_SIZE = (473, 473)
@@ -304,6 +305,10 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
         parser: ends the program with exit code 2.
         args: parsed; changed in place.
     """
+    try:
+        check_ranks()
+    except InputError as error:
+        parser.error(str(error))
     spec = DATASETS[args.dataset]
     check_folds(parser, spec, [args.fold])
     fill_lists(args, spec)
