@@ -109,6 +109,7 @@ def test_lists_that_do_not_fit_are_found(checked, run_script):
 def test_base_classes_with_too_few_images_are_errors_for_shots_that_are_named(checked):
     folder, check = checked
     train_list = folder / 'list' / 'trainaug.txt'
+    shutil.rmtree(folder / 'list' / 'fold0', ignore_errors=True)  # of all images
     train_list.write_text('\n'.join(train_list.read_text().split()[:60]) + '\n')
     code, output = check('--fold', 0, '--shot', 20)
     assert code == 1 and 'error  fold 0, 20-shot' in output and '20 base images' in output, output

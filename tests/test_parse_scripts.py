@@ -231,6 +231,7 @@ def start_in_own_group(function, *args):
 
     def run():
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # scripts tested before have replaced it
         function(*args)
 
     process = multiprocessing.get_context('fork').Process(target=run)
