@@ -12,6 +12,8 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from core.errors import InputError
+from engine import distributed
 from engine.evaluation import evaluate
 from engine.metrics import _count_without_reading, confusion_matrix
 from ft_pop import NovelStage
@@ -147,6 +149,23 @@ def test_the_head_and_an_evaluation_take_few_kernels(monkeypatch):
         assert count(partial(summed_cross_entropy, logits, mask)) <= 40
         # of 32 images: the head, upsampling and counting, and once the scores of prototypes
         assert count(partial(evaluate, net, [batch], CUDA)) <= 60
+
+
+def test_each_process_of_a_host_takes_its_own_gpu(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setattr(torch.cuda, 'set_device', chosen.append)
+    for setting in ('benchmark', 'allow_tf32'):  # restored afterwards
+        monkeypatch.setattr(torch.backends.cudnn, setting, getattr(torch.backends.cudnn, setting))
+    for local_rank in (0, 1):
+        monkeypatch.setenv('LOCAL_RANK', str(local_rank))
+        assert distributed._choose_device('auto') == torch.device('cuda', local_rank)
+        assert distributed._choose_device('cpu') == torch.device('cpu')
+    assert chosen == [0, 1]
+    monkeypatch.setenv('LOCAL_RANK', '2')
+    with pytest.raises(InputError, match='process 2 of this host has no GPU of its own: there are 2'):
+        distributed._choose_device('cuda')
 
 
 def test_counting_without_reading_counts_the_same():
