@@ -45,7 +45,7 @@ def process_group(
     if deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS requires it
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads such memory; filling takes time
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads it
         torch.backends.cudnn.benchmark = False
     if world_size() > 1:
         timeout = timedelta(minutes=timeout_minutes)
