@@ -79,7 +79,9 @@ def test_wrong_arguments_of_stage_2(run_script, shapes, tmp_path, flags, words):
 
 
 def test_a_batch_size_that_the_processes_do_not_divide(train, shapes, monkeypatch):
-    monkeypatch.setenv('WORLD_SIZE', '3')
+    torchrun = {'RANK': '0', 'WORLD_SIZE': '3', 'LOCAL_RANK': '0', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': '1'}
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
     expect(train(shapes, '--batch-size', 7), 2, 'not divisible by 3', '6 or 9')
 
 
