@@ -8,10 +8,12 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" requirements-dev.txt
 cd "$ROOT"
 ruff check .
 lint-imports --no-logo --no-cache
-# the tests write many checkpoints and flush each to disk, so they use memory where there is enough
-if [ "$(df -Pm /dev/shm 2>/dev/null | awk 'NR == 2 { print $4 }')" -gt 8000 ] 2>/dev/null; then
-    export TMPDIR=/dev/shm
+# the tests write many checkpoints and flush each to disk, so they use memory where there is enough, and give it back
+if [ -z "${TMPDIR:-}" ] && [ "$(df -Pm /dev/shm 2>/dev/null | awk 'NR == 2 { print $4 }')" -gt 8000 ] 2>/dev/null; then
+    TMPDIR=$(mktemp -d /dev/shm/pop-tests.XXXXXX)
+    export TMPDIR
+    trap 'rm -rf "$TMPDIR"' EXIT
 fi
 # each test process runs one thread, since there are as many processes as cores
 export OMP_NUM_THREADS=1
-exec python -m pytest --numprocesses auto --dist loadfile "$@"
+python -m pytest --numprocesses auto --dist loadfile "$@"
