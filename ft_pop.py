@@ -155,6 +155,7 @@ def train_seed(
     data: FoldData,
     seed: int,
     *,
+    train_set: FewShotDataset,
     base: POP,
     frozen: POP,
     val_batches: FrozenFeatures,
@@ -169,7 +170,7 @@ def train_seed(
     torch.manual_seed(seed)
     device = base.base_emb.device
     loader = training_loader(
-        few_shot_set(args, data, seed), args.batch_size, seed, num_workers=args.num_workers, device=device,
+        train_set, args.batch_size, seed, num_workers=args.num_workers, device=device,
         fill_last=True, micro_batches=args.accumulate,
     )  # fmt: skip
     net = build_novel(args, data, seed, base, run.folder)
@@ -201,9 +202,9 @@ def main(args: argparse.Namespace):
     with from_flags.training_process(args) as device:
         data, dtype = from_flags.fold_data(args), precision(device, args.fp16)
         notes = main_first(data.prepare)
-        data.check_support(args.shot, args.random_seed)
-        for seed in args.random_seed:
-            few_shot_set(args, data, seed)  # a shortage is an error before anything is computed
+        data.check_support_lists(args.shot, args.random_seed)
+        # a shortage of images is an error before anything is computed
+        train_sets = {seed: few_shot_set(args, data, seed) for seed in args.random_seed}
         folder = from_flags.run_folder(args, data, arguments_of_seeds(args, data, dtype))
         val_set = data.validation(args.base_size, with_novel=True, limit=args.val_limit)
         base = restore_base(args, data, folder).to(device, memory_format=torch.channels_last)
@@ -226,9 +227,10 @@ def main(args: argparse.Namespace):
             folder=args.snapshot_dir, log=run.logger.info,
         )  # fmt: skip
         rows = {}
-        for seed in args.random_seed:
+        for seed, train_set in train_sets.items():
             results = train_seed(
-                args, data, seed, base=base, frozen=frozen, val_batches=val_batches, dtype=dtype, run=run
+                args, data, seed, train_set=train_set, base=base, frozen=frozen, val_batches=val_batches, dtype=dtype,
+                run=run,
             )  # fmt: skip
             for which, metrics in results.items():
                 rows[f'seed {seed}, {which}{" (selected)" if which == args.select else ""}'] = metrics

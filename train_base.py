@@ -23,6 +23,7 @@ from engine.resume import run_arguments
 from engine.run import Run
 from engine.stage import Stage
 from model import BACKBONES, MODELS, POP, build_model
+from model.kernels import return_freed_memory
 from model.losses import pop_losses
 from report.tensorboard import ValidationPanel
 from utils import cli, from_flags
@@ -58,6 +59,7 @@ class BaseStage(Stage):
         masks = batch['mask'].to(self.device, non_blocking=True).long()  # [B, H, W]
         with autocast(self.device, self.dtype):
             logits = self.model(images)  # [B, 1 + Kb, h, w]
+        return_freed_memory(self.device)  # before the backward pass through the whole network, which needs the most
         return pop_losses(logits, masks, self.net.base_emb, pixel_weight=pixel_weight, micro_batches=micro_batches)
 
     @staticmethod

@@ -41,13 +41,14 @@ def make_call(path: str, setting: str, side: str) -> Callable:
     return PATHS[path][0](side, *map(int, re.findall(r'\d+', setting)))
 
 
-def random_batch(size: int, num_labels: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images [B, 3, SIZE, SIZE] and masks [B, SIZE, SIZE]."""
+def random_batch(size: int, num_labels: int, side: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images [B, 3, side, side] and masks [B, side, side] of a batch of so many; the side is SIZE by default."""
+    side = side or SIZE
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(size, 3, SIZE, SIZE, generator=generator)
+    images = torch.randn(size, 3, side, side, generator=generator)
     # masks of objects rather than noise, as a crop's labels are
     cells = torch.randint(0, num_labels, (size, 1, 12, 12), generator=generator).float()
-    return images, F.interpolate(cells, (SIZE, SIZE)).long()[:, 0]
+    return images, F.interpolate(cells, (side, side)).long()[:, 0]
 
 
 def network(side: str, num_base: int, num_novel: int = 0) -> nn.Module:

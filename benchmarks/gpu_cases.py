@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
+from benchmarks import cases
 from dataset import DATASETS, FoldData
 from dataset.shapes import make_shapes
 from engine.evaluation import evaluate
@@ -147,10 +147,7 @@ def stage_2_step(setting: Setting, dtype: torch.dtype, plain: bool = False) -> C
 
 def random_batch(setting: Setting, batch: int, num_labels: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Images and masks of objects on the device."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch, 3, setting.size, setting.size, generator=generator)
-    cells = torch.randint(0, num_labels, (batch, 1, 12, 12), generator=generator).float()
-    masks = F.interpolate(cells, (setting.size, setting.size)).long()[:, 0]
+    images, masks = cases.random_batch(batch, num_labels, setting.size)
     return to_device(images, setting.device), masks.to(setting.device)
 
 

@@ -133,14 +133,12 @@ class FoldData:
         base = SegmentationDataset(base_ids, samples, augmentation, skip_bad=self.skip_bad)
         return FewShotDataset(support, base, class_lists, shot, seed, redraw_every)
 
-    def check_support(self, shot: int, seeds: Sequence[int]):
-        """Raise InputError if the support list of one of the seeds is missing or does not fit."""
+    def check_support_lists(self, shot: int, seeds: Sequence[int]):
+        """Raise one InputError for all missing support lists; `few_shot_training` checks what the others hold."""
         missing = [seed for seed in seeds if not self.lists.support(shot, seed).is_file()]
         if missing:
             paths = ', '.join(str(self.lists.support(shot, seed)) for seed in missing)
             raise InputError(f'list {paths} does not exist; make it with: {self._support_command(shot, *missing)}')
-        for seed in seeds:
-            self.support_ids(shot, seed)
 
     def _support_command(self, shot, *seeds):
         command = (

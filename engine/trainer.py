@@ -19,7 +19,6 @@ from engine.metrics import iou_per_class, summarize
 from engine.optim import MIN_LOSS_SCALE, Optimization
 from engine.run import Run
 from engine.stage import Plan, Stage
-from model.kernels import return_freed_memory
 
 
 @dataclass
@@ -192,7 +191,6 @@ class Trainer:
             exchanges = i + 1 == len(micro_batches) or not hasattr(self.stage.model, 'no_sync')
             with contextlib.nullcontext() if exchanges else self.stage.model.no_sync():
                 losses = self.stage.losses(batch, pixel_weight=pixel_weight, micro_batches=len(micro_batches))
-                return_freed_memory(self.optimization.device)  # before the backward pass, which needs the most
                 self.optimization.backward(sum(losses.values()))
             values = {name: values.get(name, 0) + value.detach() for name, value in losses.items()}
         values['grad_norm'] = self.optimization.step()
