@@ -5,10 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.figure import Figure
 
 from core.errors import InputError
+from report.plotting import Figure, colormaps
 
 LOSSES = {'ce': 'cross-entropy', 'orth': 'orthogonality'}
 MEANS = {'base': '-', 'novel': '--', 'total': ':'}  # line styles

@@ -1,19 +1,15 @@
 """Figures of results: panels of predictions, confusion matrix, IoU of each class, prototypes, support images."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
 from core import IGNORE_INDEX
-from core.files import atomic_write
 from dataset.legend import Legend
+from report.plotting import Figure, Patch
 from report.tensorboard import similarity
 
-DPI = 100
 ERRORS = {  # what can be wrong with a pixel, and its colour in error maps (also for colour-blind readers)
     'correct': (224, 224, 224),
     'class missed': (0, 114, 178),
@@ -22,12 +18,6 @@ ERRORS = {  # what can be wrong with a pixel, and its colour in error maps (also
     'not counted': (255, 255, 255),
 }
 BASE_COLOR, NOVEL_COLOR = '#4477AA', '#EE6677'
-
-
-def save_figure(path: Path, figure: Figure):
-    """Write a figure in the format of the file's suffix."""
-    with atomic_write(path, 'wb', sync=False) as file:
-        figure.savefig(file, format=path.suffix[1:], dpi=DPI)
 
 
 def error_map(truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:

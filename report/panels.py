@@ -15,7 +15,8 @@ from dataset.legend import PALETTES, Legend
 from engine.distributed import all_gather, on_main
 from engine.inference import Segmenter
 from engine.metrics import confusion_matrix, iou_per_class
-from report.figures import color_classes, panel_figure, save_figure
+from report.figures import color_classes, panel_figure
+from report.plotting import save_figure
 from report.tensorboard import label_array
 
 

@@ -12,7 +12,8 @@ from core.files import atomic_write, json_ready
 from dataset import FoldData
 from dataset.legend import Legend
 from engine.metrics import SUMMARY, iou_per_class, summarize
-from report.figures import confusion_figure, iou_figure, save_figure, similarity_figure, support_figure
+from report.figures import confusion_figure, iou_figure, similarity_figure, support_figure
+from report.plotting import save_figure
 from report.tables import class_table, mean_and_std, summary_table
 
 

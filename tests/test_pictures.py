@@ -1,17 +1,21 @@
 """Pictures: colours of known pixels, sizes, and the choice of example images."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import ROOT, TINY
 from PIL import Image
 
 from dataset.legend import Legend, spread_palette, voc_palette
 from report.curves import curves_figure, read_metrics
-from report.figures import ERRORS, confusion_figure, error_map, iou_figure, save_figure, support_figure
+from report.figures import ERRORS, confusion_figure, error_map, iou_figure, support_figure
 from report.panels import ImageScores, PanelWriter, choose_examples
+from report.plotting import save_figure
 from report.tensorboard import ValidationPanel, similarity, similarity_picture
 from utils import plot
 
@@ -133,6 +137,20 @@ def test_figures_of_results(tmp_path):
     for name, figure in figures.items():
         save_figure(tmp_path / f'{name}.png', figure)
         assert min(Image.open(tmp_path / f'{name}.png').size) > 150
+
+
+@pytest.mark.parametrize('backend', ('module://of_a_notebook', 'no such backend', 'TkAgg'))
+def test_the_backend_of_another_program_does_not_matter(tmp_path, backend):
+    """A notebook's MPLBACKEND reaches the commands that it starts, and may not be installed for them."""
+    script = (
+        'import os; from pathlib import Path; from report.plotting import Figure, save_figure; '
+        "figure = Figure(); figure.subplots().plot([0, 1]); save_figure(Path('f.png'), figure); "
+        "assert os.environ['MPLBACKEND'] == " + repr(backend)
+    )
+    env = os.environ | {'MPLBACKEND': backend, 'PYTHONPATH': str(ROOT)}
+    done = subprocess.run([sys.executable, '-c', script], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / 'f.png').size == (640, 480)
 
 
 def test_curves_of_runs(tmp_path, base_run, few_shot_run, capsys):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from core.errors import exits_cleanly
 from report.curves import curves_figure, read_metrics
-from report.figures import save_figure
+from report.plotting import save_figure
 from utils.cli import make_parser
 
 

@@ -21,8 +21,9 @@ from engine.distributed import process_group, sum_over_processes
 from engine.inference import Segmenter
 from engine.precision import precision
 from model import POP, build_model
-from report.figures import legend_figure, save_figure
+from report.figures import legend_figure
 from report.panels import OverlayWriter
+from report.plotting import save_figure
 from utils import cli
 
 
