@@ -15,7 +15,7 @@ from torch import nn
 
 from core.errors import InputError
 from core.ranks import check_ranks, is_main, local_rank, rank, world_size
-from model.kernels import keep_freed_memory
+from model.kernels import keep_freed_memory, share_batch_statistics
 
 T = TypeVar('T')
 _gloo = None  # a second group, for what is exchanged on the CPU
@@ -113,12 +113,12 @@ def wrap_ddp(net: nn.Module, device: torch.device, sync_bn: bool = True) -> nn.M
     Args:
         net: on `device`.
         device: of this process.
-        sync_bn: batch statistics over all processes; PyTorch has that on GPUs only.
+        sync_bn: batch statistics over all processes, on GPUs only.
     """
     if world_size() == 1:
         return net
     if device.type == 'cuda' and sync_bn:
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        share_batch_statistics(net)
     # a training step does not use running statistics; `broadcast_buffers` makes them equal before they are used
     wrapper = nn.parallel.DistributedDataParallel
     known = inspect.signature(wrapper).parameters

@@ -7,8 +7,10 @@ queue. The backward pass cannot run on them; `benchmarks/gpu.py` checks it on a 
 from contextlib import contextmanager
 from functools import partial
 
+import native_batch_norm
 import pytest
 import torch
+import torch.distributed as dist
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,7 +20,7 @@ from engine.evaluation import evaluate
 from engine.metrics import _count_without_reading, confusion_matrix
 from ft_pop import NovelStage
 from model import Head, build_model, psp
-from model.kernels import summed_cross_entropy, upsampling
+from model.kernels import summed_cross_entropy, sync_batch_norm, upsampling
 from train_base import BaseStage
 
 CUDA = torch.device('cuda', 0)
@@ -149,6 +151,30 @@ def test_the_head_and_an_evaluation_take_few_kernels(monkeypatch):
         assert count(partial(summed_cross_entropy, logits, mask)) <= 40
         # of 32 images: the head, upsampling and counting, and once the scores of prototypes
         assert count(partial(evaluate, net, [batch], CUDA)) <= 60
+
+
+def test_shared_batch_statistics_read_nothing_back(monkeypatch):
+    """PyTorch's own operations for them exist on GPUs only; here they give shapes."""
+    operations = native_batch_norm.register('Meta')
+    monkeypatch.setattr(dist, 'get_world_size', lambda: 2)
+    for exchange in ('all_gather_single', 'all_gather_into_tensor', 'all_reduce'):
+        monkeypatch.setattr(dist, exchange, lambda *tensors: None, raising=False)
+    with fake_gpu(), torch.device(CUDA):
+        x = torch.empty(2, 8, 9, 9, dtype=torch.float16).to(memory_format=torch.channels_last)
+        values = {name: torch.empty(8) for name in ('weight', 'bias', 'running_mean', 'running_var')}
+        arguments = (x, *values.values(), 0.1, 1e-5)
+        y, *statistics = sync_batch_norm._normalize(*arguments)
+        gradients = sync_batch_norm._gradients(y, x, values['weight'], *statistics)
+        found = (y, *statistics, *gradients)
+        # what torch.compile is told of them
+        expected = torch.ops.pop.sync_batch_norm(*arguments)
+        expected += torch.ops.pop.sync_batch_norm_backward(y, x, values['weight'], *statistics)
+
+    def described(tensors):
+        return [(tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors]
+
+    assert described(found) == described(expected) and all(tensor.device == CUDA for tensor in found)
+    del operations
 
 
 def test_each_process_of_a_host_takes_its_own_gpu(monkeypatch):

@@ -62,32 +62,18 @@ def test_a_killed_process_is_restarted_and_the_run_resumes(shapes, whole, tmp_pa
     same_results(whole(2), tmp_path, ('best', 'last'))
 
 
-STOPPED_EVALUATION = """
-import os, signal, sys
-from core import signals
-from core.errors import exits_cleanly
-from core.ranks import rank
-from engine import evaluation
-from engine.distributed import process_group
-
-@exits_cleanly
-def main():
-    with process_group('cpu', 1):
-        signals.listen()
-        batches = range((3, 40)[rank()])  # one process has finished long before the other
-        assert sum(1 for _ in evaluation._interruptible(batches)) == len(batches)
-        for i, _ in enumerate(evaluation._interruptible(batches)):
-            if rank() == 1 and i == 20:
-                os.kill(os.getpid(), signal.SIGTERM)
-        print('went through', flush=True)
-
-main()
-"""
+@pytest.fixture(scope='module')
+def two_processes():
+    """Exit code and output of `in_two_processes.py`."""
+    return run_process(*LAUNCH, 'tests/in_two_processes.py', env={'PYTHONPATH': str(ROOT)}, timeout=60)
 
 
-def test_a_signal_stops_the_evaluation_of_all_processes_at_once(tmp_path):
-    (tmp_path / 'evaluate.py').write_text(STOPPED_EVALUATION)
-    code, output = run_process(*LAUNCH, tmp_path / 'evaluate.py', env={'PYTHONPATH': str(ROOT)}, timeout=60)
+def test_batch_statistics_of_two_processes_are_those_of_the_joined_batch(two_processes):
+    assert two_processes[1].count('batch statistics are shared') == 2, two_processes[1]
+
+
+def test_a_signal_stops_the_evaluation_of_all_processes_at_once(two_processes):
+    code, output = two_processes
     assert code != 0 and 'went through' not in output, output
     assert output.count('stopped by SIGTERM') == 2, output
 
