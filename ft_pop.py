@@ -210,7 +210,7 @@ def main(args: argparse.Namespace):
         base = restore_base(args, data, folder).to(device, memory_format=torch.channels_last)
         frozen = fuse(base, dtype)
         if args.compile:
-            compile_features(frozen)
+            compile_features(frozen, frozen=True)
         if args.restore_from == 'none':
             notes.append('--restore-from none: the base network is random and stays so')
         run = Run(folder, vars(args), notes)

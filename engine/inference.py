@@ -26,7 +26,7 @@ class Segmenter:
     def __init__(self, net: POP, device: torch.device, dtype: torch.dtype, compiled: bool = False):
         self.net, self.device, self.dtype = fuse(net.to(device), dtype), device, dtype
         if compiled:
-            compile_features(self.net)
+            compile_features(self.net, frozen=True)
 
     def run(
         self, dataset: Dataset, on_prediction: OnPrediction | None = None, *, batch_size: int = 1, num_workers: int = 0

@@ -3,6 +3,7 @@
 import re
 from functools import lru_cache
 from pathlib import Path
+from types import MethodType
 
 import torch
 
@@ -49,10 +50,17 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def compile_features(net: POP):
-    """Compile backbone and decoder of a POP network in place (torch.compile); its keys do not change."""
-    net.backbone.compile()
-    net.decoder.compile()
+def compile_features(net: POP, frozen: bool = False):
+    """Compile `net.features` (torch.compile). Images of another shape, or another mode of the network, compile anew.
+
+    Args:
+        net: stays a module with the same keys; its copies are compiled too.
+        frozen: its weights do not change any more. On GPUs, features are then computed by a CUDA graph: they have to
+            be used or copied before the next call, which overwrites them.
+    """
+    # static sizes: crops and evaluation images have one size each, and the decoder's matrices are made for it
+    mode = 'reduce-overhead' if frozen else 'default'
+    net.features = MethodType(torch.compile(POP.features, dynamic=False, mode=mode), net)
 
 
 def to_device(images: torch.Tensor, device: torch.device) -> torch.Tensor:

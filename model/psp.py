@@ -73,7 +73,7 @@ class PSP(nn.Module):
     def _pyramid(self, x, weights):
         """The pyramid's share of the 3x3 convolution: sum over scales and taps, [B, C, h, w]."""
         height, width = x.shape[-2:]
-        pooling = _pooling_matrix(self.bins, height, width, x.device, x.dtype)  # [h*w, S]
+        pooling = _pooling(self.bins, height, width, x.device, x.dtype)  # [h*w, S]
         # one product in place of four poolings, whose backward pass has no deterministic form on GPUs
         pooled = (x.flatten(2) @ pooling).split([size * size for size in self.bins], dim=2)  # [B, Cb, s*s] each
         taps = []
@@ -81,12 +81,25 @@ class PSP(nn.Module):
             z = nn.Sequential(*project)(part.unflatten(2, (size, size))).flatten(2)  # [B, C, s*s]
             product = weight.flatten(0, 2) @ z  # [B, C*9, s*s]
             taps.append(product.unflatten(1, (-1, 9)).flatten(2))  # [B, C, 9*s*s]
-        shifts = _upsampling_taps(self.bins, height, width, x.device, taps[0].dtype)  # [9*S, h*w]
+        shifts = _upsampling(self.bins, height, width, x.device, taps[0].dtype)  # [9*S, h*w]
         pyramid = torch.cat(taps, dim=2) @ shifts  # [B, C, h*w]
         return pyramid.unflatten(2, (height, width))
 
 
+# torch.compile takes the results of these two as constants, for which sizes must be static. It would trace through a
+# cache, hence through the cached functions below. It tells constants apart by the names of functions.
+
+
 @torch.compiler.assume_constant_result
+def _pooling(*arguments):
+    return _pooling_matrix(*arguments)
+
+
+@torch.compiler.assume_constant_result
+def _upsampling(*arguments):
+    return _upsampling_taps(*arguments)
+
+
 @lru_cache(maxsize=8)
 def _pooling_matrix(bins, height, width, device, dtype):
     """Means over the bins of every scale, [height * width, S].
@@ -101,7 +114,6 @@ def _pooling_matrix(bins, height, width, device, dtype):
     return torch.cat(scales, dim=1).to(device, dtype)
 
 
-@torch.compiler.assume_constant_result
 @lru_cache(maxsize=8)
 def _upsampling_taps(bins, height, width, device, dtype):
     """shift_t(U_s) for every scale and the nine taps of a zero-padded 3x3 convolution, [9 * S, height * width].

@@ -18,7 +18,7 @@ from model.kernels.sync_batch_norm import SyncBatchNorm2d
 
 
 def share_statistics():
-    """Training with batches of three images and of one equals training with all four in one process."""
+    """Training with batches of three images and of one equals training with all four in one process; so compiled."""
     operations = native_batch_norm.register('CPU')
     torch.manual_seed(0)
     fixed = nn.BatchNorm2d(4).eval()
@@ -32,7 +32,9 @@ def share_statistics():
     assert shared.state_dict().keys() == plain.state_dict().keys()
     model = wrap_ddp(shared, torch.device('cpu'))
     own = (slice(0, 3), slice(3, 4))[rank()]
-    for _ in range(2):
+    for step in range(3):
+        if step == 1:
+            shared.compile(backend='aot_eager', fullgraph=True)
         images, factors = torch.randn(4, 3, 9, 9).double(), torch.randn(4, 4, 5, 5).double()
         plain.zero_grad()
         model.zero_grad()

@@ -14,7 +14,8 @@ from engine import feature_cache as cache
 from engine.evaluation import evaluate
 from engine.feature_cache import CachedFeatures, FrozenFeatures, cache_features
 from engine.loaders import evaluation_loader
-from model import POP, PSP
+from ft_pop import NovelStage
+from model import POP, PSP, Head
 
 CPU = torch.device('cpu')
 SIZE = (65, 129)  # wider than the images, so that there is padding
@@ -89,6 +90,37 @@ def test_the_place_follows_the_budget_and_a_shortage_is_reported(network, loader
             cached(network, loader, tmp_path, place, budget_gb=0)
     uncached = cached(network, loader, tmp_path, 'off')
     assert np.array_equal(evaluate(network, uncached, CPU), evaluate(network, loader, CPU))
+
+
+def test_features_are_used_before_the_next_call_overwrites_them(network, loader, tmp_path, monkeypatch):
+    """As the CUDA graph of a compiled frozen network does."""
+    compute, earlier = network.features, []
+    net = POP(network.backbone, network.decoder, 20, 5)
+    net.freeze_base()
+    stage = NovelStage(
+        net=net, model=Head(net), frozen=network, val_batches=(), device=CPU, dtype=torch.float32, panel=None,
+        class_names=(), config={},
+    )  # fmt: skip
+    views = [{'image': torch.randn(1, 3, *SIZE), 'mask': torch.randint(0, 21, (1, *SIZE))} for _ in range(4)]
+
+    def results():
+        confusions = [evaluate(network, cached(network, loader, tmp_path, place), CPU) for place in ('off', 'memory')]
+        confusions.append(evaluate(network, loader, CPU))
+        net.zero_grad()
+        for support, base in (views[:2], views[2:]):
+            losses = stage.losses({'support': support, 'base': base}, pixel_weight=1e-3, micro_batches=2)
+            sum(losses.values()).backward()
+        return [*map(torch.from_numpy, confusions), net.novel_emb.grad.clone()]
+
+    def overwrite(images):
+        for features in earlier:
+            features.data.fill_(float('nan'))
+        earlier[:] = [compute(images)]
+        return earlier[0]
+
+    expected = results()
+    monkeypatch.setattr(network, 'features', overwrite)
+    assert all(map(torch.equal, results(), expected))
 
 
 def test_features_that_half_precision_cannot_hold_are_refused(network, loader, tmp_path):

@@ -4,6 +4,7 @@ They fail where devices or types are mixed and where a value is read back, for w
 queue. The backward pass cannot run on them; `benchmarks/gpu.py` checks it on a GPU.
 """
 
+import copy
 from contextlib import contextmanager
 from functools import partial
 
@@ -11,19 +12,22 @@ import native_batch_norm
 import pytest
 import torch
 import torch.distributed as dist
+from torch._dynamo.backends.debugging import aot_eager
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.errors import InputError
 from engine import distributed
 from engine.evaluation import evaluate
+from engine.inference import Segmenter
 from engine.metrics import _count_without_reading, confusion_matrix
+from engine.precision import compile_features
 from ft_pop import NovelStage
 from model import Head, build_model, psp
 from model.kernels import summed_cross_entropy, sync_batch_norm, upsampling
 from train_base import BaseStage
 
-CUDA = torch.device('cuda', 0)
+CPU, CUDA = torch.device('cpu'), torch.device('cuda', 0)
 SIZE = 65
 CACHED = (psp._pooling_matrix, psp._upsampling_taps, upsampling.interpolation)
 
@@ -175,6 +179,36 @@ def test_shared_batch_statistics_read_nothing_back(monkeypatch):
 
     assert described(found) == described(expected) and all(tensor.device == CUDA for tensor in found)
     del operations
+
+
+def test_features_compile_to_one_graph_for_each_shape_and_mode(monkeypatch):
+    graphs, modes, compile_ = [], [], torch.compile
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def without_inductor(function, mode, **settings):
+        modes.append(mode)
+        backend = aot_eager if mode == 'reduce-overhead' else keep
+        return compile_(function, backend=backend, fullgraph=True, **settings)
+
+    monkeypatch.setattr(torch, 'compile', without_inductor)
+    torch.manual_seed(0)
+    net = build_model('resnet18', 3)
+    plain = copy.deepcopy(net)
+    compile_features(net)
+    for expected, training, side in ((1, True, 65), (2, False, 65), (3, False, 97), (3, False, 65)):
+        images = torch.randn(2, 3, side, side)
+        with torch.set_grad_enabled(training):
+            torch.testing.assert_close(net.train(training)(images), plain.train(training)(images))
+        assert len(graphs) == expected
+    called = {str(node.target) for graph in graphs for node in graph.graph.nodes if node.op == 'call_function'}
+    assert not any('eye' in name or 'interpolate' in name for name in called)  # constants are made in advance
+    assert list(net.state_dict()) == list(plain.state_dict())
+    segmenters = [Segmenter(net.eval(), CPU, torch.float32, compiled) for compiled in (False, True)]
+    torch.testing.assert_close(*(segmenter.net.features(images) for segmenter in segmenters))
+    assert modes == ['default', 'reduce-overhead'] and len(graphs) == 4  # the copy of a compiled network is compiled
 
 
 def test_each_process_of_a_host_takes_its_own_gpu(monkeypatch):

@@ -242,7 +242,7 @@ def test_a_head_on_features_of_a_fused_copy_trains_the_network_that_it_belongs_t
     assert relative_difference(trained(frozen.features(x)), net(x)) < 1e-4
 
 
-def test_accelerated_networks_can_be_copied_converted_and_compiled():
+def test_accelerated_networks_can_be_copied_and_converted():
     torch.manual_seed(0)
     net = build_model('resnet18', 3).eval()
     keys = list(net.state_dict())
@@ -252,8 +252,6 @@ def test_accelerated_networks_can_be_copied_converted_and_compiled():
         assert torch.equal(copy.deepcopy(net)(images), expected)
         frozen = fuse(net)
         assert torch.equal(copy.deepcopy(frozen)(images), frozen(images))
-        frozen.decoder.compile(backend='eager')
-        assert relative_difference(frozen(images), expected) < 1e-4
         assert net.to(torch.float64)(images.double()).dtype == torch.float64
     accelerate(net)  # changes nothing the second time
     assert list(net.state_dict()) == keys

@@ -51,21 +51,29 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         self.num_batches_tracked.add_(1)
-        return _SyncBatchNorm.apply(
+        x = x.contiguous(memory_format=torch.channels_last)  # as the network's tensors are
+        return torch.ops.pop.sync_batch_norm(
             x, self.weight, self.bias, self.running_mean, self.running_var, self.momentum, self.eps
-        )
+        )[0]
 
 
 class _SyncBatchNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, running_mean, running_var, momentum, eps):
-        x = x.contiguous(memory_format=torch.channels_last)  # as the network's tensors are
-        y, *statistics = torch.ops.pop.sync_batch_norm(x, weight, bias, running_mean, running_var, momentum, eps)
-        ctx.save_for_backward(x, weight, *statistics)
-        return y
+    """What the operation does where gradients are recorded.
+
+    The operation calls this function. A layer that called it would put a graph into the graph of torch.compile, and
+    older PyTorch does not compile such graphs under DistributedDataParallel.
+    """
 
     @staticmethod
-    def backward(ctx, gradient):
+    def forward(ctx, x, weight, *others):
+        with torch._C._AutoDispatchBelowAutograd():
+            y, *statistics = torch.ops.pop.sync_batch_norm(x, weight, *others)
+        ctx.save_for_backward(x, weight, *statistics)
+        ctx.mark_non_differentiable(*statistics)
+        return y, *statistics
+
+    @staticmethod
+    def backward(ctx, gradient, *_):
         gradient = gradient.contiguous(memory_format=torch.channels_last)
         return *torch.ops.pop.sync_batch_norm_backward(gradient, *ctx.saved_tensors), None, None, None, None
 
@@ -110,6 +118,7 @@ def _gather(values):
 
 
 OPERATIONS.impl('sync_batch_norm', _normalize, 'CompositeExplicitAutograd')
+OPERATIONS.impl('sync_batch_norm', _SyncBatchNorm.apply, 'Autograd')
 OPERATIONS.impl('sync_batch_norm_backward', _gradients, 'CompositeExplicitAutograd')
 
 
