@@ -149,7 +149,10 @@ def cached_validation(side: str, num_base: int, num_novel: int) -> Callable:
         return validate
     with torch.no_grad(), autocast(CPU, DTYPES[side]):
         features = net.features(to_device(images, CPU)).half()
-    item = {'features': features, 'mask': [mask.byte()], 'canvas': [(SIZE, SIZE)], 'id': ['']}
+    item = {
+        'features': features, 'mask': mask.byte()[None], 'shape': [mask.shape], 'canvas': [(SIZE, SIZE)], 'id': [''],
+        'skipped': [],
+    }  # fmt: skip
     return lambda: evaluate(net, [item], CPU, DTYPES[side])
 
 

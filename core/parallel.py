@@ -5,9 +5,12 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from tqdm import tqdm
+
+from core.errors import InputError
 
 
 def usable_cores() -> int:
@@ -43,6 +46,7 @@ def parallel_map(function: Callable, items: Sequence, title: str, workers: int |
 
     Raises:
         Exception: the first one that the function raises. Items that no process has received yet are dropped.
+        InputError: a process was killed.
     """
     workers = min(workers or usable_cores(), max(len(items), 1))
     bar = tqdm(total=len(items), desc=title, leave=False, disable=None)
@@ -55,6 +59,11 @@ def parallel_map(function: Callable, items: Sequence, title: str, workers: int |
         try:
             chunk = min(64, -(-len(items) // (4 * workers)))
             return [_tick(bar, result) for result in pool.map(function, items, chunksize=chunk)]
+        except BrokenProcessPool as error:
+            raise InputError(
+                f'{title}: a worker process was killed. The system usually does that when memory runs out. End other '
+                'programs, or use fewer processes (--workers, where the command has it).'
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from core.errors import InputError
 from core.ranks import check_ranks, is_main, local_rank, rank, world_size
+from engine.loaders import raise_advice
 from model.kernels import keep_freed_memory, share_batch_statistics
 
 T = TypeVar('T')
@@ -22,9 +23,7 @@ _gloo = None  # a second group, for what is exchanged on the CPU
 
 
 @contextlib.contextmanager
-def process_group(
-    device: str, timeout_minutes: float = 30, deterministic: bool = False
-) -> Iterator[torch.device]:
+def process_group(device: str, timeout_minutes: float = 30, deterministic: bool = False) -> Iterator[torch.device]:
     """Join the run's processes (NCCL on GPUs, Gloo on CPUs) and leave them at the end.
 
     Args:
@@ -58,6 +57,10 @@ def process_group(
         yield device
     except torch.cuda.OutOfMemoryError as error:
         raise InputError(_memory_advice(error, device)) from error
+    except RuntimeError as error:
+        if 'DataLoader' in str(error):
+            raise_advice(error)
+        raise
     # after an error the process just ends: NCCL may wait here for processes that are still at work
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from core import IGNORE_INDEX, signals
+from core import signals
 from core.ranks import is_main, world_size
 from engine.distributed import all_sum, sum_over_processes
 from engine.metrics import confusion_matrix
@@ -32,8 +32,7 @@ def evaluate(
 
     Args:
         net: put into eval mode.
-        batches: from `loaders.evaluation_loader`, or with 'features' in place of 'image' (`feature_cache`); 'truth' may
-            hold the masks in one tensor [B, H, W].
+        batches: from `loaders.evaluation_loader`, or with 'features' in place of 'image' (`feature_cache`).
         device, dtype: where and in which precision the network runs (`precision.precision`).
         on_prediction: called with (id, prediction, mask) of each image, integer tensors [h, w].
 
@@ -44,21 +43,27 @@ def evaluate(
     confusion = torch.zeros(net.num_logits, net.num_logits, dtype=torch.int64, device=device)
     scores = net.score_prototypes()
     for batch in _interruptible(tqdm(batches, 'evaluating', leave=False, disable=None if is_main() else True)):
-        for reason in batch.get('skipped', ()):
+        for reason in batch['skipped']:
             tqdm.write(f'skipped: {reason}')
+        if not batch['id']:
+            continue
         if 'features' in batch:
             features = batch['features']
-        elif 'image' in batch:
+        else:
             with autocast(device, dtype):
                 features = net.features(to_device(batch['image'], device))
-        for group in _groups(batch, device):
-            masks = [mask.to(device, non_blocking=True) for mask in batch['mask'][group]]
-            truth = batch['truth'][group] if 'truth' in batch else _join(masks)  # [n, H, W]
-            predictions = segment(net, features[group], scores, batch['canvas'][group.start], truth.shape[1:], dtype)
+        masks = batch['mask'].to(device, non_blocking=True)
+        for group in _groups(batch['canvas'], device):
+            shapes = batch['shape'][group]
+            height, width = map(max, zip(*shapes, strict=True))
+            truth = masks[group, :height, :width]
+            predictions = segment(net, features[group], scores, batch['canvas'][group.start], (height, width), dtype)
             confusion += confusion_matrix(truth, predictions, net.num_logits)
             if on_prediction:
-                for image_id, prediction, mask in zip(batch['id'][group], predictions, masks, strict=True):
-                    on_prediction(image_id, prediction[: mask.shape[0], : mask.shape[1]], mask)
+                for image_id, (h, w), prediction, mask in zip(
+                    batch['id'][group], shapes, predictions, truth, strict=True
+                ):
+                    on_prediction(image_id, prediction[:h, :w], mask[:h, :w])
     return all_sum(confusion).cpu().numpy()
 
 
@@ -112,20 +117,13 @@ def segment(
     return predict(logits, canvas, shape)
 
 
-def _groups(batch: dict, device: torch.device) -> Iterator[slice]:
+def _groups(canvases: list[tuple[int, int]], device: torch.device) -> Iterator[slice]:
     """Split a batch into images that are classified at once.
 
     A GPU takes as many as have the same canvas. A CPU takes one: leaving out its padding saves more time there.
     """
-    canvases, first = batch['canvas'], 0
+    first = 0
     for i in range(1, len(canvases) + 1):
         if i == len(canvases) or device.type == 'cpu' or canvases[i] != canvases[first]:
             yield slice(first, i)
             first = i
-
-
-def _join(masks: list[torch.Tensor]) -> torch.Tensor:
-    """Masks [H_i, W_i] as one tensor [B, max H_i, max W_i], padded with pixels that are not counted."""
-    height, width = (max(sides) for sides in zip(*(mask.shape for mask in masks), strict=True))
-    padded = [F.pad(mask, (0, width - mask.shape[1], 0, height - mask.shape[0]), value=IGNORE_INDEX) for mask in masks]
-    return torch.stack(padded)

@@ -103,7 +103,7 @@ class FrozenFeatures:
     def __iter__(self) -> Iterator[dict]:
         """Yield the loader's batches with 'features' [B, C, h, w] on the device in place of 'image'."""
         for batch in self.loader:
-            if batch['mask']:
+            if batch['id']:
                 with torch.no_grad(), autocast(self.device, self.dtype):
                     batch['features'] = self.frozen.features(to_device(batch.pop('image'), self.device))
             yield batch
@@ -142,21 +142,21 @@ class CachedFeatures(FrozenFeatures):
         return -(-len(self.loader.sampler) // self.images_at_once)
 
     def __iter__(self) -> Iterator[dict]:
-        """Yield {'features': float16 [B, C, h, w] on the device, 'mask', 'canvas', 'id': lists of B}."""
+        """Yield the loader's batches with 'features', float16 [B, C, h, w] on the device, in place of 'image'."""
         if self.complete:
             yield from self._batches(0, len(self.items))
             return
         self.items = []
         for batch in super().__iter__():
             if batch['skipped']:
-                yield {'mask': [], 'skipped': batch['skipped']}
-            first = len(self.items)
-            for i, mask in enumerate(batch['mask']):
-                k = len(self.items)
-                self.features[k] = batch['features'][i]
-                self.masks[k] = IGNORE_INDEX  # beyond the image
-                self.masks[k, : mask.shape[0], : mask.shape[1]] = mask
-                self.items.append((mask.shape, batch['canvas'][i], batch['id'][i]))
+                yield {'id': [], 'skipped': batch['skipped']}
+            first, count = len(self.items), len(batch['id'])
+            if count:
+                height, width = batch['mask'].shape[1:]
+                self.features[first : first + count] = batch['features']
+                self.masks[first : first + count] = IGNORE_INDEX  # beyond the images
+                self.masks[first : first + count, :height, :width] = batch['mask']
+                self.items += zip(batch['shape'], batch['canvas'], batch['id'], strict=True)
             self._check_finite(first)
             yield from self._batches(first, len(self.items))
         self.complete = True
@@ -172,14 +172,11 @@ class CachedFeatures(FrozenFeatures):
         """Batches of the images first..end-1."""
         for start in range(first, end, self.images_at_once):
             part = slice(start, min(start + self.images_at_once, end))
-            shapes, canvases, image_ids = zip(*self.items[part], strict=True)
-            masks = self.masks[part].to(self.device, non_blocking=True)
-            batch = {
-                'features': self.features[part].to(self.device, non_blocking=True),
-                'mask': [mask[:height, :width] for mask, (height, width) in zip(masks, shapes, strict=True)],
-                'canvas': list(canvases), 'id': list(image_ids),
+            shapes, canvases, image_ids = map(list, zip(*self.items[part], strict=True))
+            yield {
+                'features': self.features[part].to(self.device, non_blocking=True), 'mask': self.masks[part],
+                'shape': shapes, 'canvas': canvases, 'id': image_ids, 'skipped': [],
             }  # fmt: skip
-            yield batch if self.images_at_once == 1 else batch | {'truth': masks}
 
 
 def _allocate(shape, dtype, place, folder, device):

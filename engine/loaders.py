@@ -1,15 +1,25 @@
 """What both stages and the test read their images through: loaders and the order of training samples."""
 
+import os
+import re
+import shutil
+import tempfile
 from collections.abc import Iterator
+from multiprocessing.reduction import ForkingPickler
 
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from core import signals
+from core import IGNORE_INDEX, signals
 from core.errors import InputError
 from core.ranks import rank, world_size
+
+EVALUATION_BATCH = {'cpu': 1, 'cuda': 16}  # images; a CPU is no faster with more, and needs more memory
+TIMEOUT = 600  # seconds that a loader process may take for a batch
+LONGEST_FOLDER = 60  # characters of a temporary folder in which sockets can be made: their paths have at most 107
 
 
 class TrainingBatches:
@@ -52,6 +62,54 @@ class TrainingBatches:
                 yield [(self.epoch, order[j % self.length]) for j in range(start, start + share)]
 
 
+class Loader(DataLoader):
+    """A DataLoader that ends the run with advice where its processes die, hang or cannot hand over a batch."""
+
+    def __iter__(self) -> Iterator[dict]:
+        try:
+            yield from super().__iter__()
+        except (OSError, RuntimeError) as error:
+            raise_advice(error)
+            raise
+
+
+def raise_advice(error: Exception):
+    """Raise InputError with advice if an error is of loader processes or of the system's limits on them.
+
+    The death of a loader process is raised by a signal handler, hence anywhere in the training process.
+    """
+    text = f'{error.__cause__ or ""}\n{error}'  # PyTorch chains the signal that killed a process
+    if re.search(r'shared memory|</torch_\d+|Bus error|No space left|quota', text):
+        raise InputError(
+            f'loader processes cannot hand over batches: /dev/shm is full or too small ({_shared_memory()}). Enlarge '
+            'it (docker run --shm-size=8g; mount -o remount,size=8g /dev/shm), or use --num-workers 0.'
+        ) from error
+    if ended := re.search(r'DataLoader worker .*(killed by signal: \w+|exited unexpectedly)', text):
+        raise InputError(
+            f'a loader process ended ({ended[1]}). The system usually kills processes when memory runs out. Use fewer '
+            '--num-workers (0: no processes).'
+        ) from error
+    if 'DataLoader timed out' in text:
+        raise InputError(
+            f'no loader process delivered a batch for {TIMEOUT // 60} minutes. Check that the disk with the images '
+            'answers. --num-workers 0 reads without processes.'
+        ) from error
+    if re.search(r'Too many open files|ancdata|AF_UNIX|socket', text):
+        raise InputError(
+            f'loader processes cannot hand over batches ({text.strip().splitlines()[-1]}). Allow more open files '
+            '(ulimit -n 4096), set TMPDIR to a folder with a short path, or use --num-workers 0.'
+        ) from error
+
+
+def _shared_memory():
+    """Size and free space of /dev/shm, for a message."""
+    try:
+        usage = shutil.disk_usage('/dev/shm')
+    except OSError as error:
+        return f'{error.strerror}'
+    return f'{usage.free / 1e6:.0f} of {usage.total / 1e6:.0f} MB free'
+
+
 def training_loader(
     dataset: Dataset,
     batch_size: int,
@@ -63,42 +121,63 @@ def training_loader(
     micro_batches: int = 1,
 ) -> DataLoader:
     """Loader of training views; `TrainingBatches` says what its next pass yields."""
-    return DataLoader(
-        dataset,
-        batch_sampler=TrainingBatches(len(dataset), batch_size, seed, fill_last, micro_batches),
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        worker_init_fn=_start_worker,
-        pin_memory=device.type == 'cuda',
-    )
+    batches = TrainingBatches(len(dataset), batch_size, seed, fill_last, micro_batches)
+    return Loader(dataset, batch_sampler=batches, **_processes(num_workers, device))
 
 
 def evaluation_loader(
-    dataset: Dataset, batch_size: int, *, num_workers: int, device: torch.device, keep_workers: bool = True
+    dataset: Dataset, batch_size: int | None, *, num_workers: int, device: torch.device, keep_workers: bool = True
 ) -> DataLoader:
-    """Loader of this process's share of the evaluation images: no padding, no repeats."""
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        sampler=range(rank(), len(dataset), world_size()),
-        num_workers=num_workers,
-        persistent_workers=keep_workers and num_workers > 0,
-        worker_init_fn=_start_worker,
-        pin_memory=device.type == 'cuda',
-        collate_fn=_collate_evaluation,
-    )
+    """Loader of this process's share of the evaluation images: no padding, no repeats.
+
+    `batch_size` None is `EVALUATION_BATCH` of the device.
+    """
+    batch_size = batch_size or EVALUATION_BATCH[device.type]
+    share = range(rank(), len(dataset), world_size())
+    return Loader(
+        dataset, batch_size, sampler=share, collate_fn=_collate_evaluation,
+        **_processes(num_workers, device, keep_workers),
+    )  # fmt: skip
+
+
+def _processes(num_workers, device, keep=True):
+    """Arguments of a DataLoader that say how its processes run."""
+    return {
+        'num_workers': num_workers,
+        'persistent_workers': keep and num_workers > 0,
+        'worker_init_fn': _start_worker,
+        'timeout': TIMEOUT if num_workers else 0,
+        'pin_memory': device.type == 'cuda',
+    }
 
 
 def _start_worker(worker):
     """Set up a loader process: signals are left to the training process, and one image takes one thread."""
     signals.ignore(worker)
     cv2.setNumThreads(0)
+    if len(tempfile.gettempdir()) > LONGEST_FOLDER and os.access('/tmp', os.W_OK):
+        tempfile.tempdir = '/tmp'
+    # Batches are sent by a thread whose errors reach nobody, so that the training process would wait. Limits that keep
+    # a process from sending at all are met here, where an error is reported.
+    ForkingPickler.dumps(torch.zeros(1).share_memory_())
 
 
 def _collate_evaluation(items):
-    """Stack the images; masks may differ in size and stay a list."""
+    """Join evaluation items: {'image' [B, 3, H, W], 'mask' [B, h, w], 'shape', 'canvas', 'id', 'skipped': lists}.
+
+    Masks may differ in size: they are padded with pixels that are not counted, and 'shape' has their sizes. Items that
+    are skipped are left out; if none is left, the batch has 'id' and 'skipped' only.
+    """
     kept = [item for item in items if not item['skipped']]
-    batch = {key: [item[key] for item in kept] for key in ('mask', 'canvas', 'id')}
-    batch['mask'] = [torch.as_tensor(mask) for mask in batch['mask']]
-    batch['skipped'] = [item['skipped'] for item in items if item['skipped']]
-    return batch | {'image': torch.stack([item['image'] for item in kept])} if kept else batch
+    batch = {'id': [item['id'] for item in kept], 'skipped': [item['skipped'] for item in items if item['skipped']]}
+    if not kept:
+        return batch
+    shapes = [tuple(item['mask'].shape) for item in kept]
+    height, width = map(max, zip(*shapes, strict=True))
+    masks = [
+        F.pad(torch.as_tensor(item['mask']), (0, width - w, 0, height - h), value=IGNORE_INDEX)
+        for item, (h, w) in zip(kept, shapes, strict=True)
+    ]
+    # default_collate, unlike torch.stack, reports here if shared memory is full
+    stacked = {'image': default_collate([item['image'] for item in kept]), 'mask': default_collate(masks)}
+    return batch | stacked | {'shape': shapes, 'canvas': [item['canvas'] for item in kept]}

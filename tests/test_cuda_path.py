@@ -95,17 +95,21 @@ def test_losses_of_stage_2(dtype):
 
 def loaded(count):
     """A batch of `evaluation_loader`."""
-    masks = [torch.empty(SIZE - i, SIZE, dtype=torch.uint8) for i in range(count)]
-    images = torch.empty(count, 3, SIZE, SIZE)
-    return {'image': images, 'mask': masks, 'canvas': [(SIZE, SIZE)] * count, 'id': ['a'] * count}
+    return evaluation_batch(count) | {'image': torch.empty(count, 3, SIZE, SIZE)}
 
 
 def cached(net, count):
     """A batch of `CachedFeatures`."""
     features = torch.empty(count, *net.feature_shape((SIZE, SIZE)), dtype=torch.float16, device=CUDA)
-    truth = torch.empty(count, SIZE, SIZE, dtype=torch.uint8, device=CUDA)
-    batch = {'features': features.to(memory_format=torch.channels_last), 'truth': truth}
-    return batch | {'mask': list(truth), 'canvas': [(SIZE, SIZE)] * count, 'id': ['a'] * count}
+    batch = evaluation_batch(count)
+    return batch | {'features': features.to(memory_format=torch.channels_last), 'mask': batch['mask'].to(CUDA)}
+
+
+def evaluation_batch(count):
+    return {
+        'mask': torch.empty(count, SIZE, SIZE, dtype=torch.uint8), 'shape': [(SIZE - i, SIZE) for i in range(count)],
+        'canvas': [(SIZE, SIZE)] * count, 'id': ['a'] * count, 'skipped': [],
+    }  # fmt: skip
 
 
 def test_evaluation(dtype, monkeypatch):
@@ -116,7 +120,7 @@ def test_evaluation(dtype, monkeypatch):
         batches = [loaded(2), cached(net, 3)]
         counts = evaluate(net, batches, CUDA, dtype, lambda image_id, prediction, mask: seen.append(prediction.shape))
         assert counts.shape == (21, 21) and counts.dtype == torch.int64
-        assert seen == [(SIZE - i, SIZE) for i in (0, 1, 0, 0, 0)]
+        assert seen == [(SIZE - i, SIZE) for i in (0, 1, 0, 1, 2)]
 
 
 class Kernels(TorchDispatchMode):

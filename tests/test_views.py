@@ -121,7 +121,10 @@ def test_evaluation_items_fit_pad_and_know_their_canvas(shapes):
         assert np.array_equal(item['mask'], expected)
         assert (item['image'][:, fitted[0] :] == 0).all() and (item['image'][:, :, fitted[1] :] == 0).all()
     batch = next(iter(evaluation_loader(full, 8, num_workers=0, device=CPU)))
-    assert len({tuple(mask.shape) for mask in batch['mask']}) > 1
+    assert len(set(batch['shape'])) > 1
+    for item, mask, (height, width) in zip(full, batch['mask'], batch['shape'], strict=False):
+        assert np.array_equal(mask[:height, :width], item['mask'])
+        assert (mask[height:] == 255).all() and (mask[:, width:] == 255).all()
 
 
 def test_an_epoch_fills_its_last_batch_or_drops_it():
