@@ -29,14 +29,19 @@ class Segmenter:
             compile_features(self.net, frozen=True)
 
     def run(
-        self, dataset: Dataset, on_prediction: OnPrediction | None = None, *, batch_size: int = 1, num_workers: int = 0
+        self,
+        dataset: Dataset,
+        on_prediction: OnPrediction | None = None,
+        *,
+        batch_size: int | None = None,
+        num_workers: int = 0,
     ) -> np.ndarray:
         """Segment this process's share of a `SegmentationDataset`; see `evaluation.evaluate`.
 
         Args:
             dataset: evaluation images and masks.
             on_prediction: called with (id, prediction, mask) of each image, integer tensors [h, w].
-            batch_size: per process.
+            batch_size: per process; None: as `loaders.evaluation_loader` chooses.
             num_workers: loader processes.
 
         Returns:

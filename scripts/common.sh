@@ -39,6 +39,7 @@ data_flags() {
         --model "${MODEL:-pspnet_pop}" --backbone "${BACKBONE:-resnet50v2}" --os "${OS:-8}"
         --base-size "${BASE_SIZE:-473,473}"
     )
+    if [ -n "${BS_TEST:-}" ]; then shared+=(--test-batch-size "$BS_TEST"); fi
     if [ -n "${WORKERS:-}" ]; then shared+=(--num-workers "$WORKERS"); fi
     if [ -n "${TRAIN_LIST:-}" ]; then shared+=(--train-list "$TRAIN_LIST"); fi
     if [ -n "${VAL_LIST:-}" ]; then shared+=(--val-list "$VAL_LIST"); fi
@@ -52,8 +53,7 @@ base_stage() {
     shift 2
     launch train_base.py "${shared[@]}" --restore-from "$RESTORE_PATH" \
         --input-size "${INPUT_SIZE:-473,473}" --learning-rate "${LR:-1e-3}" --weight-decay "${WD:-1e-4}" \
-        --batch-size "${BS:-$batch}" --test-batch-size "${BS_TEST:-16}" --num-epoch "${EPOCHS:-50}" \
-        --random-seed "${SEED:-123}" "$@"
+        --batch-size "${BS:-$batch}" --num-epoch "${EPOCHS:-50}" --random-seed "${SEED:-123}" "$@"
 }
 
 # novel_stage DATASET FLAG...: the few-shot lists where they are missing, then stage 2 with the paper's recipe
@@ -69,7 +69,7 @@ novel_stage() {
     # shellcheck disable=SC2086 # the recipe is a list of flags
     launch ft_pop.py "${shared[@]}" --restore-from "$RESTORE_PATH" --shot "${SHOT:-1}" \
         --input-size "${INPUT_SIZE:-473,473}" --learning-rate "${LR:-1e-3}" --weight-decay "${WD:-1e-4}" \
-        --batch-size "${BS:-1}" --test-batch-size "${BS_TEST:-16}" --num-epoch "${EPOCHS:-500}" \
+        --batch-size "${BS:-1}" --num-epoch "${EPOCHS:-500}" \
         --random-seed "$seeds" $RECIPE "$@"
 }
 
@@ -80,7 +80,7 @@ evaluation() {
     shift
     if [ -n "${SAVE_DIR:-}" ]; then shared+=(--save-path "$SAVE_DIR"); fi
     launch test.py "${shared[@]}" --restore-from "$RESTORE_PATH" --shot "${SHOT:-1}" \
-        --test-batch-size "${BS_TEST:-1}" --random-seed "${SEED:-123,234,345}" "$@"
+        --random-seed "${SEED:-123,234,345}" "$@"
 }
 
 # reproduce DATASET STAGE_2_FLAGS FLAG...: the whole grid with the paper's recipe
@@ -105,6 +105,6 @@ reproduce() {
     export PYTHONPATH=$ROOT
     exec python -m utils.sweep --data "$dataset=$DATA_PATH" --out "${SAVE_DIR:-$ROOT/runs/$dataset}" \
         --nproc "$NPROC" "${grid[@]}" \
-        --flags="--backbone ${BACKBONE:-resnet50v2} --os ${OS:-8} --test-batch-size ${BS_TEST:-16}" \
+        --flags="--backbone ${BACKBONE:-resnet50v2} --os ${OS:-8}${BS_TEST:+ --test-batch-size $BS_TEST}" \
         --base-flags="--restore-from $(printf %q "$RESTORE_PATH")" --novel-flags="$RECIPE $stage_2" "$@"
 }

@@ -20,6 +20,7 @@ from core.errors import InputError
 from engine import distributed
 from engine.evaluation import evaluate
 from engine.inference import Segmenter
+from engine.loaders import evaluation_loader
 from engine.metrics import _count_without_reading, confusion_matrix
 from engine.precision import compile_features
 from ft_pop import NovelStage
@@ -213,6 +214,12 @@ def test_features_compile_to_one_graph_for_each_shape_and_mode(monkeypatch):
     segmenters = [Segmenter(net.eval(), CPU, torch.float32, compiled) for compiled in (False, True)]
     torch.testing.assert_close(*(segmenter.net.features(images) for segmenter in segmenters))
     assert modes == ['default', 'reduce-overhead'] and len(graphs) == 4  # the copy of a compiled network is compiled
+
+
+def test_a_gpu_evaluates_more_images_at_once_than_a_cpu():
+    sizes = [evaluation_loader(range(40), None, num_workers=0, device=device).batch_size for device in (CPU, CUDA)]
+    assert sizes == [1, 16]
+    assert evaluation_loader(range(40), 3, num_workers=0, device=CUDA).batch_size == 3
 
 
 def test_each_process_of_a_host_takes_its_own_gpu(monkeypatch):

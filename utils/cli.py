@@ -147,7 +147,9 @@ def add_evaluation_flags(group):
         '--base-size', type=parse_size, default=BASE_SIZE, metavar='H,W',
         help='evaluation: images are resized to fit (default: 473,473; for utils.predict: as in training)',
     )  # fmt: skip
-    group.add_argument('--test-batch-size', type=positive, default=1, help='per process (default: 1)')
+    group.add_argument(
+        '--test-batch-size', type=positive, help='per process; changes rounding only (default: 16 on a GPU, 1 on a CPU)'
+    )
     group.add_argument(
         '--num-workers', type=not_negative, default=min(4, usable_cores()),
         help='loader processes per training process (default: 4, or the usable cores if there are fewer)',
