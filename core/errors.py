@@ -23,6 +23,9 @@ def exits_cleanly(main: Callable) -> Callable:
 
     @functools.wraps(main)
     def wrapper(*args, **kwargs):
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, 'reconfigure'):  # names of files may hold what the terminal's encoding has not
+                stream.reconfigure(errors='backslashreplace')
         try:
             return main(*args, **kwargs)
         except InputError as error:

@@ -1,13 +1,18 @@
 """Write files completely or not at all; prepare values for JSON."""
 
 import contextlib
+import errno
 import math
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from core.errors import InputError
+
+# of text files that may name files, whose names may be no UTF-8
+TEXT = {'encoding': 'utf-8', 'errors': 'surrogateescape'}
 
 
 def check_writable(folder: str | Path):
@@ -25,7 +30,7 @@ def atomic_write(
 
     Args:
         path: the file to make or replace; its folder is made.
-        mode: 'w' or 'wb'.
+        mode: 'w' or 'wb'. Text is written as UTF-8, and names that are none (`names`) with their bytes on disk.
         sync: force the content to disk before the rename, so that it survives a power failure. Not needed for
             files that can be regenerated.
         keep: new path, in the same folder, for a file that is replaced.
@@ -34,15 +39,19 @@ def atomic_write(
         The file object. If the body raises an exception, `path` stays as it was.
 
     Raises:
-        InputError: the folder cannot be written to.
+        InputError: the folder cannot be written to, or the name is too long.
     """
-    path = Path(path)
-    beside = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    path, name = Path(path), os.fsencode(Path(path).name)
+    # a name may have the greatest length that the disk allows
+    beside = path.with_name(f'.{path.name if len(name) < 200 else zlib.crc32(name)}.{os.getpid()}.tmp')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(beside, mode)  # noqa: SIM115 (closed below; an OSError there has another cause)
+        with contextlib.suppress(FileNotFoundError):
+            path.lstat()
+        file = open(beside, mode, **({} if 'b' in mode else TEXT))  # noqa: SIM115 (closed below; an OSError there has another cause)
     except OSError as error:
-        raise InputError(f'cannot write {path}: {error.strerror}. Choose a folder that can be written to.') from error
+        what = 'shorter name' if error.errno == errno.ENAMETOOLONG else 'folder that can be written to'
+        raise InputError(f'cannot write {path}: {error.strerror}. Choose a {what}.') from error
     try:
         with file:
             yield file

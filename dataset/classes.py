@@ -101,6 +101,10 @@ class DatasetSpec:
         base_ids, novel_ids = self.base_ids(fold), self.novel_ids(fold)
         return Legend(self.logit_names(fold), (0, *base_ids, *novel_ids), len(base_ids), self.palette)
 
+    def folders(self, split: str) -> tuple[str, str]:
+        """Folders of the images and of the masks of a split, 'train' or 'val', under the data folder."""
+        return getattr(self, f'{split}_images'), getattr(self, f'{split}_masks')
+
     def list_root(self, data_dir: str | Path | None) -> Path:
         """Default folder of the lists; `data_dir` may be None unless `lists_in_data`."""
         return Path(data_dir) / 'list' if self.lists_in_data else LIST_ROOT / self.name

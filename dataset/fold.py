@@ -2,12 +2,14 @@
 
 import os
 import random
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from core.errors import InputError, some
+from core.names import canonical, printable
 from dataset.classes import DatasetSpec
 from dataset.fewshot import FewShotDataset
 from dataset.images import Samples, other_suffixes
@@ -60,20 +62,30 @@ class FoldData:
         """Paths of the fold's lists."""
         return FoldLists(Path(self.train_list).parent, self.fold, self.filter_novel)
 
+    def ids(self, split: str) -> list[str]:
+        """Image ids of the training or the evaluation list, 'train' or 'val'; raises as `lists.read_ids`."""
+        path = {'train': self.train_list, 'val': self.val_list}[split]
+        return read_ids(path, self.spec.hint, folders=self.spec.folders(split))
+
+    def _read(self, path, hint='', **allowed):
+        """Ids of a list of training images."""
+        return read_ids(path, hint, folders=self.spec.folders('train'), **allowed)
+
     def ensure_images(self):
         """Make the embedded data set if it is asked for and missing."""
         if self.spec.name == 'shapes':
             ensure_shapes(self.data_dir)
 
     def prepare(self) -> list[str]:
-        """Check the data before training: make missing class lists, and read all validation masks.
+        """Check the data before training: read all validation and training masks, then make missing class lists.
 
         Returns:
             Notes on the lists, as `ensure_lists`.
         """
-        notes = self.ensure_lists()
+        self.ensure_images()
+        self.samples('train', self.ids('train'), novel_as_background=True)  # missing files, before all masks are read
         self.check_validation_masks()
-        return notes
+        return self.ensure_lists()
 
     def ensure_lists(self, overwrite: bool = False) -> list[str]:
         """Make the fold's missing class lists and check the existing ones.
@@ -87,7 +99,7 @@ class FoldData:
         notes = []
         lists = {c: self.lists.novel_class(c) for c in self.novel_ids}
         lists |= {c: self.lists.base_class(c) for c in self.base_ids}
-        empty = [self.spec.class_names[c - 1] for c, path in lists.items() if not read_ids(path, allow_empty=True)]
+        empty = [self.spec.class_names[c - 1] for c, path in lists.items() if not self._read(path, allow_empty=True)]
         if empty:
             notes.append(
                 f'no training image shows >= {self.spec.min_pixels} pixels of {some(empty)}, so stage 2 will refuse to '
@@ -97,19 +109,19 @@ class FoldData:
             notes.append(
                 f'{len(differing)} existing lists of fold {self.fold} are used, but this data and min_pixels '
                 f'{self.spec.min_pixels} give others: {some(map(str, differing))}. '
-                f'To make all of them again: rm {differing[0].parent}/train_*.txt'
+                f'To make all of them again: rm {shlex.quote(str(differing[0].parent))}/train_*.txt'
             )
         return notes
 
     def check_validation_masks(self):
         """Read every validation mask once, so that a bad mask ends a run before its first epoch, not after it."""
-        ids = read_ids(self.val_list, self.spec.hint)
+        ids = self.ids('val')
         cache = Path(self.val_list).parent / f'val_{CACHE_NAME}'
         ClassIndex.from_masks(self.samples('val', ids, novel_as_background=True), ids, self.spec.num_classes, cache)
 
     def base_training(self, augmentation: Augmentation, seed: int) -> SegmentationDataset:
         """Training set of stage 1: images with at least one base class; novel pixels are relabelled background."""
-        ids = read_ids(self.lists.train, self._lists_hint)
+        ids = self._read(self.lists.train, self._lists_hint)
         samples = self.samples('train', ids, novel_as_background=True)
         return SegmentationDataset(ids, samples, augmentation, seed, skip_bad=self.skip_bad)
 
@@ -124,7 +136,9 @@ class FoldData:
             seed: seed of the support list and of all random choices.
             redraw_every: number of epochs after which new base images are drawn; 0 keeps the first draw.
         """
-        class_lists = {c: read_ids(self.lists.base_class(c), self._lists_hint, allow_empty=True) for c in self.base_ids}
+        class_lists = {
+            c: self._read(self.lists.base_class(c), self._lists_hint, allow_empty=True) for c in self.base_ids
+        }
         base_ids = list(dict.fromkeys(image_id for ids in class_lists.values() for image_id in ids))
         support_ids = self.support_ids(shot, seed)
         samples = self.samples('train', support_ids, novel_as_background=False)
@@ -155,7 +169,7 @@ class FoldData:
         """
         path = self.lists.support(shot, seed)
         hint = f'make it with: {self._support_command(shot, seed)}'
-        ids = read_ids(path, hint, allow_repeats=True)
+        ids = self._read(path, hint, allow_repeats=True)
         if len(ids) != shot * len(self.novel_ids):
             raise InputError(
                 f'list {path} names {len(ids)} images; expected {shot * len(self.novel_ids)}, {shot} for each of '
@@ -182,7 +196,7 @@ class FoldData:
             original_size: masks keep their original size, at which `test.py` evaluates.
             limit: number of images, chosen at random but the same in every run; default: all.
         """
-        ids = read_ids(self.val_list, self.spec.hint)
+        ids = self.ids('val')
         if limit and limit < len(ids):
             chosen = set(random.Random(0).sample(ids, limit))
             ids = [image_id for image_id in ids if image_id in chosen]
@@ -204,20 +218,27 @@ class FoldData:
         Raises:
             InputError: a folder of the split, or the image or mask of one of `ids`, is missing.
         """
-        images = Path(self.data_dir) / getattr(self.spec, f'{split}_images')
-        masks = Path(self.data_dir) / getattr(self.spec, f'{split}_masks')
+        images, masks = (Path(self.data_dir) / folder for folder in self.spec.folders(split))
         for folder, suffix in ((images, '.jpg'), (masks, '.png')):
             if not folder.is_dir():
                 raise InputError(f'folder {folder} does not exist; {self.spec.hint}')
-            present = set(os.listdir(folder))
-            missing = [image_id + suffix for image_id in ids if image_id + suffix not in present]
-            if missing:
-                if others := other_suffixes(folder / missing[0]):
-                    raise InputError(
-                        f'{folder} holds {some(others)}; expected {missing[0]}: rename its files to *{suffix}'
-                    )
-                raise InputError(
-                    f'{len(missing)} of {len(ids)} listed files are missing in {folder}: {some(missing)}. '
-                    'Check --data-dir and the lists.'
-                )
+            if ids:
+                _check_present(folder, suffix, ids)
         return Samples(images, masks, label_table(self.base_ids, self.novel_ids, novel_as_background))
+
+
+def _check_present(folder, suffix, ids):
+    """InputError where a folder lacks the file of an id; says what is there instead."""
+    present = set(map(canonical, os.listdir(folder)))
+    missing = [image_id + suffix for image_id in ids if image_id + suffix not in present]
+    if not missing:
+        return
+    if others := other_suffixes(folder / missing[0]):
+        raise InputError(f'{folder} holds {some(others)}; expected {missing[0]}: rename its files to *{suffix}')
+    hint = 'Check --data-dir and the lists.'
+    first_column = re.split(r'[\s,;]|__', missing[0])[0]
+    if first_column + suffix in present:
+        hint = f'There is {first_column}{suffix}: a line of a list is one id, without further columns.'
+    elif printable(missing[0]) != missing[0]:
+        hint = 'Is the list in another encoding than UTF-8? iconv -f ISO-8859-1 -t UTF-8 LIST converts it.'
+    raise InputError(f'{len(missing)} of {len(ids)} listed files are missing in {folder}: {some(missing)}. {hint}')

@@ -11,6 +11,7 @@ from PIL import Image
 
 from core import IGNORE_INDEX
 from core.errors import InputError, some
+from core.names import find_spelling, is_companion
 from dataset.labels import INVALID
 
 JPEG_END = b'\xff\xd9'
@@ -31,10 +32,10 @@ class Samples:
     table: np.ndarray
 
     def image_path(self, image_id: str) -> Path:
-        return self.image_dir / f'{image_id}.jpg'
+        return find_spelling(self.image_dir / f'{image_id}.jpg')
 
     def mask_path(self, image_id: str) -> Path:
-        return self.mask_dir / f'{image_id}.png'
+        return find_spelling(self.mask_dir / f'{image_id}.png')
 
     def read_image(self, image_id: str) -> np.ndarray:
         """Read one image, RGB uint8 [H, W, 3]."""
@@ -84,7 +85,7 @@ class Photographs:
             raise InputError(f'{folder} does not exist; expected an image, or a folder of images')
         files = [Path(folder)]
         if Path(folder).is_dir():
-            files = [path for path in Path(folder).iterdir() if not path.name.startswith('.')]
+            files = [path for path in Path(folder).iterdir() if not is_companion(path.name)]
         paths = sorted(path for path in files if path.suffix.lower() in self.SUFFIXES and path.is_file())
         if not paths:
             raise InputError(f'{folder} holds no image; expected files named *{", *".join(self.SUFFIXES)}')

@@ -1,6 +1,7 @@
 """Lists of image ids: their paths, their content, and how they are made from the masks.
 
-    ROOT/train_list, ROOT/val_list                    one image id a line, without suffix
+    ROOT/train_list, ROOT/val_list                    one image id a line, without suffix; or, as for other code,
+                                                      its files: JPEGImages/ID.jpg SegmentationClassAug/ID.png
     ROOT/fold{F}/train_fold{F}.txt                    images with at least one base class
     ROOT/fold{F}/train_base_class{C}.txt              images in which base class C covers >= min_pixels
     ROOT/fold{F}/train_novel_class{C}.txt             the same for novel class C
@@ -10,22 +11,29 @@
 ROOT is the folder of the train list.
 """
 
+import codecs
 import contextlib
+import re
+import shlex
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from core.errors import InputError, some
 from core.files import atomic_write
+from core.names import canonical
 from core.parallel import parallel_map
 from dataset.classes import DatasetSpec
 from dataset.images import Samples, check_same_size, open_mask, read_header
 
 CACHE_NAME = 'class_pixels.npz'  # beside the train list: the pixel counts of all masks read so far
+BLANKS = ' \t\r\v\f'  # around a line; other blanks of Unicode are part of a name
+# the image of an id and its mask, which may be left out
+FILES = re.compile(r'(?P<image>.+?\.(?:jpe?g|png))(?:\s+(?P<mask>.+\.png))?', re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -64,43 +72,113 @@ class FoldLists:
         return self.root / f'fold{self.fold}' / f'fold{self.fold}_{shot}shot_seed{seed}.txt'
 
 
-def read_ids(path: str | Path, hint: str = '', *, allow_empty: bool = False, allow_repeats: bool = False) -> list[str]:
+def read_ids(
+    path: str | Path,
+    hint: str = '',
+    *,
+    folders: tuple[str, str] | None = None,
+    allow_empty: bool = False,
+    allow_repeats: bool = False,
+) -> list[str]:
     """Read a list of image ids.
 
     Args:
         path: one id a line; blank lines are skipped.
         hint: how to get the list, for the message if it is missing or empty.
+        folders: of the images and the masks under --data-dir. A line may then also name the image of an id there, and
+            its mask: 'JPEGImages/ID.jpg SegmentationClassAug/ID.png'.
         allow_empty: the list may be empty, like the class list of a rare class.
         allow_repeats: the list may repeat ids, like the support list of a class with few images.
 
+    Returns:
+        Ids in list order, in one Unicode form (`names.canonical`). Bytes that are no UTF-8 are kept as surrogates.
+
     Raises:
-        InputError: the list is missing, empty, repeats ids, or holds file names instead of ids.
+        InputError: the list is missing, empty, repeats ids, or holds something else than ids.
     """
     hint = f'; {hint}' if hint else ''
     try:
-        lines = Path(path).read_text(encoding='utf-8-sig').splitlines()  # some editors write a byte order mark
-        ids = [line.strip() for line in lines if line.strip()]
+        lines = _read_lines(path)
     except FileNotFoundError:
         raise InputError(f'list {path} does not exist{hint}') from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f'list {path} cannot be read ({error}); expected a UTF-8 text file of image ids') from None
-    if not ids and not allow_empty:
+    if not lines and not allow_empty:
         raise InputError(f'list {path} is empty{hint}')
-    if columns := [line for line in ids if len(line.split()) > 1 or '/' in line]:
-        raise InputError(f'list {path} has lines like "{columns[0]}"; expected one image id a line, without folders')
-    if named := [image_id for image_id in ids if image_id.lower().endswith(('.jpg', '.jpeg', '.png'))]:
-        raise InputError(
-            f'list {path} names files ({some(named)}); expected ids, which are the names without their suffix: '
-            f"sed -i -E 's/\\.[A-Za-z]+\\s*$//' {path}"
-        )
+    ids = [_id_of(line, folders) for line in lines]
+    if None in ids:
+        raise InputError(_not_ids(path, [line for line, i in zip(lines, ids, strict=True) if i is None], folders))
     repeated = [image_id for image_id, count in Counter(ids).items() if count > 1]
     if repeated and not allow_repeats:
         raise InputError(f'list {path} names {some(repeated)} more than once; remove the repeats')
     return ids
 
 
+def _read_lines(path):
+    """The lines of a list that are not blank. OSError, or ValueError where it is no text."""
+    content = Path(path).read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # PowerShell writes lists so
+        text = content.decode('utf-16')
+    else:
+        text = content.removeprefix(codecs.BOM_UTF8).decode('utf-8', 'surrogateescape')
+    if '\0' in text:
+        raise ValueError('it holds zero bytes')
+    # not splitlines: a name may hold what else Unicode takes for the end of a line
+    return [line for raw in re.split('[\r\n]', text) if (line := raw.strip(BLANKS))]
+
+
+def _id_of(line, folders=None):
+    """The id that a line of a list means, or None."""
+    files = FILES.fullmatch(line.replace('\\', '/'))
+    if files and folders and (files['mask'] or '/' in files['image']):
+        image_id = PurePosixPath(files['image']).stem
+        named = [files['image']] + [files['mask']] * bool(files['mask'])
+        there = [PurePosixPath(folders[0], f'{image_id}.jpg'), PurePosixPath(folders[1], f'{image_id}.png')]
+        if all(_same_file(*pair) for pair in zip(named, there, strict=False)):
+            return canonical(image_id)
+    return canonical(line) if _is_id(line) else None
+
+
+def _same_file(named, expected):
+    """Whether a relative or absolute path names an expected file, whatever folder it starts from."""
+    return f'/{named}'.endswith(f'/{expected}') or f'/{expected}'.endswith(f'/{named}')
+
+
+def _is_id(text):
+    """Whether a line of a list can be this id. Names of files are none, nor companions that macOS adds ('._a')."""
+    is_line = text == text.strip(BLANKS) and not set('\r\n/\0') & set(text)
+    return is_line and not FILES.fullmatch(text) and not text.startswith('._')
+
+
+def _not_ids(path, lines, folders):
+    """What a list holds instead of ids, and the command that mends it."""
+    if companions := [line for line in lines if line.startswith('._')]:
+        return (
+            f'list {path} names {some(companions)}: companions that macOS adds to files, no images. Remove them: '
+            f"sed -i '/^\\._/d' {shlex.quote(str(path))}"
+        )
+    expected = 'one image id a line, which is the name without folder and suffix'
+    if folders:
+        expected += f', or its files as in "{folders[0]}/ID.jpg {folders[1]}/ID.png"'
+    return (
+        f'list {path} has lines like "{lines[0]}"; expected {expected}. To leave only the ids: '
+        f"sed -i -E 's/\\.(jpe?g|png)([[:space:],;].*)?$//I; s|.*[/\\\\]||' {shlex.quote(str(path))}"
+    )
+
+
 def write_ids(path: str | Path, ids: Iterable[str]):
-    """Write a list, one id a line."""
+    """Write a list, one id a line.
+
+    Raises:
+        InputError: a list cannot hold one of the ids, because of line breaks or blanks at its ends, or because it looks
+            like the name of a file.
+    """
+    ids = list(ids)
+    if unfit := [image_id for image_id in ids if not _is_id(image_id)]:
+        raise InputError(
+            f'list {path} cannot hold {some(map(repr, unfit))}; expected names without line breaks, without blanks at '
+            'their ends and with one suffix. Rename the files.'
+        )
     with atomic_write(path, sync=False) as file:
         file.writelines(f'{image_id}\n' for image_id in ids)
 
@@ -112,7 +190,7 @@ def keep_or_write_ids(path: Path, ids: Sequence[str], overwrite: bool = False) -
         A message that says what was done, and whether an existing list differs from `ids`.
     """
     if path.is_file() and not overwrite:
-        same = path.read_text().split() == list(ids)
+        same = [canonical(line) for line in _read_lines(path)] == list(ids)
         return f'kept {path}' + ('' if same else f', which differs from the list that this data gives ({len(ids)} ids)')
     write_ids(path, ids)
     return f'wrote {path}, {len(ids)} ids'
@@ -243,9 +321,10 @@ def ensure_class_lists(
         Existing lists that differ from those that this data and `min_pixels` give.
 
     Raises:
-        InputError: a mask cannot be used, or an existing list does not fit the fold.
+        InputError: a mask cannot be used, or an existing list does not fit the fold. No list has been written then.
     """
-    ids = read_ids(train_list, spec.hint)
+    folders = spec.folders('train')
+    ids = read_ids(train_list, spec.hint, folders=folders)
     index = ClassIndex.from_masks(samples, ids, spec.num_classes, lists.root / CACHE_NAME)
     base, novel = spec.base_ids(lists.fold), spec.novel_ids(lists.fold)
     training = index.without(novel) if lists.filter_novel else index
@@ -254,18 +333,26 @@ def ensure_class_lists(
     wanted = [(lists.novel_class(c), index.covering(c, spec.min_pixels), index.containing([c])) for c in novel]
     wanted += [(lists.base_class(c), training.covering(c, spec.min_pixels), training.containing([c])) for c in base]
     wanted.append((lists.train, training.containing(base), training.containing(base)))
-    return [path for path, made, allowed in wanted if not _ensure_list(path, made, allowed, overwrite)]
+    # all existing lists are checked before one is written
+    present = [None if overwrite else _checked(path, allowed, folders) for path, _, allowed in wanted]
+    differing = []
+    for (path, made, _), existing in zip(wanted, present, strict=True):
+        if existing is None:
+            write_ids(path, made)
+        elif existing != made:
+            differing.append(path)
+    return differing
 
 
-def _ensure_list(path, made, allowed, overwrite):
-    """Write a class list unless it exists. Returns whether the list now is `made`; an existing one may differ."""
-    present = read_ids(path, allow_empty=True) if path.is_file() and not overwrite else []
-    if not present:  # an empty list is made again too: min_pixels may have been too high before
-        write_ids(path, made)
-        return True
+def _checked(path, allowed, folders):
+    """The ids of an existing class list, of which each must be allowed; None where it has to be made.
+
+    An empty list is made again too: min_pixels may have been too high before.
+    """
+    present = read_ids(path, folders=folders, allow_empty=True) if path.is_file() else []
     if foreign := sorted(set(present) - set(allowed)):
         raise InputError(
             f'list {path} names {some(foreign)}, which do not belong there with this data: it is a list of another '
             f'fold or of other data. Remove {path.parent} to make its lists again.'
         )
-    return present == made
+    return present or None

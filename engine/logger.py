@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from core.files import atomic_write, json_ready
+from core.files import TEXT, atomic_write, json_ready
+from core.names import printable
 from core.ranks import is_main
 from engine.resume import RunFolder
 
@@ -47,7 +48,7 @@ class RunLogger:
             if terminal:
                 tqdm.write(text)  # above a progress bar, where there is one
                 sys.stdout.flush()
-            with open(self._folder / 'log.txt', 'a') as file:
+            with open(self._folder / 'log.txt', 'a', **TEXT) as file:
                 file.write(f'{text}\n')
 
     def _open_tensorboard(self):
@@ -120,7 +121,7 @@ class RunLogger:
     def hyperparameters(self, arguments: dict, metrics: dict, **position):
         """Show the arguments of a finished run beside its metrics (name -> number) in TensorBoard."""
         if self._tensorboard:
-            plain = {name: value if isinstance(value, (bool, int, float, str)) else str(value)
+            plain = {name: value if isinstance(value, (bool, int, float)) else printable(str(value))
                      for name, value in (arguments | position).items()}  # fmt: skip
             numbers = {name: value for name, value in metrics.items() if math.isfinite(value)}
             name = TENSORBOARD_WRITERS[type(self._tensorboard).__module__.removesuffix('.writer')]

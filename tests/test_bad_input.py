@@ -96,9 +96,10 @@ def test_missing_data(train, tmp_path, shapes, copy):
     expect(train(copy), 1, str(copy / 'JPEGImages'), 'does not exist')
 
 
-def test_missing_lists(train, shapes, tmp_path):
-    expect(train(shapes, '--train-list', tmp_path / 'train.txt'), 1, str(tmp_path / 'train.txt'), 'does not exist')
-    expect(train(shapes, '--val-list', tmp_path / 'val.txt'), 1, str(tmp_path / 'val.txt'), 'does not exist')
+def test_missing_lists(train, copy, tmp_path):
+    expect(train(copy, '--train-list', tmp_path / 'train.txt'), 1, str(tmp_path / 'train.txt'), 'does not exist')
+    expect(train(copy, '--val-list', tmp_path / 'val.txt'), 1, str(tmp_path / 'val.txt'), 'does not exist')
+    assert not list(copy.glob('list/fold*'))  # no list is written before everything has been checked
 
 
 def test_empty_lists_and_repeated_ids(train, copy):
@@ -112,14 +113,14 @@ def test_empty_lists_and_repeated_ids(train, copy):
 def test_lists_of_file_names(train, copy):
     path = copy / 'list' / 'val.txt'
     path.write_text('val_0001.jpg\nval_0002.jpg\n')
-    expect(train(copy), 1, str(path), 'names files (val_0001.jpg, val_0002.jpg)', 'without their suffix')
+    expect(train(copy), 1, str(path), 'has lines like "val_0001.jpg"', 'without folder and suffix', 'sed -i')
 
 
 def test_missing_images_and_masks(train, copy):
     (copy / 'JPEGImages' / 'val_0002.jpg').unlink()
     expect(train(copy), 1, 'val_0002.jpg', 'missing', '--data-dir')
     (copy / 'SegmentationClassAug' / 'train_0007.png').unlink()
-    expect(train(copy), 1, 'train_0007.png', 'does not exist')
+    expect(train(copy), 1, 'train_0007.png', '1 of 120 listed files are missing')
 
 
 def test_images_of_another_suffix(train, copy):

@@ -9,31 +9,102 @@ import numpy as np
 import pytest
 
 from core.errors import InputError
+from core.names import files_by_id, find_spelling
 from dataset import DATASETS
 from dataset.images import Samples, read_mask
 from dataset.labels import label_table
 from dataset.lists import ClassIndex, FoldLists, ensure_class_lists, read_ids, write_ids
 
+FOLDERS = ('JPEGImages', 'SegmentationClassAug')
+
 
 def test_lists_are_read_by_line(tmp_path):
     path = tmp_path / 'ids.txt'
-    path.write_bytes(b'a\r\n\r\nb.2\r\n')
-    assert read_ids(path) == ['a', 'b.2']
-    path.write_text('a\n', encoding='utf-8-sig')
-    assert read_ids(path) == ['a']
-    path.write_bytes(b'JPEGImages/a.jpg SegmentationClassAug/a.png\n')
-    with pytest.raises(InputError, match=r'lines like "JPEGImages/a\.jpg .*one image id a line'):
-        read_ids(path)
-    path.write_bytes(b'a.JPG\r\nb.2.jpeg\r\n')
-    with pytest.raises(InputError, match='names files') as error:
-        read_ids(path)
-    subprocess.run(str(error.value).partition('suffix: ')[2], shell=True, check=True)  # the message's command
-    assert read_ids(path) == ['a', 'b.2']
-    for wrong, content in ((tmp_path, None), (path, b'\xff\xfe')):
+    for content, ids in (
+        (b'a\r\n\r\nb.2\r\n', ['a', 'b.2']),
+        ('\ufeffa\n'.encode(), ['a']),
+        ('a\nb.2\n'.encode('utf-16'), ['a', 'b.2']),  # as PowerShell writes
+        (b'IMG 1 \n\tIMG  2\n', ['IMG 1', 'IMG  2']),
+        ('a\u2028b\n\u3000c\n'.encode(), ['a\u2028b', '\u3000c']),  # other blanks of Unicode belong to names
+        ('cafe\u0301\n'.encode(), ['caf\u00e9']),
+        (b'caf\xe9\n', ['caf\udce9']),
+    ):
+        path.write_bytes(content)
+        assert read_ids(path) == ids
+        write_ids(path, ids)
+        assert read_ids(path) == ids
+    for content in (None, b'a\0b\0', b'\xff\xfea'):
         if content:
             path.write_bytes(content)
         with pytest.raises(InputError, match='cannot be read'):
-            read_ids(wrong)
+            read_ids(path if content else tmp_path)
+
+
+PAIRS = (
+    b'JPEGImages/a.jpg SegmentationClassAug/a.png\n',
+    b'/JPEGImages/a.jpg\t/SegmentationClassAug/a.png\r\n',
+    b'/data/VOC2012/JPEGImages/a.jpg   /data/VOC2012/SegmentationClassAug/a.png\n',
+    b'JPEGImages\\a.jpg SegmentationClassAug\\a.png\n',
+    b'JPEGImages/a.jpg\n',
+    b'a.jpg a.png\n',
+)
+
+
+@pytest.mark.parametrize('content', PAIRS)
+def test_lists_of_images_and_masks_are_read_where_they_name_the_files_of_an_id(tmp_path, content):
+    path = tmp_path / 'its list.txt'
+    path.write_bytes(content + content.replace(b'a.', b'IMG 1.2.'))
+    assert read_ids(path, folders=FOLDERS) == ['a', 'IMG 1.2']
+    with pytest.raises(InputError, match=r'has lines like .*one image id a line') as error:
+        read_ids(path, folders=('images', 'masks') if b'/' in content or b'\\' in content else None)
+    run_command(error)
+    assert read_ids(path) == ['a', 'IMG 1.2']
+
+
+def run_command(error):
+    """Run the command at the end of a message."""
+    subprocess.run(str(error.value)[str(error.value).index('sed ') :], shell=True, check=True)
+
+
+def test_lists_of_something_else_come_with_the_command_that_mends_them(tmp_path):
+    path = tmp_path / "x's ids.txt"
+    for content, ids in (
+        (b'a.JPG\r\nb.2.jpeg\r\n', ['a', 'b.2']),
+        (b'JPEGImages/a.jpg SegmentationClass/a.png\n', ['a']),  # other masks than those of the data set
+        (b'JPEGImages/a.jpg SegmentationClassAug/b.png\n', ['a']),
+        (b'JPEGImages/a.jpg,SegmentationClassAug/a.png,1\n', ['a']),
+        (b'JPEGImages/a\n', ['a']),
+        (b'a\n._a\n', ['a']),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match='companions' if b'._' in content else 'lines like') as error:
+            read_ids(path, folders=FOLDERS)
+        run_command(error)
+        assert read_ids(path, folders=FOLDERS) == ids
+
+
+def test_ids_that_a_list_cannot_hold_are_not_written(tmp_path):
+    for image_id in ('a\nb', 'a ', ' a', 'a/b', 'a.jpg', '._a'):
+        with pytest.raises(InputError, match=r'cannot hold .*Rename the files'):
+            write_ids(tmp_path / 'ids.txt', ['x', image_id])
+    assert not (tmp_path / 'ids.txt').exists()
+
+
+def test_files_are_found_by_id_whatever_form_their_names_have(tmp_path):
+    composed, decomposed, latin = 'caf\u00e9', 'cafe\u0301', 'caf\udce9'
+    compatible = '\uf900'  # a character that its canonical form replaces
+    for name in (f'{decomposed}.png', f'{compatible}.png', f'{latin}.png', 'a b.png', '._a b.png', '~$x.png', 'c.txt'):
+        (tmp_path / name).touch()
+    files = files_by_id(tmp_path, '.png')
+    assert list(files) == sorted(files) == ['a b', composed, latin, '\u8c48']
+    assert [path.name for path in files.values()] == ['a b.png', f'{decomposed}.png', f'{latin}.png', '\uf900.png']
+    for image_id, path in files.items():
+        assert find_spelling(tmp_path / f'{image_id}.png') == path
+    assert find_spelling(tmp_path / f'{composed}.jpg') == tmp_path / f'{composed}.jpg'
+    assert files_by_id(tmp_path / 'none', '.png') == {}
+    (tmp_path / f'{composed}.png').touch()
+    with pytest.raises(InputError, match='twice'):
+        files_by_id(tmp_path, '.png')
 
 
 def hand_made(tmp_path, masks):
@@ -109,8 +180,10 @@ def test_existing_lists_are_kept_but_checked(tmp_path):
     few = dataclasses.replace(DATASETS['voc'], min_pixels=16383)
     assert ensure_class_lists(few, samples, train, lists) == [lists.base_class(6), lists.train]
     write_ids(lists.train, ['b', 'c'])  # c shows novel classes of fold 0 only: a list of another fold
+    lists.base_class(6).unlink()
     with pytest.raises(InputError, match='names c, which do not belong there with this data: it is a list of another'):
         ensure_class_lists(DATASETS['voc'], samples, train, lists)
+    assert not lists.base_class(6).exists()  # nothing is written before all lists have been checked
     write_ids(lists.train, ['b', 'd'])
     # an unfiltered list in the filtered folder is found (d shows novel class 1); filtering rewrites no list
     filtered = FoldLists(tmp_path / 'list', 0, filter_novel=True)
