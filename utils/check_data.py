@@ -80,7 +80,7 @@ def check_split(split: str, data: FoldData, workers: int | None) -> tuple[list[F
     Returns:
         Findings, image ids, pixels of each mask value, int64 [N, 256].
     """
-    ids = read_ids(getattr(data, f'{split}_list'), data.spec.hint)
+    ids = data.ids(split)
     samples = data.samples(split, novel_as_background=True)
     results = parallel_map(partial(examine, samples=samples), ids, f'examining {split} images', workers)
     findings = [Finding('error', f'{split} {i}', error) for i, (error, *_) in zip(ids, results, strict=True) if error]

@@ -22,6 +22,7 @@ from pycocotools import mask as coco_mask
 
 from core.errors import InputError, exits_cleanly, some
 from core.files import atomic_write
+from core.names import canonical, files_by_id
 from core.parallel import parallel_map
 from dataset import DATASETS
 from dataset.classes import LIST_ROOT
@@ -106,7 +107,8 @@ def read_annotations(path: Path) -> dict[str, tuple[int, int, list]]:
                 item = (class_ids[annotation['category_id']], annotation['segmentation'])
                 drawn.setdefault(annotation['image_id'], []).append(item)
         by_stem = {
-            Path(images[i]['file_name']).stem: (images[i]['height'], images[i]['width'], drawn[i]) for i in drawn
+            canonical(Path(images[i]['file_name']).stem): (images[i]['height'], images[i]['width'], drawn[i])
+            for i in drawn
         }
     except FileNotFoundError:
         raise InputError(f'{path} does not exist; unpack annotations_trainval2014.zip of COCO in --coco-root') from None
@@ -122,14 +124,14 @@ def main(args: argparse.Namespace):
     spec = DATASETS['coco']
     for split in args.split:
         annotated = read_annotations(args.coco_root / 'annotations' / f'instances_{split}2014.json')
-        photographs = {path.stem for path in (args.coco_root / getattr(spec, f'{split}_images')).glob('*.jpg')}
+        photographs = set(files_by_id(args.coco_root / getattr(spec, f'{split}_images'), '.jpg'))
         if absent := [stem for stem in annotated if stem not in photographs]:
             raise InputError(
                 f'{len(absent)} of {len(annotated)} annotated images are missing in '
                 f'{args.coco_root / getattr(spec, f"{split}_images")}: {some(absent)}. Unpack {split}2014.zip again.'
             )
         folder = args.coco_root / getattr(spec, f'{split}_masks')
-        present = set() if args.overwrite else {path.stem for path in folder.glob('*.png')}
+        present = set() if args.overwrite else set(files_by_id(folder, '.png'))
         jobs = [(folder / f'{stem}.png', *image) for stem, image in annotated.items() if stem not in present]
         parallel_map(partial(write_mask, rasterizer=args.rasterizer), jobs, f'writing {split} masks', args.workers)
         print(f'{split}: {len(jobs)} masks written, {len(annotated) - len(jobs)} existed, '

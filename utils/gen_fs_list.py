@@ -64,7 +64,7 @@ def main(args: argparse.Namespace):
             for seed in args.seed:
                 path = data.lists.support(shot, seed)
                 if path.is_file() and not args.overwrite:
-                    check_subset(path, args.train_list, read_ids(args.train_list, spec.hint))
+                    check_subset(path, args.train_list, data.ids('train'))
                     print(f'kept {path}')
                 else:
                     write_ids(path, draw_support(class_lists, shot, seed))

@@ -20,6 +20,7 @@ from scipy.io import loadmat
 
 from core.errors import InputError, exits_cleanly, some
 from core.files import atomic_write
+from core.names import files_by_id
 from core.parallel import parallel_map
 from dataset import DATASETS, DatasetSpec, FoldData
 from dataset.classes import LIST_ROOT
@@ -104,21 +105,21 @@ def find_sources(voc_root: Path, sbd_root: Path) -> tuple[dict[str, Path], list[
     Raises:
         InputError: VOC or SBD has no masks.
     """
-    sources = {path.stem: path for path in (sbd_root / 'cls').glob('*.mat')}
+    sources = files_by_id(sbd_root / 'cls', '.mat')
     if not sources:
         raise InputError(f'{sbd_root} has no cls/*.mat; expected the folder "dataset" of SBD\'s benchmark_RELEASE')
-    voc_masks = {path.stem: path for path in (voc_root / 'SegmentationClass').glob('*.png')}
+    voc_masks = files_by_id(voc_root / 'SegmentationClass', '.png')
     if not voc_masks:
         raise InputError(f'{voc_root} has no SegmentationClass/*.png; expected VOCdevkit/VOC2012')
     sources |= voc_masks
-    photographs = {path.stem for path in (voc_root / 'JPEGImages').glob('*.jpg')}
+    photographs = set(files_by_id(voc_root / 'JPEGImages', '.jpg'))
     return {i: sources[i] for i in sorted(sources) if i in photographs}, sorted(set(sources) - photographs)
 
 
 def make_masks(args: argparse.Namespace, folder: Path):
     """Write the missing masks to SegmentationClassAug, `folder`, and print their number per source."""
     sources, without_image = find_sources(args.voc_root, args.sbd_root)
-    present = set() if args.overwrite else {path.stem for path in folder.glob('*.png')}
+    present = set() if args.overwrite else set(files_by_id(folder, '.png'))
     parallel_map(partial(convert, folder=folder), [path for i, path in sources.items() if i not in present],
                  'writing masks', args.workers)  # fmt: skip
     from_sbd = sum(path.suffix == '.mat' for path in sources.values())
@@ -158,15 +159,15 @@ def main(args: argparse.Namespace):
         make_masks(args, folder)
     elif not folder.is_dir():
         raise InputError(f'{folder} does not exist; use --sbd-root to make it, or copy an existing one there')
-    masks = {path.stem for path in folder.glob('*.png')}
+    masks = set(files_by_id(folder, '.png'))
     if missing := sorted(set(val) - masks):
         raise InputError(f'{len(missing)} images of {val_source} have no mask in {folder}: {some(missing)}')
     lists = {spec.train_list: sorted(masks - set(val)), spec.val_list: val}
-    for name, ids in lists.items():
-        print(keep_or_write_ids(args.list_dir / name, ids, args.overwrite))
     train_list, val_list = (args.list_dir / name for name in lists)
     samples = FoldData(spec, args.voc_root, -1, train_list, val_list).samples('train', novel_as_background=True)
-    report(spec, samples, lists, args.workers)
+    report(spec, samples, lists, args.workers)  # reads all masks; a list is written once they are known to be right
+    for name, ids in lists.items():
+        print(keep_or_write_ids(args.list_dir / name, ids, args.overwrite))
 
 
 if __name__ == '__main__':
