@@ -10,16 +10,19 @@ released protocol, so it is optimistically biased; `last` is always reported bes
 """
 
 import argparse
+import os
 from dataclasses import dataclass
 
 import torch
 
 from core.errors import InputError, exits_cleanly
 from dataset import DATASETS, Augmentation, FewShotDataset, FoldData
+from dataset.views import KeptPairs, base_views, support_views
 from engine.checkpoint import Checkpoint, imagenet_checkpoint, read_checkpoint, resolve_checkpoint
 from engine.distributed import main_first, wrap_ddp
-from engine.feature_cache import FrozenFeatures, cache_features
-from engine.loaders import evaluation_loader, training_loader
+from engine.feature_store import FeatureStore, digest
+from engine.features import PLACES, FeatureKeeper, FrozenFeatures, KeptFeatures
+from engine.loaders import training_loader
 from engine.precision import autocast, compile_features, name_of, precision, to_device
 from engine.resume import RunFolder, digests, run_arguments
 from engine.run import Run
@@ -44,19 +47,34 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         '--update-epoch', type=cli.positive, default=1, metavar='N',
         help='with --update-base: draw every N epochs (default: 1)',
     )  # fmt: skip
-    group = parser.add_argument_group('validation cache')
+    group = parser.add_argument_group('kept features')
     group.add_argument(
-        '--val-cache', choices=('auto', 'gpu', 'memory', 'disk', 'off'), default='auto',
-        help="where the frozen network's validation features are kept; auto: on the GPU where half of its free memory "
-        'has room for them, else in memory within the budget, else in the snapshot folder, else not at all (default)',
+        '--views', type=cli.not_negative, default=0, metavar='N',
+        help='train on N views of each support image, drawn once and kept as features of the frozen base network '
+        '(default: 0, every view is new, as published)',
     )  # fmt: skip
     group.add_argument(
-        '--val-cache-gb', type=cli.rate, default=8, metavar='GB',
-        help='memory for them on each host; VOC at 473x473 takes 6 GB (default: 8)',
+        '--base-views', type=cli.positive, default=20, metavar='M',
+        help='with --views: views of each base class, drawn once for all runs on the base network; each epoch draws '
+        'from them, as --update-base does (default: 20)',
+    )  # fmt: skip
+    group.add_argument(
+        '--features', choices=PLACES, default='auto',
+        help='where features are kept: on the GPU, on disk (in features/ beside the base network, for later runs too), '
+        'in memory, or nowhere; auto: the first of these with room for them (default)',
+    )  # fmt: skip
+    group.add_argument(
+        '--features-gb', type=cli.rate, default=8, metavar='GB', help='memory for them on each host (default: 8)'
+    )
+    group.add_argument(
+        '--features-disk-gb', type=cli.rate, default=50, metavar='GB',
+        help='size of the features folder; those used least recently make room (default: 50)',
     )  # fmt: skip
     args = cli.check(parser, parser.parse_args(argv))
     if args.start_epoch and args.restore_from in ('none', 'imagenet'):
         parser.error(f'--start-epoch needs a stage-2 checkpoint; --restore-from {args.restore_from} is none')
+    if args.views and args.features == 'off':
+        parser.error('--views trains on kept features; give --features another place than off')
     if not DATASETS[args.dataset].novel_ids(args.fold):
         parser.error(f'--fold {args.fold} has no novel classes, so there is nothing for stage 2 to learn')
     return args
@@ -64,27 +82,36 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 @dataclass(kw_only=True)
 class NovelStage(Stage):
-    """Learns the novel prototypes and phi_n, on features of the frozen base network.
+    """Learns the novel prototypes and phi_n, on maps of the frozen base network.
 
     Attributes:
-        frozen: the base network, fused; gives the features.
+        frozen: the base network, fused; gives the maps.
+        kept: maps of the support and base views where these are kept (--views).
     """
 
     frozen: POP
+    kept: dict[str, KeptFeatures] | None = None
 
     def losses(self, batch: dict, pixel_weight: float, micro_batches: int) -> dict[str, torch.Tensor]:
         support, base = batch['support'], batch['base']
         # moved before they are joined: the halves are pinned, what is joined of them is not
-        images = torch.cat([to_device(half['image'], self.device) for half in (support, base)])  # [2B, 3, H, W]
         masks = torch.cat([half['mask'].to(self.device, non_blocking=True) for half in (support, base)]).long()
         with autocast(self.device, self.dtype):
-            logits = self.model(self.frozen.features(images))  # [2B, 1 + Kb + Kn, h, w]
-        count = len(support['image'])
+            logits = self.model(self.maps(batch))  # [2B, 1 + Kb + Kn, h, w]
+        count = len(support['mask'])
         base_masks = pseudo_label(masks[count:], logits[count:], self.net.num_base)
         masks = torch.cat([masks[:count], base_masks])
         return pop_losses(
             logits, masks, self.net.novel_emb, self.net.base_emb, pixel_weight=pixel_weight, micro_batches=micro_batches
         )  # fmt: skip
+
+    def maps(self, batch: dict) -> dict[str, torch.Tensor]:
+        """What the head classifies of a batch of B pairs: name -> [2B, channels, h, w], the support images first."""
+        if self.kept:
+            halves = [self.kept[name].take(batch[name]['row']) for name in ('support', 'base')]
+            return {name: torch.cat([half[name] for half in halves]) for name in halves[0]}
+        images = [to_device(batch[name]['image'], self.device) for name in ('support', 'base')]
+        return self.frozen.maps(torch.cat(images))
 
     @staticmethod
     def improves(metrics: dict, best: dict | None) -> bool:
@@ -150,6 +177,31 @@ def few_shot_set(args: argparse.Namespace, data: FoldData, seed: int) -> FewShot
     )  # fmt: skip
 
 
+def feature_keeper(args: argparse.Namespace, base: POP, frozen: POP, dtype: torch.dtype, run: Run) -> FeatureKeeper:
+    """What keeps the features of the frozen base network, in the folder of its checkpoint if that can be written to."""
+    folder = args.snapshot_dir
+    if args.restore_from not in ('none', 'imagenet'):
+        beside = resolve_checkpoint(args.restore_from, 'last', args.random_seed[0]).parent
+        folder = beside if os.access(beside, os.W_OK) else folder
+    return FeatureKeeper(
+        frozen=frozen, network=digest(base.state_dict()), device=base.base_emb.device, dtype=dtype, place=args.features,
+        memory_gb=args.features_gb, store=FeatureStore(folder / 'features', args.features_disk_gb),
+        batch_size=args.test_batch_size, num_workers=args.num_workers, log=run.logger.info,
+    )  # fmt: skip
+
+
+def keep_views(args: argparse.Namespace, pairs: FewShotDataset, seed: int, keeper: FeatureKeeper) -> dict:
+    """Features of views of the support images and of the pool of base views: 'support' and 'base', as in a batch."""
+    views = {
+        'support': support_views(pairs.support, args.views, seed),
+        'base': base_views(pairs.base, pairs.class_lists, args.base_views),
+    }
+    kept = {name: keeper.keep(part, f'{name} view', args.input_size, whole=True) for name, part in views.items()}
+    if not all(isinstance(part, KeptFeatures) for part in kept.values()):
+        raise InputError('--views: there is no room to keep the features; raise --features-gb, or keep fewer views')
+    return kept
+
+
 def train_seed(
     args: argparse.Namespace,
     data: FoldData,
@@ -157,27 +209,30 @@ def train_seed(
     *,
     train_set: FewShotDataset,
     base: POP,
-    frozen: POP,
-    val_batches: FrozenFeatures,
-    dtype: torch.dtype,
+    keeper: FeatureKeeper,
+    val_batches: FrozenFeatures | KeptFeatures,
     run: Run,
 ) -> dict[str, dict]:
-    """Run stage 2 for one seed: `base` is what it starts from, `frozen` the fused copy that gives the features.
+    """Run stage 2 for one seed: `base` is what it starts from, the keeper's fused copy of it gives the features.
 
     Returns:
         Validation metrics of 'best' and of 'last'.
     """
     torch.manual_seed(seed)
-    device = base.base_emb.device
+    device, kept = keeper.device, None
+    if args.views:
+        kept = keep_views(args, train_set, seed, keeper)
+        train_set = KeptPairs(**kept, num_base=len(data.base_ids), support_ids=train_set.support.image_ids,
+                              shot=args.shot, seed=seed)  # fmt: skip
     loader = training_loader(
-        train_set, args.batch_size, seed, num_workers=args.num_workers, device=device,
-        fill_last=True, micro_batches=args.accumulate,
+        train_set, args.batch_size, seed, num_workers=0 if kept else args.num_workers, device=device, fill_last=True,
+        micro_batches=args.accumulate,
     )  # fmt: skip
     net = build_novel(args, data, seed, base, run.folder)
     read_image = data.samples('val', novel_as_background=False).read_image
     stage = NovelStage(
-        net=net, frozen=frozen, model=wrap_ddp(Head(net), device, sync_bn=False), device=device, dtype=dtype,
-        val_batches=val_batches, panel=ValidationPanel(data.legend, read_image),
+        net=net, frozen=keeper.frozen, kept=kept, model=wrap_ddp(Head(net), device, sync_bn=False), device=device,
+        dtype=keeper.dtype, val_batches=val_batches, panel=ValidationPanel(data.legend, read_image),
         class_names=data.legend.names, config=from_flags.network_config(args, data, seed), seed=seed,
         patience=args.num_epoch // 4,
     )  # fmt: skip
@@ -218,20 +273,13 @@ def main(args: argparse.Namespace):
             f'{args.shot}-shot, novel classes {data.novel_ids}, {len(val_set)} validation images; '
             f'computing in {name_of(dtype)}'
         )
-        val_loader = evaluation_loader(
-            val_set, args.test_batch_size, num_workers=args.num_workers, device=device,
-            keep_workers=args.val_cache == 'off',  # a cache reads the images once
-        )  # fmt: skip
-        val_batches = cache_features(
-            frozen, val_loader, args.base_size, device, dtype, place=args.val_cache, budget_gb=args.val_cache_gb,
-            folder=args.snapshot_dir, log=run.logger.info,
-        )  # fmt: skip
+        keeper = feature_keeper(args, base, frozen, dtype, run)
+        val_batches = keeper.keep(val_set, 'validation', args.base_size)
         rows = {}
         for seed, train_set in train_sets.items():
             results = train_seed(
-                args, data, seed, train_set=train_set, base=base, frozen=frozen, val_batches=val_batches, dtype=dtype,
-                run=run,
-            )  # fmt: skip
+                args, data, seed, train_set=train_set, base=base, keeper=keeper, val_batches=val_batches, run=run
+            )
             for which, metrics in results.items():
                 rows[f'seed {seed}, {which}{" (selected)" if which == args.select else ""}'] = metrics
         run.logger.info(f'validation at {args.base_size[0]}x{args.base_size[1]}, mIoU in %:\n{summary_table(rows)}')

@@ -2,6 +2,7 @@
 
 import glob
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,10 @@ class Samples:
     def mask_path(self, image_id: str) -> Path:
         return find_spelling(self.mask_dir / f'{image_id}.png')
 
+    def stamps(self, image_ids: Sequence[str]) -> list[tuple[int, ...]]:
+        """(size, modification time in ns) of each image and of its mask; they change when the files change."""
+        return [_file_stamp(self.image_path(i)) + _file_stamp(self.mask_path(i)) for i in image_ids]
+
     def read_image(self, image_id: str) -> np.ndarray:
         """Read one image, RGB uint8 [H, W, 3]."""
         return read_image(self.image_path(image_id))
@@ -63,6 +68,15 @@ class Samples:
                 f'0..{max(np.flatnonzero(self.table < INVALID))} and 255 (ignored). Is it a mask of this --dataset?'
             )
         return image, labels
+
+
+def _file_stamp(path):
+    """(size, modification time in ns) of a file; zeros if it is missing, which is reported when it is read."""
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
 
 
 class Photographs:

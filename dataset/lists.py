@@ -231,7 +231,7 @@ class ClassIndex:
                 a class id out of range.
         """
         paths = [(samples.image_path(image_id), samples.mask_path(image_id)) for image_id in ids]
-        stamps = np.array([_file_stamp(image) + _file_stamp(mask) for image, mask in paths])
+        stamps = np.array(samples.stamps(ids))
         pixels = np.zeros((len(ids), 256), np.int64)
         unread = np.flatnonzero(~_read_cache(cache, ids, stamps, pixels))
         if len(unread):
@@ -271,15 +271,6 @@ def _count_pixels(paths):
     with open_mask(mask_path) as mask:
         check_same_size(image_path, read_header(image_path)[0], mask_path, mask.size)
         return mask.histogram()
-
-
-def _file_stamp(path):
-    """(size, modification time in ns) of a file; zeros if it is missing, which is reported when it is read."""
-    try:
-        status = path.stat()
-    except OSError:
-        return 0, 0
-    return status.st_size, status.st_mtime_ns
 
 
 def _read_cache(cache, ids, stamps, pixels):

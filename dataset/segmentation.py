@@ -1,5 +1,6 @@
 """Images with labels, for training and evaluation."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -58,13 +59,23 @@ class SegmentationDataset(Dataset):
 
         Returns:
             'image' float32 [3, H, W]; 'mask' uint8 [H, W], labels; 'id'; 'skipped', why an image was skipped, or ''.
-            Evaluation items also have 'canvas', (H, W): logits upsampled to this size match the mask in their top left
-            corner. An evaluation item that is skipped has 'skipped' only.
+            Evaluation items also have 'index', and 'canvas', (H, W): logits upsampled to this size match the mask in
+            their top left corner. An evaluation item that is skipped has 'skipped' only.
         """
         if self.augmentation is None:
             return self._evaluation_item(key)
         epoch, index = key
         return self.view(index, np.random.default_rng((self.seed, epoch, index)))
+
+    def fingerprint(self) -> dict:
+        """What the items depend on, in types that JSON can hold: equal fingerprints mean equal items."""
+        sizes = {'fit': self.fit_size, 'resize_mask': self.resize_mask}
+        if self.augmentation:
+            sizes |= dataclasses.asdict(self.augmentation)
+        return {
+            'ids': self.image_ids, 'files': self.samples.stamps(self.image_ids), 'labels': self.samples.table.tolist(),
+            'skip_bad': self.skip_bad, **sizes,
+        }  # fmt: skip
 
     def view(self, index: int, rng: np.random.Generator) -> dict:
         """A training view of one image; `rng` makes all random choices."""
@@ -92,8 +103,9 @@ class SegmentationDataset(Dataset):
             return {'skipped': str(error)}
         fitted, mask = transforms.resize_to_fit(original, labels, self.fit_size)
         image, _ = transforms.to_tensors(fitted, mask, self.fit_size)
+        item = {'id': image_id, 'index': index, 'skipped': ''}
         if self.resize_mask:
-            return {'image': image, 'mask': mask, 'canvas': self.fit_size, 'id': image_id, 'skipped': ''}
+            return item | {'image': image, 'mask': mask, 'canvas': self.fit_size}
         factor = transforms.fit_factor(labels.shape, self.fit_size)
         canvas = tuple(round(side / factor) for side in self.fit_size)
-        return {'image': image, 'mask': labels, 'canvas': canvas, 'id': image_id, 'skipped': ''}
+        return item | {'image': image, 'mask': labels, 'canvas': canvas}

@@ -32,7 +32,7 @@ def evaluate(
 
     Args:
         net: put into eval mode.
-        batches: from `loaders.evaluation_loader`, or with 'features' in place of 'image' (`feature_cache`).
+        batches: from `loaders.evaluation_loader`, or with 'maps' in place of 'image' (`features`).
         device, dtype: where and in which precision the network runs (`precision.precision`).
         on_prediction: called with (id, prediction, mask) of each image, integer tensors [h, w].
 
@@ -42,22 +42,23 @@ def evaluate(
     net.eval()
     confusion = torch.zeros(net.num_logits, net.num_logits, dtype=torch.int64, device=device)
     scores = net.score_prototypes()
-    for batch in _interruptible(tqdm(batches, 'evaluating', leave=False, disable=None if is_main() else True)):
+    for batch in interruptible(tqdm(batches, 'evaluating', leave=False, disable=None if is_main() else True)):
         for reason in batch['skipped']:
             tqdm.write(f'skipped: {reason}')
         if not batch['id']:
             continue
-        if 'features' in batch:
-            features = batch['features']
+        if 'maps' in batch:
+            maps = batch['maps']
         else:
             with autocast(device, dtype):
-                features = net.features(to_device(batch['image'], device))
+                maps = net.maps(to_device(batch['image'], device))
         masks = batch['mask'].to(device, non_blocking=True)
         for group in _groups(batch['canvas'], device):
             shapes = batch['shape'][group]
             height, width = map(max, zip(*shapes, strict=True))
             truth = masks[group, :height, :width]
-            predictions = segment(net, features[group], scores, batch['canvas'][group.start], (height, width), dtype)
+            shown = {name: values[group] for name, values in maps.items()}
+            predictions = segment(net, shown, scores, batch['canvas'][group.start], (height, width), dtype)
             confusion += confusion_matrix(truth, predictions, net.num_logits)
             if on_prediction:
                 for image_id, (h, w), prediction, mask in zip(
@@ -67,7 +68,7 @@ def evaluate(
     return all_sum(confusion).cpu().numpy()
 
 
-def _interruptible(batches: Iterable[dict]) -> Iterator[dict]:
+def interruptible(batches: Iterable[dict]) -> Iterator[dict]:
     """Yield batches; when a signal has reached a process, raise Stopped in all of them after the same exchange.
 
     Processes may have different numbers of batches. One that has finished takes part until all have.
@@ -90,29 +91,30 @@ def _exchange_signals(finished):
 
 def segment(
     net: POP,
-    features: torch.Tensor,
+    maps: dict[str, torch.Tensor],
     scores: tuple[torch.Tensor, torch.Tensor],
     canvas: tuple[int, int],
     shape: tuple[int, int],
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Labels of images from their features. What shows only padding is not computed.
+    """Labels of images from their maps. What shows only padding is not computed.
 
     Args:
-        net: classifies the features.
-        features: [B, C, h, w].
+        net: classifies the maps.
+        maps: of `POP.maps`, [B, channels, h, w] each.
         scores: the network's `score_prototypes()`.
-        canvas: size that the whole feature map is upsampled to.
+        canvas: size that the whole maps are upsampled to.
         shape: (H, W) of the top left part that shows the images.
         dtype: of convolutions.
 
     Returns:
         int64 [B, H, W].
     """
-    sizes = features.shape[-2:]
+    any_map = next(iter(maps.values()))
+    sizes = any_map.shape[-2:]
     rows, columns = (needed(*sides) for sides in zip(shape, canvas, sizes, strict=True))
-    with autocast(features.device, dtype):
-        logits = net.classify(features[:, :, :rows, :columns], scores)
+    with autocast(any_map.device, dtype):
+        logits = net.classify({name: values[:, :, :rows, :columns] for name, values in maps.items()}, scores)
     logits = F.pad(logits, (0, sizes[1] - columns, 0, sizes[0] - rows))
     return predict(logits, canvas, shape)
 

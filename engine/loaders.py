@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.reduction import ForkingPickler
 
 import cv2
@@ -17,7 +17,7 @@ from core import IGNORE_INDEX, signals
 from core.errors import InputError
 from core.ranks import rank, world_size
 
-EVALUATION_BATCH = {'cpu': 1, 'cuda': 16}  # images; a CPU is no faster with more, and needs more memory
+EVALUATION_BATCH = {'cpu': 1, 'cuda': 16}  # images; at 473x473, a CPU is no faster with more
 TIMEOUT = 600  # seconds that a loader process may take for a batch
 LONGEST_FOLDER = 60  # characters of a temporary folder in which sockets can be made: their paths have at most 107
 
@@ -126,16 +126,27 @@ def training_loader(
 
 
 def evaluation_loader(
-    dataset: Dataset, batch_size: int | None, *, num_workers: int, device: torch.device, keep_workers: bool = True
+    dataset: Dataset,
+    batch_size: int | None,
+    *,
+    num_workers: int,
+    device: torch.device,
+    keep_workers: bool = True,
+    rows: Sequence[int] | None = None,
 ) -> DataLoader:
-    """Loader of this process's share of the evaluation images: no padding, no repeats.
+    """Loader of evaluation items: no padding, no repeats.
 
-    `batch_size` None is `EVALUATION_BATCH` of the device.
+    Args:
+        dataset: `SegmentationDataset` with `fit_size`, or `views.DrawnViews`.
+        batch_size: per process; None is `EVALUATION_BATCH` of the device.
+        num_workers: loader processes.
+        device: of this process.
+        keep_workers: between passes.
+        rows: indices of the items; by default this process's share of all.
     """
-    batch_size = batch_size or EVALUATION_BATCH[device.type]
-    share = range(rank(), len(dataset), world_size())
+    share = range(rank(), len(dataset), world_size()) if rows is None else rows
     return Loader(
-        dataset, batch_size, sampler=share, collate_fn=_collate_evaluation,
+        dataset, batch_size or EVALUATION_BATCH[device.type], sampler=share, collate_fn=_collate_evaluation,
         **_processes(num_workers, device, keep_workers),
     )  # fmt: skip
 
@@ -163,12 +174,12 @@ def _start_worker(worker):
 
 
 def _collate_evaluation(items):
-    """Join evaluation items: {'image' [B, 3, H, W], 'mask' [B, h, w], 'shape', 'canvas', 'id', 'skipped': lists}.
+    """Join evaluation items: {'image' [B, 3, H, W], 'mask' [B, h, w], 'shape', 'canvas', 'id', 'index': lists}.
 
-    Masks may differ in size: they are padded with pixels that are not counted, and 'shape' has their sizes. Items that
-    are skipped are left out; if none is left, the batch has 'id' and 'skipped' only.
+    'skipped' lists why images could not be read. Masks may differ in size: they are padded with pixels that are not
+    counted, and 'shape' has their sizes. Items without an image are left out; if none is left, 'id' is empty.
     """
-    kept = [item for item in items if not item['skipped']]
+    kept = [item for item in items if 'image' in item]
     batch = {'id': [item['id'] for item in kept], 'skipped': [item['skipped'] for item in items if item['skipped']]}
     if not kept:
         return batch
@@ -180,4 +191,5 @@ def _collate_evaluation(items):
     ]
     # default_collate, unlike torch.stack, reports here if shared memory is full
     stacked = {'image': default_collate([item['image'] for item in kept]), 'mask': default_collate(masks)}
-    return batch | stacked | {'shape': shapes, 'canvas': [item['canvas'] for item in kept]}
+    lists = {'shape': shapes} | {key: [item[key] for item in kept] for key in ('canvas', 'index')}
+    return batch | stacked | lists

@@ -24,11 +24,12 @@ from engine.distributed import barrier, on_main
 from engine.precision import name_of
 
 # Flags that say how a run is carried out; they may change when it resumes. Its result depends on the others only, apart
-# from batch statistics of micro-batches, the half precision of cached features, and skipped images.
+# from batch statistics of micro-batches, the half precision of kept features, and skipped images.
 EXECUTION_FLAGS = {
-    'accumulate', 'compile', 'data_dir', 'device', 'fp16', 'num_workers', 'overwrite', 'print_frequency', 'resume',
-    'save_every_minutes', 'save_every_steps', 'save_pred_every', 'select', 'skip_bad_images', 'snapshot_dir',
-    'test_batch_size', 'timeout_minutes', 'train_list', 'val_cache', 'val_cache_gb', 'val_list',
+    'accumulate', 'compile', 'data_dir', 'device', 'features', 'features_disk_gb', 'features_gb', 'fp16',
+    'num_workers', 'overwrite', 'print_frequency', 'resume', 'save_every_minutes', 'save_every_steps',
+    'save_pred_every', 'select', 'skip_bad_images', 'snapshot_dir', 'test_batch_size', 'timeout_minutes',
+    'train_list', 'val_list',
 }  # fmt: skip
 # What a run that resumes from a file (--resume FILE) must share with it: its network, optimiser and steps depend on it.
 FIXED_FLAGS = (
@@ -38,7 +39,7 @@ FIXED_FLAGS = (
 CHECKPOINTS = ('last', 'previous', 'best')  # stage 2 appends the seed
 RUN_FILES = (
     'last*.pth', 'last*.damaged', 'previous*.pth', 'best*.pth', 'epoch_*.pth', 'metrics.jsonl', 'log.txt', 'args.json',
-    'tb',
+    'tb', 'features',
 )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ class POP(nn.Module):
     classes and the background.
 
     Args:
-        backbone: [B, 3, H, W] -> [B, Cb, h, w]; carries `output_stride` for `feature_shape`.
+        backbone: [B, 3, H, W] -> [B, Cb, h, w]; carries `output_stride` for `map_shapes`.
         decoder: [B, Cb, h, w] -> [B, C, h, w]; carries `out_channels`.
         num_base: Kb >= 1.
         num_novel: Kn >= 0; 0 is the network of stage 1.
@@ -61,41 +61,67 @@ class POP(nn.Module):
         Returns:
             Logits [B, 1 + Kb + Kn, h, w]: background, base classes, novel classes.
         """
-        return self.classify(self.features(images))
+        return self.classify(self.maps(images))
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """Backbone and decoder: images [B, 3, H, W] to features [B, C, h, w]."""
         return self.decoder(self.backbone(images))
 
-    def feature_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
-        """(C, h, w) of the features of images of size (H, W): each stride of 2 rounds up."""
+    def maps(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the head classifies: `decompose` of the features of images [B, 3, H, W]."""
+        return self.decompose(self.features(images))
+
+    def map_shapes(self, size: tuple[int, int]) -> dict[str, tuple[int, int, int]]:
+        """Shape (channels, h, w) of each of the `maps` of images of size (H, W): each stride of 2 rounds up."""
         stride = self.backbone.output_stride
-        return (self.decoder.out_channels, *(-(-side // stride) for side in size))
+        height, width = (-(-side // stride) for side in size)
+        channels = self.decoder.out_channels
+        return {'projections': (self.num_base, height, width), 'residual': (channels, height, width)}
 
-    def classify(self, features: torch.Tensor, scores: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
-        """Prototype head: q to logit_k = relu(p_k) phi(s_k) + relu(-p_k) phi(-s_k) and logit_0 = phi(r).
+    def decompose(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Split features by the base prototypes. In stage 2 this is constant for an image.
 
-        The decomposition runs in float32 also under autocast: the residual is a difference of nearly equal numbers.
+        It runs in float32 also under autocast: the residual is a difference of nearly equal numbers.
 
         Args:
             features: float [B, C, h, w].
+
+        Returns:
+            'projections' p_k [B, Kb, h, w] and 'residual' q - sum_k p_k s_k [B, C, h, w] over the base classes, float32
+            (float64 for float64 features).
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            q = _vectors(features)  # [N, C], N = B h w
+            s = F.normalize(self.base_emb, dim=1)  # [Kb, C]
+            p = q @ s.T  # [N, Kb]
+            return {'projections': _as_map(p, features), 'residual': _as_map(q - p @ s, features)}
+
+    def classify(
+        self, maps: dict[str, torch.Tensor], scores: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Prototype head: logit_k = relu(p_k) phi(s_k) + relu(-p_k) phi(-s_k) and logit_0 = phi(r).
+
+        A novel prototype's projection of q = residual + sum_k p_k s_k follows from the maps; the residual of all
+        classes is what the novel prototypes leave of the residual of the base classes.
+
+        Args:
+            maps: of `decompose`, in any floating type.
             scores: of `score_prototypes`; saves their computation while the head does not change.
 
         Returns:
             Logits [B, 1 + Kb + Kn, h, w].
         """
-        with torch.autocast(features.device.type, enabled=False):
-            q = features.double() if features.dtype == torch.float64 else features.float()
-            q = q.permute(0, 2, 3, 1).flatten(0, 2)  # [N, C], N = B h w; no copy where channels are last in memory
-            s = F.normalize(torch.cat(self.prototypes()), dim=1)  # [K, C]
-            p = q @ s.T  # [N, K]
-            r = q - p @ s  # [N, C]
+        with torch.autocast(self.base_emb.device.type, enabled=False):
+            p, r = _vectors(maps['projections']), _vectors(maps['residual'])  # [N, Kb], [N, C]
+            if self.num_novel:
+                s_base, s_novel = (F.normalize(prototypes, dim=1) for prototypes in self.prototypes())
+                p_novel = r @ s_novel.T + p @ (s_base @ s_novel.T)  # [N, Kn]
+                p, r = torch.cat([p, p_novel], dim=1), r - p_novel @ s_novel
             toward, away = scores or self.score_prototypes()  # [K]
             logits = F.relu(p) * toward + F.relu(-p) * away  # [N, K]
         background = _score(self._background_mlp, r)  # [N]; in mixed precision under autocast
         logits = torch.cat([background.to(logits.dtype)[:, None], logits], dim=1)  # [N, 1 + K]
-        batch, _, height, width = features.shape
-        return logits.view(batch, height, width, -1).permute(0, 3, 1, 2)
+        return _as_map(logits, maps['residual'])
 
     def score_prototypes(self) -> tuple[torch.Tensor, torch.Tensor]:
         """phi(s_k) and phi(-s_k), float32 [K] each; phi_n scores the novel prototypes."""
@@ -148,9 +174,9 @@ class POP(nn.Module):
 
 
 class Head(nn.Module):
-    """The prototype head of a network as a module of its own: features [B, C, h, w] to logits [B, 1 + Kb + Kn, h, w].
+    """The prototype head of a network as a module of its own: maps of `decompose` to logits [B, 1 + Kb + Kn, h, w].
 
-    In stage 2 the features come from a frozen copy of the base network; this is the part that trains, and what
+    In stage 2 the maps come from a frozen copy of the base network; this is the part that trains, and what
     DistributedDataParallel wraps.
 
     Args:
@@ -161,8 +187,20 @@ class Head(nn.Module):
         super().__init__()
         self.net = net
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.net.classify(features)
+    def forward(self, maps: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.net.classify(maps)
+
+
+def _vectors(maps):
+    """Maps [B, C, h, w] as vectors [B h w, C], float32 (float64 stays); no copy where channels are last in memory."""
+    maps = maps if maps.dtype == torch.float64 else maps.float()
+    return maps.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _as_map(vectors, like):
+    """Vectors [B h w, K] as a map [B, K, h, w] of the batch and size of `like`."""
+    batch, _, height, width = like.shape
+    return vectors.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
 def _score(mlp, vectors):

@@ -12,6 +12,7 @@ import native_batch_norm
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,7 +26,7 @@ from engine.metrics import _count_without_reading, confusion_matrix
 from engine.precision import compile_features
 from ft_pop import NovelStage
 from model import Head, build_model, psp
-from model.kernels import summed_cross_entropy, sync_batch_norm, upsampling
+from model.kernels import share_batch_statistics, summed_cross_entropy, sync_batch_norm, upsampling
 from train_base import BaseStage
 
 CPU, CUDA = torch.device('cpu'), torch.device('cuda', 0)
@@ -100,10 +101,13 @@ def loaded(count):
 
 
 def cached(net, count):
-    """A batch of `CachedFeatures`."""
-    features = torch.empty(count, *net.feature_shape((SIZE, SIZE)), dtype=torch.float16, device=CUDA)
+    """A batch of `KeptFeatures`."""
+    maps = {
+        name: torch.empty(count, h, w, c, dtype=torch.float16, device=CUDA).permute(0, 3, 1, 2)
+        for name, (c, h, w) in net.map_shapes((SIZE, SIZE)).items()
+    }
     batch = evaluation_batch(count)
-    return batch | {'features': features.to(memory_format=torch.channels_last), 'mask': batch['mask'].to(CUDA)}
+    return batch | {'maps': maps, 'mask': batch['mask'].to(CUDA)}
 
 
 def evaluation_batch(count):
@@ -156,10 +160,26 @@ def test_the_head_and_an_evaluation_take_few_kernels(monkeypatch):
         batch = cached(net, 32)
         logits, mask = torch.empty(2, 21, 9, 9, device=CUDA), torch.empty(2, SIZE, SIZE, dtype=torch.int64, device=CUDA)
         with torch.no_grad():
-            assert count(partial(net.classify, batch['features'], net.score_prototypes())) <= 20
+            assert count(partial(net.classify, batch['maps'], net.score_prototypes())) <= 28
         assert count(partial(summed_cross_entropy, logits, mask)) <= 40
         # of 32 images: the head, upsampling and counting, and once the scores of prototypes
-        assert count(partial(evaluate, net, [batch], CUDA)) <= 60
+        assert count(partial(evaluate, net, [batch], CUDA)) <= 68
+
+
+def test_shared_batch_statistics_keep_what_the_network_has():
+    net = build_model('resnet18', 3)
+    net.backbone.requires_grad_(False)
+    net.train()
+    replaced = copy.deepcopy(net)
+    share_batch_statistics(replaced)
+    images = torch.randn(2, 3, 65, 65)
+    with torch.no_grad():
+        assert torch.equal(replaced.backbone(images), net.backbone(images))  # it is not trained, so neither shares
+        assert torch.equal(replaced.eval()(images), net.eval()(images))
+    kinds = {type(module) for module in replaced.modules() if isinstance(module, nn.BatchNorm2d)}
+    assert kinds == {sync_batch_norm.SyncBatchNorm2d}
+    assert all(map(torch.equal, replaced.state_dict().values(), net.state_dict().values()))
+    assert list(replaced.state_dict()) == list(net.state_dict())
 
 
 def test_shared_batch_statistics_read_nothing_back(monkeypatch):

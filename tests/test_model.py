@@ -138,7 +138,7 @@ def test_decomposition_adds_up_and_orthonormal_prototypes_leave_no_projection_in
     net.base_emb.data, net.novel_emb.data = 3 * basis[:15], 0.5 * basis[15:]  # lengths must not matter
     along = torch.randn(2, 20, dtype=torch.float64)
     q = torch.einsum('bk,kc->bc', along, basis)[:, :, None, None]  # no residual at all
-    logits = net.classify(q)
+    logits = net.classify(net.decompose(q))
     assert torch.allclose(logits[:, 0], torch.zeros(1, dtype=torch.float64), atol=1e-12)
     for k in range(20):
         phi = net.classifier if k < 15 else net.classifier_n
@@ -151,7 +151,7 @@ def test_head_runs_the_decomposition_in_float32_under_autocast():
     q = torch.randn(1, 64, 9, 9) * 10
     exact = reference.classify(net, q)
     with torch.autocast('cpu', torch.bfloat16):
-        mixed = net.classify(q)
+        mixed = net.classify(net.decompose(q))
     assert mixed.dtype == torch.float32
     assert relative_difference(mixed[:, 1:], exact[:, 1:]) < 1e-5  # foreground never leaves float32
     assert relative_difference(mixed[:, :1], exact[:, :1]) < 0.05  # the background's MLP is bfloat16
@@ -229,17 +229,17 @@ def test_fused_networks_have_no_batch_norm_and_the_same_logits(name):
     assert not any(parameter.requires_grad for parameter in fast.parameters())
 
 
-def test_a_head_on_features_of_a_fused_copy_trains_the_network_that_it_belongs_to():
+def test_a_head_on_maps_of_a_fused_copy_trains_the_network_that_it_belongs_to():
     net = head(3, 2, torch.float32)
     net.freeze_base()
     frozen, trained = fuse(net), Head(net)
     before = net.novel_emb.detach().clone()
     x = torch.randn(2, 32, 9, 9)
-    assert relative_difference(trained(frozen.features(x)), net.eval()(x)) < 1e-4
-    trained(frozen.features(x)).square().sum().backward()
+    assert relative_difference(trained(frozen.maps(x)), net.eval()(x)) < 1e-4
+    trained(frozen.maps(x)).square().sum().backward()
     torch.optim.SGD([p for p in trained.parameters() if p.requires_grad], 0.1).step()
     assert not torch.equal(net.novel_emb, before)
-    assert relative_difference(trained(frozen.features(x)), net(x)) < 1e-4
+    assert relative_difference(trained(frozen.maps(x)), net(x)) < 1e-4
 
 
 def test_accelerated_networks_can_be_copied_and_converted():

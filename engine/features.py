@@ -1,0 +1,248 @@
+"""Features of a frozen network, computed once: for every validation, and for training on kept views."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from core import IGNORE_INDEX
+from core.errors import InputError, some
+from core.ranks import is_main, local_world_size, rank, world_size
+from engine.distributed import all_gather, barrier, broadcast, on_main
+from engine.evaluation import interruptible
+from engine.feature_store import GB, FeatureStore, checksum, digest
+from engine.loaders import evaluation_loader
+from engine.precision import autocast, to_device
+from model import POP
+
+PLACES = ('auto', 'gpu', 'disk', 'memory', 'off')
+IMAGES_AT_ONCE = {'cpu': 1, 'cuda': 32}  # of a kept batch
+FORMAT = 1  # of what is kept; part of the names of the sets
+
+
+class FrozenFeatures:
+    """Batches of images with their maps, computed again in each pass.
+
+    Args:
+        frozen: `frozen.maps` gives the maps; it must not change any more.
+        loader: from `loaders.evaluation_loader`.
+        device, dtype: where and in which precision the network runs.
+    """
+
+    def __init__(self, frozen: POP, loader: DataLoader, device: torch.device, dtype: torch.dtype):
+        self.frozen, self.loader, self.device, self.dtype = frozen, loader, device, dtype
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[dict]:
+        """Yield the loader's batches with 'maps', name -> [B, channels, h, w] on the device, in place of 'image'."""
+        for batch in self.loader:
+            if batch['id']:
+                with torch.no_grad(), autocast(self.device, self.dtype):
+                    batch['maps'] = self.frozen.maps(to_device(batch.pop('image'), self.device))
+            yield batch
+
+
+class KeptFeatures(Dataset):
+    """Maps and masks of a data set's images, kept in half precision.
+
+    Args:
+        arrays: map name -> float16 [N, h, w, channels], and 'mask' -> uint8 [N, H, W], padded with 255.
+        rows: row of the arrays -> 'id', 'shape' and 'canvas' of its image; images that were skipped have no row.
+        share: the rows that this process evaluates.
+        device: of the batches.
+    """
+
+    def __init__(
+        self, arrays: dict[str, torch.Tensor], rows: dict[int, dict], share: Sequence[int], device: torch.device
+    ):
+        self.masks = arrays['mask']
+        # channels last in memory, as the head reads them
+        self.maps = {name: array.permute(0, 3, 1, 2) for name, array in arrays.items() if name != 'mask'}
+        self.rows, self.device = rows, device
+        self.share = [row for row in share if row in rows]
+        self.images_at_once = IMAGES_AT_ONCE[device.type]
+
+    def __len__(self) -> int:
+        """Number of batches of a pass."""
+        return -(-len(self.share) // self.images_at_once)
+
+    def __getitem__(self, row: int) -> dict:
+        """An image for training: 'row' for `take`, 'mask' uint8 [H, W] on the CPU, 'id', and 'skipped', which is ''."""
+        return {'row': row, 'mask': self.masks[row].cpu(), 'id': self.rows[row]['id'], 'skipped': ''}
+
+    def take(self, rows: torch.Tensor | slice) -> dict[str, torch.Tensor]:
+        """Maps of rows on the device: name -> float16 [B, channels, h, w]."""
+        if torch.is_tensor(rows):
+            rows = rows.to(next(iter(self.maps.values())).device, non_blocking=True)
+        return {name: array[rows].to(self.device, non_blocking=True) for name, array in self.maps.items()}
+
+    def __iter__(self) -> Iterator[dict]:
+        """Yield batches for `evaluation.evaluate`, with 'maps' in place of 'image'."""
+        for start in range(0, len(self.share), self.images_at_once):
+            chosen = self.share[start : start + self.images_at_once]
+            known = [self.rows[row] for row in chosen]
+            # neighbouring rows are not copied
+            rows = (
+                slice(chosen[0], chosen[-1] + 1) if chosen[-1] - chosen[0] + 1 == len(chosen) else torch.tensor(chosen)
+            )
+            yield {
+                'maps': self.take(rows), 'mask': self.masks[rows], 'skipped': [],
+                **{key: [row[key] for row in known] for key in ('id', 'shape', 'canvas')},
+            }  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class FeatureKeeper:
+    """Computes maps of a frozen network once and chooses where they are kept, by what they need and what there is.
+
+    Attributes:
+        frozen: `frozen.maps` maps images to what is kept, and `frozen.map_shapes(size)` are the shapes.
+        network: digest of the network's weights (`feature_store.digest`).
+        device, dtype: where and in which precision the network runs.
+        place: 'gpu', 'disk' (in `store`, for later runs too), 'memory', 'off', or 'auto': the first of these with room.
+        memory_gb: memory for all maps of all processes of a host together, in 10^9 bytes.
+        store: where they are kept on disk.
+        batch_size, num_workers: of the loaders.
+        log: called with messages.
+    """
+
+    frozen: POP
+    network: str
+    device: torch.device
+    dtype: torch.dtype
+    place: str
+    memory_gb: float
+    store: FeatureStore
+    batch_size: int | None = None
+    num_workers: int = 0
+    log: Callable[[str], None] = print
+
+    def keep(
+        self, dataset: Dataset, title: str, size: tuple[int, int], whole: bool = False
+    ) -> KeptFeatures | FrozenFeatures:
+        """Keep the maps of a data set.
+
+        Args:
+            dataset: evaluation items, and `fingerprint()`, what they depend on.
+            title: what they are, for messages and names, e.g. 'validation'.
+            size: (H, W) of the images and, at most, of the masks.
+            whole: every process can take every row; otherwise each keeps at least those that it evaluates.
+
+        Returns:
+            Batches for `evaluation.evaluate`, computed again in each pass if they are not kept.
+
+        Raises:
+            InputError: the place that is asked for has no room, or there is no GPU.
+        """
+        shapes = {name: (torch.float16, (h, w, c)) for name, (c, h, w) in self.frozen.map_shapes(size).items()}
+        shapes['mask'] = (torch.uint8, size)
+        all_rows = range(len(dataset))
+        share = all_rows[rank() :: world_size()]
+        own = all_rows if whole else share  # in memory of its own
+        need = sum(dtype.itemsize * math.prod(shape) for dtype, shape in shapes.values())
+        place = self._choose(title, need * len(own), need * len(dataset))
+        if place == 'off':
+            return FrozenFeatures(self.frozen, self._loader(dataset, share, keep=True), self.device, self.dtype)
+        self.log(f'{title} features: {len(dataset)} images, {need * len(dataset) / GB:.2f} GB, kept in {place}')
+        if place == 'disk':
+            with_rows = {name: (dtype, (len(dataset), *shape)) for name, (dtype, shape) in shapes.items()}
+            key = {
+                'format': FORMAT, 'network': self.network, 'device': self.device.type, 'dtype': str(self.dtype),
+                'data': dataset.fingerprint(), 'size': size,
+            }  # fmt: skip
+            return self._on_disk(dataset, f'{title.replace(" ", "_")}-{digest(key)[:16]}', with_rows, share, title)
+        options = {'device': self.device} if place == 'gpu' else {'pin_memory': self.device.type == 'cuda'}
+        arrays = {
+            name: torch.empty((len(own), *shape), dtype=dtype, **options) for name, (dtype, shape) in shapes.items()
+        }
+        if place == 'memory':
+            self.memory_gb -= need * len(own) * local_world_size() / GB
+        rows = self._compute(dataset, own, arrays, {row: i for i, row in enumerate(own)}, title)
+        return KeptFeatures(arrays, rows, share if whole else range(len(own)), self.device)
+
+    def _choose(self, title, need, need_on_disk):
+        """The place for maps that need so many bytes in each process, or on disk."""
+        if self.place == 'off':
+            return 'off'
+        one_host = local_world_size() == world_size()
+        room = {
+            'gpu': torch.cuda.mem_get_info(self.device)[0] / 2 if self.device.type == 'cuda' else 0,
+            'disk': self.store.room() if one_host else 0,
+            'memory': self.memory_gb * GB / local_world_size(),
+        }
+        places = PLACES[1:-1] if self.place == 'auto' else (self.place,)
+        needs = {'gpu': need, 'disk': need_on_disk, 'memory': need}
+        # decided once: a process that takes memory changes what the next one finds free
+        chosen = broadcast(next((place for place in places if needs[place] <= room[place]), None))
+        if chosen:
+            return chosen
+        shortage = (
+            f'{title} features need {need / GB:.1f} GB in each process; there are {room["gpu"] / GB:.1f} GB for them '
+            f'on the GPU, {room["disk"] / GB:.1f} GB in {self.store.folder} (--features-disk-gb) and '
+            f'{room["memory"] / GB:.1f} GB in memory (--features-gb)'
+        )
+        if self.place != 'auto':
+            raise InputError(f'--features {self.place}: {shortage}. Raise the limit, keep fewer images, or use auto.')
+        self.log(f'{shortage}: not kept, so they are computed again each time')
+        return 'off'
+
+    def _loader(self, dataset, rows, keep=False):
+        return evaluation_loader(
+            dataset, self.batch_size, num_workers=self.num_workers, device=self.device, keep_workers=keep, rows=rows
+        )  # fmt: skip
+
+    def _on_disk(self, dataset, name, shapes, share, title):
+        with contextlib.ExitStack() as stack:
+            if is_main():
+                stack.enter_context(self.store.building(name))
+            if on_main(lambda: self.store.is_complete(name)):
+                self.log(f'{title} features were computed before: {self.store.folder / name}')
+            else:
+                folder = on_main(lambda: self.store.begin(name, shapes))
+                try:
+                    arrays = self.store.arrays(folder, shapes)
+                    rows = self._compute(dataset, share, arrays, {row: row for row in share}, title)
+                    for row, known in rows.items():
+                        known['checksum'] = checksum({array: tensor[row] for array, tensor in arrays.items()})
+                    rows = {row: known for part in all_gather(rows) for row, known in part.items()}
+                    on_main(lambda: self.store.finish(folder, name, shapes, rows))
+                except BaseException:
+                    self.store.discard(folder)
+                    raise
+        barrier()
+        arrays, rows = self.store.load(name)
+        return KeptFeatures(arrays, rows, share, self.device)
+
+    def _compute(self, dataset, indices, arrays, row_of, title):
+        """Fill arrays with maps and masks of some images; returns what is known of each row."""
+        rows, skipped = {}, []
+        loader = self._loader(dataset, indices)
+        batches = FrozenFeatures(self.frozen, loader, self.device, self.dtype)
+        bar = tqdm(batches, f'{title} features', leave=False, disable=None if is_main() else True)
+        for batch in interruptible(bar):
+            skipped += batch['skipped']
+            if not batch['id']:
+                continue
+            chosen = [row_of[index] for index in batch['index']]
+            height, width = batch['mask'].shape[1:]
+            for name, maps in batch['maps'].items():
+                arrays[name][chosen] = maps.permute(0, 2, 3, 1).to(arrays[name])
+                finite = arrays[name][chosen].isfinite().flatten(1).all(dim=1).tolist()
+                if not all(finite):
+                    raise InputError(
+                        f'features of image {batch["id"][finite.index(False)]} do not fit half precision; use '
+                        '--features off'
+                    )
+            arrays['mask'][chosen] = IGNORE_INDEX  # beyond the images
+            arrays['mask'][chosen, :height, :width] = batch['mask'].to(arrays['mask'].device)
+            for i, row in enumerate(chosen):
+                rows[row] = {key: batch[key][i] for key in ('id', 'shape', 'canvas')}
+        if skipped:
+            self.log(f'{title}: {len(skipped)} images skipped: {some(skipped)}')
+        return rows
