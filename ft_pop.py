@@ -218,7 +218,6 @@ def train_seed(
     Returns:
         Validation metrics of 'best' and of 'last'.
     """
-    torch.manual_seed(seed)
     device, kept = keeper.device, None
     if args.views:
         kept = keep_views(args, train_set, seed, keeper)
@@ -228,6 +227,7 @@ def train_seed(
         train_set, args.batch_size, seed, num_workers=0 if kept else args.num_workers, device=device, fill_last=True,
         micro_batches=args.accumulate,
     )  # fmt: skip
+    torch.manual_seed(seed)  # only now: loaders draw too, and features may be there already
     net = build_novel(args, data, seed, base, run.folder)
     read_image = data.samples('val', novel_as_background=False).read_image
     stage = NovelStage(

@@ -59,6 +59,22 @@ def test_a_killed_run_of_stage_2_resumes_to_the_same_weights(shapes, base_run, f
     same_results(whole, killed, ('best_123', 'last_123', 'best_234', 'last_234'))
 
 
+@pytest.mark.parametrize('processes', (1, pytest.param(2, marks=pytest.mark.slow)))
+def test_training_on_kept_views_resumes_to_the_same_weights_wherever_they_are(
+    shapes, base_run, few_shot_run, tmp_path, processes
+):
+    views = ('--random-seed', 123, '--views', 3, '--base-views', 2, '--input-size', '97,65')
+    whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+    in_memory = stage_2(shapes, base_run, whole, *views, '--features', 'memory')
+    code, output = run_process(*launcher(processes), *in_memory)
+    assert code == 0 and 'kept in memory' in output, output
+    command = stage_2(shapes, base_run, killed, *views, '--features', 'disk')
+    kill_when_it_prints(start(*launcher(processes), *command), 'seed 123 epoch 2/2 step 1/')
+    code, output = run_process(*launcher(processes), *command)
+    assert code == 0 and 'seed 123 resumed' in output and 'base view features were computed before' in output, output
+    same_results(whole, killed, ('best_123', 'last_123'))
+
+
 @pytest.mark.parametrize(('number', 'code'), ((signal.SIGTERM, 143), (signal.SIGINT, 130)))
 def test_a_signal_saves_and_stops(shapes, tmp_path, number, code):
     process = start(sys.executable, *stage_1(shapes, tmp_path, '--save-every-steps', 0))

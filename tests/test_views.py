@@ -1,16 +1,19 @@
 """What training and evaluation see of an image, and the batches of an epoch."""
 
 import itertools
+from collections import Counter
 
 import cv2
 import numpy as np
 import pytest
 import torch
 
+from core.errors import InputError
 from dataset import DATASETS, Augmentation, FoldData
 from dataset.fewshot import draw_support
 from dataset.lists import read_ids, write_ids
 from dataset.transforms import resize
+from dataset.views import KeptPairs, base_views, support_views
 from engine.loaders import TrainingBatches, evaluation_loader, training_loader
 
 CPU = torch.device('cpu')
@@ -147,3 +150,64 @@ def test_an_epoch_of_stage_2_passes_over_the_draw_and_redraws_on_request(shapes)
         epochs = [[pairs[epoch, i]['base']['id'] for i in range(len(pairs))] for epoch in range(4)]
         assert all(len(set(ids)) == 15 for ids in epochs)
         assert [e for e, (a, b) in enumerate(itertools.pairwise(epochs), 1) if a != b] == changes
+
+
+def scenes(data, size=33):
+    view = Augmentation((size, size), (0.8, 1.2))
+    write_ids(
+        data.lists.support(1, 7),
+        draw_support({c: read_ids(data.lists.novel_class(c)) for c in data.novel_ids}, 1, 7),
+    )
+    return data.few_shot_training(view, 1, 7)
+
+
+def test_kept_views_are_the_same_in_every_run_and_differ_among_each_other(shapes):
+    pairs = scenes(fold_data(shapes))
+    for make in (lambda: support_views(pairs.support, 3, 7), lambda: base_views(pairs.base, pairs.class_lists, 2)):
+        views, again = make(), make()
+        assert views.fingerprint() == again.fingerprint()
+        for row in (len(views) - 1, 0, 4):  # in any order
+            assert torch.equal(views[row]['image'], again[row]['image'])
+            assert views[row]['index'] == row and views[row]['canvas'] == (33, 33)
+    views = support_views(pairs.support, 3, 7)
+    assert [views[row]['id'] for row in range(len(views))] == [i for i in pairs.support.image_ids for _ in range(3)]
+    assert not torch.equal(views[0]['image'], views[1]['image'])
+    assert views.fingerprint() != support_views(pairs.support, 3, 8).fingerprint()
+
+
+def test_the_pool_takes_every_image_of_a_class_before_one_again(shapes):
+    pairs = scenes(fold_data(shapes))
+    lists = {class_id: ids[:3] for class_id, ids in pairs.class_lists.items()}
+    pool = base_views(pairs.base, lists, 7)
+    drawn = [pairs.base.image_ids[position] for position in pool.positions]
+    for i, ids in enumerate(lists.values()):
+        counts = Counter(drawn[7 * i : 7 * i + 7])
+        assert set(counts) == set(ids) and max(counts.values()) - min(counts.values()) <= 1
+    with pytest.raises(InputError, match='base class 6 has no image'):
+        base_views(pairs.base, lists | {6: []}, 7)
+
+
+class Kept(list):
+    """Rows of views as `KeptFeatures` gives them; the id of row r of the base views is its number modulo 10."""
+
+    def __init__(self, count):
+        super().__init__({'row': row, 'id': str(row % 10)} for row in range(count))
+        self.rows = dict(enumerate(self))
+
+
+def test_pairs_of_kept_views_depend_on_seed_epoch_and_index_and_leave_support_images_out():
+    support, base = Kept(6), Kept(60)  # three base classes with 20 views each
+
+    def epoch(number, seed=1, shot=4):
+        pairs = KeptPairs(support, base, 3, {'3', '4'}, shot, seed)
+        return [pairs[number, i] for i in range(len(pairs))]
+
+    drawn = [[pair['base']['row'] for pair in epoch(number)] for number in range(3)]
+    assert epoch(2) == epoch(2) and drawn[0] != drawn[1] != drawn[2] and epoch(2) != epoch(2, seed=2)
+    for rows in drawn:
+        assert [sum(row // 20 == k for row in rows) for k in range(3)] == [4, 4, 4] and len(set(rows)) == 12
+        assert not {row % 10 for row in rows} & {3, 4}
+    assert len({pair['support']['row'] for number in range(9) for pair in epoch(number)}) == 6
+    assert len(epoch(0, shot=30)) == 90  # more than there are: some are repeated
+    with pytest.raises(InputError, match='--base-views'):
+        KeptPairs(support, base, 3, {str(i) for i in range(10)}, 1, 0)
