@@ -1,7 +1,7 @@
 """Images with labels, for training and evaluation."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -67,15 +67,18 @@ class SegmentationDataset(Dataset):
         epoch, index = key
         return self.view(index, np.random.default_rng((self.seed, epoch, index)))
 
-    def fingerprint(self) -> dict:
-        """What the items depend on, in types that JSON can hold: equal fingerprints mean equal items."""
+    def fingerprint(self, positions: Collection[int] | None = None) -> dict:
+        """What items depend on, in types that JSON can hold: equal fingerprints mean equal items.
+
+        Args:
+            positions: of the items; all by default.
+        """
+        chosen = range(len(self)) if positions is None else sorted(set(positions))
+        ids = [self.image_ids[position] for position in chosen]
         sizes = {'fit': self.fit_size, 'resize_mask': self.resize_mask}
         if self.augmentation:
             sizes |= dataclasses.asdict(self.augmentation)
-        return {
-            'ids': self.image_ids, 'files': self.samples.stamps(self.image_ids), 'labels': self.samples.table.tolist(),
-            'skip_bad': self.skip_bad, **sizes,
-        }  # fmt: skip
+        return {'ids': ids, 'files': self.samples.stamps(ids), 'labels': self.samples.table.tolist()} | sizes
 
     def view(self, index: int, rng: np.random.Generator) -> dict:
         """A training view of one image; `rng` makes all random choices."""

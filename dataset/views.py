@@ -34,7 +34,7 @@ class DrawnViews(Dataset):
 
     def fingerprint(self) -> dict:
         """As `SegmentationDataset.fingerprint`."""
-        return {'dataset': self.dataset.fingerprint(), 'positions': self.positions, 'seed': self.seed}
+        return {'images': self.dataset.fingerprint(self.positions), 'positions': self.positions, 'seed': self.seed}
 
 
 def support_views(support: SegmentationDataset, count: int, seed: int) -> DrawnViews:

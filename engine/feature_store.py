@@ -60,8 +60,10 @@ class FeatureStore:
     def __init__(self, folder: Path, limit_gb: float):
         self.folder, self.limit = Path(folder), limit_gb * GB
 
-    def room(self) -> float:
-        """Bytes that a new set may take, after others have made room for it."""
+    def room(self, name: str = '') -> float:
+        """Bytes that a set may take, after others have made room for it; no limit for a set that is there."""
+        if (self.folder / name / INDEX).is_file():
+            return math.inf
         existing = next(path for path in (self.folder, *self.folder.parents) if path.is_dir())
         if not os.access(existing, os.W_OK):
             return 0

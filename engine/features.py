@@ -19,7 +19,7 @@ from engine.loaders import evaluation_loader
 from engine.precision import autocast, to_device
 from model import POP
 
-PLACES = ('auto', 'gpu', 'disk', 'memory', 'off')
+PLACES = {'auto': '', 'gpu': 'kept on the GPU', 'disk': 'kept on disk', 'memory': 'kept in memory', 'off': ''}
 IMAGES_AT_ONCE = {'cpu': 1, 'cuda': 32}  # of a kept batch
 FORMAT = 1  # of what is kept; part of the names of the sets
 
@@ -142,41 +142,45 @@ class FeatureKeeper:
         """
         shapes = {name: (torch.float16, (h, w, c)) for name, (c, h, w) in self.frozen.map_shapes(size).items()}
         shapes['mask'] = (torch.uint8, size)
-        all_rows = range(len(dataset))
-        share = all_rows[rank() :: world_size()]
-        own = all_rows if whole else share  # in memory of its own
-        need = sum(dtype.itemsize * math.prod(shape) for dtype, shape in shapes.values())
-        place = self._choose(title, need * len(own), need * len(dataset))
+        share = range(rank(), len(dataset), world_size())
+        own = range(len(dataset)) if whole else share  # what a process keeps in memory of its own
+        image_bytes = sum(dtype.itemsize * math.prod(shape) for dtype, shape in shapes.values())
+        name = self._set_name(dataset, title, size)
+        place = self._choose(title, name, image_bytes * len(own), image_bytes * len(dataset))
         if place == 'off':
             return FrozenFeatures(self.frozen, self._loader(dataset, share, keep=True), self.device, self.dtype)
-        self.log(f'{title} features: {len(dataset)} images, {need * len(dataset) / GB:.2f} GB, kept in {place}')
+        self.log(f'{title} features: {len(dataset)} images, {image_bytes * len(dataset) / GB:.2f} GB, {PLACES[place]}')
         if place == 'disk':
-            with_rows = {name: (dtype, (len(dataset), *shape)) for name, (dtype, shape) in shapes.items()}
-            key = {
-                'format': FORMAT, 'network': self.network, 'device': self.device.type, 'dtype': str(self.dtype),
-                'data': dataset.fingerprint(), 'size': size,
-            }  # fmt: skip
-            return self._on_disk(dataset, f'{title.replace(" ", "_")}-{digest(key)[:16]}', with_rows, share, title)
+            return self._on_disk(dataset, name, _with_rows(shapes, len(dataset)), share, title)
         options = {'device': self.device} if place == 'gpu' else {'pin_memory': self.device.type == 'cuda'}
         arrays = {
-            name: torch.empty((len(own), *shape), dtype=dtype, **options) for name, (dtype, shape) in shapes.items()
+            array: torch.empty(shape, dtype=dtype, **options)
+            for array, (dtype, shape) in _with_rows(shapes, len(own)).items()
         }
         if place == 'memory':
-            self.memory_gb -= need * len(own) * local_world_size() / GB
+            self.memory_gb -= image_bytes * len(own) * local_world_size() / GB
         rows = self._compute(dataset, own, arrays, {row: i for i, row in enumerate(own)}, title)
         return KeptFeatures(arrays, rows, share if whole else range(len(own)), self.device)
 
-    def _choose(self, title, need, need_on_disk):
+    def _set_name(self, dataset, title, size):
+        """Name of a set on disk: a digest of all that the maps depend on."""
+        key = {
+            'format': FORMAT, 'network': self.network, 'device': self.device.type, 'dtype': str(self.dtype),
+            'data': dataset.fingerprint(), 'size': size,
+        }  # fmt: skip
+        return f'{title.replace(" ", "_")}-{digest(key)[:16]}'
+
+    def _choose(self, title, name, need, need_on_disk):
         """The place for maps that need so many bytes in each process, or on disk."""
         if self.place == 'off':
             return 'off'
         one_host = local_world_size() == world_size()
         room = {
             'gpu': torch.cuda.mem_get_info(self.device)[0] / 2 if self.device.type == 'cuda' else 0,
-            'disk': self.store.room() if one_host else 0,
+            'disk': self.store.room(name) if one_host else 0,
             'memory': self.memory_gb * GB / local_world_size(),
         }
-        places = PLACES[1:-1] if self.place == 'auto' else (self.place,)
+        places = room if self.place == 'auto' else (self.place,)
         needs = {'gpu': need, 'disk': need_on_disk, 'memory': need}
         # decided once: a process that takes memory changes what the next one finds free
         chosen = broadcast(next((place for place in places if needs[place] <= room[place]), None))
@@ -246,3 +250,8 @@ class FeatureKeeper:
         if skipped:
             self.log(f'{title}: {len(skipped)} images skipped: {some(skipped)}')
         return rows
+
+
+def _with_rows(shapes, count):
+    """Types and shapes of arrays with so many rows of these types and shapes."""
+    return {name: (dtype, (count, *shape)) for name, (dtype, shape) in shapes.items()}
