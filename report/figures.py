@@ -7,7 +7,7 @@ import torch
 
 from core import IGNORE_INDEX
 from dataset.legend import Legend
-from report.plotting import Figure, Patch
+from report.plotting import Figure, Patch, plain_text
 from report.tensorboard import similarity
 
 ERRORS = {  # what can be wrong with a pixel, and its colour in error maps (also for colour-blind readers)
@@ -54,7 +54,7 @@ def panel_figure(
         axis.imshow(picture)
         axis.set_title(name, fontsize=13)
         axis.set_axis_off()
-    figure.suptitle(title, fontsize=13)
+    figure.suptitle(plain_text(title), fontsize=13)
     kinds = [_patch(name, color) for name, color in list(ERRORS.items())[1:]]
     figure.legend(handles=[*_patches(legend, present), *kinds], loc='outside lower center', ncols=6, frameon=False,
                   fontsize=12)  # fmt: skip
@@ -135,7 +135,7 @@ def iou_figure(ious: np.ndarray, legend: Legend, title: str) -> Figure:
         for kind, (color, values) in kinds.items() if not np.isnan(values).all()
     ]  # fmt: skip
     axis.legend(handles=handles, loc='lower right', fontsize=10)
-    axis.set_title(title)
+    axis.set_title(plain_text(title))
     return figure
 
 
@@ -160,7 +160,7 @@ def support_figure(support: Sequence[tuple[str, np.ndarray, np.ndarray]], legend
         axis = axes.flat[i // shot * per_class + i % shot]
         label = legend.novel_labels[i // shot]
         axis.imshow(color_classes(image, labels, legend))
-        axis.set_title(f'{legend.names[label]}\n{image_id}', fontsize=9)
+        axis.set_title(plain_text(f'{legend.names[label]}\n{image_id}'), fontsize=9)
     present = sorted({k for _, _, labels in support for k in np.unique(labels) if 0 < k < len(legend.names)})
     figure.legend(handles=_patches(legend, present), loc='outside lower center', ncols=max(2, columns + 1),
                   frameon=False, fontsize=10)  # fmt: skip

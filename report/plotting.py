@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from core.files import atomic_write
+from core.names import printable
 
 # Notebooks and IDEs choose a backend for their own processes by this variable, and commands started there inherit it.
 # Where that backend is not installed, importing matplotlib would fail. A file needs no backend.
@@ -16,9 +17,14 @@ finally:
     if _chosen is not None:
         os.environ['MPLBACKEND'] = _chosen
 
-__all__ = ['Figure', 'Patch', 'colormaps', 'save_figure']
+__all__ = ['Figure', 'Patch', 'colormaps', 'plain_text', 'save_figure']
 
 DPI = 100
+
+
+def plain_text(text: str) -> str:
+    """A name as matplotlib shows it: dollar signs start no formula, and bytes that are no UTF-8 are escaped."""
+    return printable(text).replace('$', r'\$')
 
 
 def save_figure(path: Path, figure: Figure):

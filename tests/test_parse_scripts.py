@@ -93,8 +93,12 @@ def test_a_ready_made_folder_needs_lists_only(miniature, run_script):
     code, output = run_script('utils/voc_parse_script.py', '--voc-root', voc, '--list-dir', lists)
     assert code == 1 and '--sbd-root' in output and 'SegmentationClassAug' in output
     (voc / 'SegmentationClassAug').mkdir()
-    for image_id in ('b', 'a', 'v'):
-        cv2.imwrite(str(voc / f'SegmentationClassAug/{image_id}.png'), voc_mask(1, 10))
+    for image_id, class_id in (('b', 77), ('a', 1), ('v', 1)):
+        cv2.imwrite(str(voc / f'SegmentationClassAug/{image_id}.png'), voc_mask(class_id, 10))
+    (voc / 'SegmentationClassAug/._a.png').write_bytes(bytes((0, 5, 22, 7)) + bytes(92))  # as macOS adds
+    code, output = run_script('utils/voc_parse_script.py', '--voc-root', voc, '--list-dir', lists)
+    assert code == 1 and 'b.png holds the values 77' in output and not lists.exists()
+    cv2.imwrite(str(voc / 'SegmentationClassAug/b.png'), voc_mask(1, 10))
     code, output = run_script('utils/voc_parse_script.py', '--voc-root', voc, '--list-dir', lists)
     assert code == 0 and (lists / 'trainaug.txt').read_text() == 'a\nb\n'
     (voc / 'SegmentationClassAug/v.png').unlink()

@@ -11,9 +11,11 @@ from conftest import TINY
 from PIL import Image
 
 from core.errors import InputError
+from core.files import atomic_write
 from dataset import DATASETS
 from dataset.images import read_mask
 from dataset.legend import spread_palette
+from dataset.lists import write_ids
 from engine.checkpoint import read_checkpoint, save_checkpoint
 from model import build_model
 from utils import predict
@@ -68,6 +70,40 @@ def test_segments_as_the_evaluation_does(run_script, shapes, untrained, photogra
         expected = np.where(ours[..., None] > 0, 0.4 * image + 0.6 * spread_palette()[ours], image)
         assert np.abs(overlay - expected).mean() < 12  # JPEG blurs colours at borders
         assert len(np.unique(ours)) > 1
+
+
+def test_any_name_is_carried_through(run_script, shapes, untrained, tmp_path):
+    """Blanks, formulas, glob patterns, both Unicode forms, bytes that are no UTF-8, and the longest name there is."""
+    listed = ['IMG 1', '$x_1$ [2]', 'caf\u00e9', 'caf\udce9']
+    images, masks = tmp_path / 'data/JPEGImages', tmp_path / 'data/SegmentationClassAug'
+    images.mkdir(parents=True)
+    masks.mkdir()
+    on_disk = ['IMG 1', '$x_1$ [2]', 'cafe\u0301', 'caf\udce9']
+    for source, image, mask in zip((shapes / 'list/val.txt').read_text().split(), on_disk, listed, strict=False):
+        (images / f'{image}.jpg').write_bytes((shapes / f'JPEGImages/{source}.jpg').read_bytes())
+        (masks / f'{mask}.png').write_bytes((shapes / f'SegmentationClassAug/{source}.png').read_bytes())
+    for name in ('._IMG 1.jpg', '.DS_Store', '~$caf.png'):
+        (images / name).write_bytes(b'\0\5\x16\7')
+    for name in ('trainaug.txt', 'val.txt'):
+        write_ids(tmp_path / 'data/list' / name, listed)
+    code, output = run_script(
+        'test.py', *TINY, '--data-dir', tmp_path / 'data', '--restore-from', untrained, '--save', '--overlay', 4,
+        '--save-path', tmp_path / 'caf\udce9',
+    )  # fmt: skip
+    assert code == 0 and 'caf\\udce9/overlay_123' in output, output
+    written = tmp_path / 'caf\udce9'
+    assert {path.name for path in (written / 'predictions_123').iterdir()} == {f'{i}.png' for i in listed}
+    assert {path.stem.partition('_')[2] for path in (written / 'overlay_123').iterdir()} == set(listed)
+
+    longest = 'x' * 242  # _overlay.jpg makes it 254
+    (images / f'{longest}.jpg').write_bytes((images / 'IMG 1.jpg').read_bytes())
+    code, output = segment(run_script, untrained, images, tmp_path / 'out')
+    assert code == 0 and '5 of 5 images' in output, output
+    for image_id in [*on_disk, longest]:
+        assert (tmp_path / f'out/{image_id}_overlay.jpg').is_file()
+    too_long = tmp_path / f'{longest:_>256}'
+    with pytest.raises(InputError, match=r'too long\. Choose a shorter name'), atomic_write(too_long):
+        pass
 
 
 def test_a_network_of_stage_1_predicts_base_classes_only(run_script, base_run, photographs, tmp_path):

@@ -204,11 +204,13 @@ def test_a_broken_tensorboard_stops_no_run(tmp_path, monkeypatch, capsys, broken
     logger = RunLogger(tmp_path, {})
     logger.record('train', 1, {'ce': 1.0}, epoch=1)
     logger.picture('prototypes', np.zeros((4, 4, 3), np.uint8), 1)
-    logger.hyperparameters({'os': 8}, {'best_base': 1.0})
+    logger.hyperparameters({'os': 8, 'data_dir': 'caf\udce9'}, {'best_base': 1.0})  # a name that is no UTF-8
+    logger.info('caf\udce9', terminal=False)
     logger.close()
     assert len((tmp_path / 'metrics.jsonl').read_text().splitlines()) == 1
     assert (tmp_path / 'tb').is_dir() is not bool(note)
-    assert note in (tmp_path / 'log.txt').read_text()
+    log = (tmp_path / 'log.txt').read_bytes()
+    assert note.encode() in log and b'caf\xe9' in log
 
 
 def test_a_collapsed_loss_scale_ends_the_run_with_the_images(tmp_path):
