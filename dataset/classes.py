@@ -6,6 +6,7 @@ A class id is the dataset's own number of a class, 1..N; in masks, 0 is backgrou
 from dataclasses import dataclass
 from pathlib import Path
 
+from core import IGNORE_INDEX
 from dataset.legend import PALETTES, Legend
 
 MAX_CLASSES = 253  # of the 256 mask values, 0 is background, 254 invalid and 255 ignored (`labels`)
@@ -100,6 +101,12 @@ class DatasetSpec:
         """Names and colours of a fold's labels."""
         base_ids, novel_ids = self.base_ids(fold), self.novel_ids(fold)
         return Legend(self.logit_names(fold), (0, *base_ids, *novel_ids), len(base_ids), self.palette)
+
+    @property
+    def class_colors(self) -> dict[bytes, int]:
+        """RGB bytes -> class id, of the background, all classes and ignored pixels, in the data set's own colours."""
+        colors = PALETTES[self.palette]()
+        return {colors[c].tobytes(): c for c in (*range(self.num_classes + 1), IGNORE_INDEX)}
 
     def folders(self, split: str) -> tuple[str, str]:
         """Folders of the images and of the masks of a split, 'train' or 'val', under the data folder."""

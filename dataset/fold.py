@@ -12,7 +12,8 @@ from core.errors import InputError, some
 from core.names import canonical, printable
 from dataset.classes import DatasetSpec
 from dataset.fewshot import FewShotDataset
-from dataset.images import Samples, other_suffixes
+from dataset.formats import other_suffixes
+from dataset.images import Samples
 from dataset.labels import label_table
 from dataset.legend import Legend
 from dataset.lists import CACHE_NAME, ClassIndex, FoldLists, ensure_class_lists, read_ids
@@ -224,7 +225,8 @@ class FoldData:
                 raise InputError(f'folder {folder} does not exist; {self.spec.hint}')
             if ids:
                 _check_present(folder, suffix, ids)
-        return Samples(images, masks, label_table(self.base_ids, self.novel_ids, novel_as_background))
+        table = label_table(self.base_ids, self.novel_ids, novel_as_background)
+        return Samples(images, masks, table, self.spec.class_colors)
 
 
 def _check_present(folder, suffix, ids):

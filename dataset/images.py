@@ -1,8 +1,7 @@
-"""Read images and masks."""
+"""Read images, with their masks or without."""
 
-import glob
-import io
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +12,12 @@ from PIL import Image
 from core import IGNORE_INDEX
 from core.errors import InputError, some
 from core.names import find_spelling, is_companion
+from dataset.formats import read_file, read_picture, undecodable, wrong_depth
 from dataset.labels import INVALID
+from dataset.masks import open_mask, wrong_values
 
-JPEG_END = b'\xff\xd9'
-ORIENTATION_TAG = 0x0112
+HEADER_BYTES = 2**16  # hold the header of nearly every JPEG
+DECODING = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,13 @@ class Samples:
     Attributes:
         image_dir, mask_dir: folders of ID.jpg and ID.png.
         table: uint8 [256], class id -> label (`labels.label_table`).
+        class_colors: RGB bytes -> class id, by which palettes are checked (`masks.open_mask`).
     """
 
     image_dir: Path
     mask_dir: Path
     table: np.ndarray
+    class_colors: Mapping[bytes, int] | None = None
 
     def image_path(self, image_id: str) -> Path:
         return find_spelling(self.image_dir / f'{image_id}.jpg')
@@ -46,6 +49,10 @@ class Samples:
         """Read one image, RGB uint8 [H, W, 3]."""
         return read_image(self.image_path(image_id))
 
+    def open_mask(self, image_id: str) -> Image.Image:
+        """Open the mask of one image; as `masks.open_mask`."""
+        return open_mask(self.mask_path(image_id), self.class_colors)
+
     def read(self, image_id: str) -> tuple[np.ndarray, np.ndarray]:
         """Read one image and its mask.
 
@@ -53,20 +60,17 @@ class Samples:
             RGB uint8 [H, W, 3], labels uint8 [H, W].
 
         Raises:
-            InputError: a file is missing or cannot be decoded, the mask is colour-coded or holds a class id out of
-                range, or the sizes differ.
+            InputError: a file is missing or cannot be decoded, the mask is colour-coded or holds other values than
+                class ids, or the sizes differ.
         """
         image = self.read_image(image_id)
         mask_path = self.mask_path(image_id)
-        mask = read_mask(mask_path)
+        with self.open_mask(image_id) as opened:
+            mask = np.array(opened)
         check_same_size(self.image_path(image_id), image.shape[1::-1], mask_path, mask.shape[::-1])
         labels = self.table[mask]
         if INVALID in labels:
-            found = sorted(set(np.unique(mask)) - set(np.flatnonzero(self.table != INVALID)))
-            raise InputError(
-                f'{mask_path} holds the values {", ".join(map(str, found))}; expected class ids '
-                f'0..{max(np.flatnonzero(self.table < INVALID))} and 255 (ignored). Is it a mask of this --dataset?'
-            )
+            raise wrong_values(mask_path, np.unique(mask), np.flatnonzero(self.table != INVALID))
         return image, labels
 
 
@@ -128,24 +132,33 @@ class Photographs:
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """Decode an image file to RGB uint8 [H, W, 3]. Raises InputError if it is missing or damaged."""
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise _unreadable(path, 'image') from error
-    image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB) if content else None
-    if image is None or (not content.endswith(JPEG_END) and not _decodes_strictly(content)):
-        raise _unreadable(path, 'image')
-    return image
+    """Decode an image file to RGB uint8 [H, W, 3], as it is displayed.
+
+    Raises:
+        InputError: the file is missing, cannot be decoded, or does not hold 8 bits per channel.
+    """
+    content = read_file(path, 'image')
+    picture = read_picture(content)
+    image = None
+    if content and not picture.damage:
+        with contextlib.suppress(cv2.error, MemoryError):  # `undecodable` finds the reason
+            image = cv2.imdecode(np.frombuffer(picture.content, np.uint8), DECODING)
+    if image is None:
+        raise undecodable(path, 'image', content)
+    if image.dtype != np.uint8:
+        raise wrong_depth(path, 'image', image.dtype)
+    return _as_displayed(image, picture.orientation)
 
 
-def _decodes_strictly(content):
-    """Whether Pillow decodes the content. OpenCV silently fills the missing part of a truncated file with grey."""
-    try:
-        Image.open(io.BytesIO(content)).load()
-    except (OSError, SyntaxError):
-        return False
-    return True
+def _as_displayed(image, orientation):
+    """Rotate and flip an image by its EXIF orientation, 1..8."""
+    if orientation >= 5:
+        image = image.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    return np.ascontiguousarray(image)
 
 
 def read_header(path: str | Path) -> tuple[tuple[int, int], int]:
@@ -156,17 +169,15 @@ def read_header(path: str | Path) -> tuple[tuple[int, int], int]:
         if the image is displayed as it is stored.
 
     Raises:
-        InputError: the file is missing or damaged.
+        InputError: the file is missing or its header is damaged.
     """
-    try:
-        with Image.open(path) as image:
-            exif = Image.Exif()  # image.getexif() also finds orientations that OpenCV does not apply
-            exif.load(image.info.get('exif', b''))
-            orientation = exif.get(ORIENTATION_TAG)
-            orientation = orientation if orientation in range(1, 9) else 1
-            return image.size[::-1] if orientation >= 5 else image.size, orientation
-    except (OSError, SyntaxError) as error:
-        raise _unreadable(path, 'image') from error
+    content = read_file(path, 'image', HEADER_BYTES)
+    picture = read_picture(content)
+    if picture.format != 'JPEG' or not picture.size:
+        picture = read_picture(read_file(path, 'image'))
+    if not picture.size:  # of rare formats, the decoder knows it
+        return read_image(path).shape[1::-1], picture.orientation
+    return picture.size[::-1] if picture.orientation >= 5 else picture.size, picture.orientation
 
 
 def check_same_size(image_path: Path, image_size: tuple[int, int], mask_path: Path, mask_size: tuple[int, int]):
@@ -182,52 +193,3 @@ def check_same_size(image_path: Path, image_size: tuple[int, int], mask_path: Pa
             f'{mask_path} is {mask_size[0]}x{mask_size[1]}, its image {image_path} is {image_size[0]}x{image_size[1]}; '
             f'an image and its mask must have the same size. {hint}'
         )
-
-
-def read_mask(path: str | Path) -> np.ndarray:
-    """Decode a greyscale or palette PNG to its values, uint8 [H, W]. Raises as `open_mask`."""
-    with open_mask(path) as mask:
-        return np.array(mask)
-
-
-def open_mask(path: str | Path) -> Image.Image:
-    """Open and decode a mask as a Pillow image of mode L or P, whose pixel values are class ids.
-
-    OpenCV would convert a palette to colours and the colours to luminance, so the class ids would be lost.
-
-    Raises:
-        InputError: the file is missing or cannot be decoded, or its values cannot be class ids.
-    """
-    try:
-        mask = Image.open(path)
-        raw_mode = mask.tile[0][3] if mask.tile else None
-        mask.load()
-    except (OSError, SyntaxError) as error:  # Pillow reports some broken PNGs as SyntaxError
-        raise _unreadable(path, 'mask') from error
-    if mask.mode.startswith('I'):
-        raise InputError(f'{path} has 16 or 32 bits per pixel; expected 8. Save its class ids as 8-bit greyscale PNG.')
-    if mask.mode not in ('L', 'P'):
-        raise InputError(
-            f'{path} is a colour-coded mask (mode {mask.mode}); expected one 8-bit channel or a palette whose values '
-            'are class ids. Use SegmentationClassAug rather than colour renderings, or convert colours to class ids.'
-        )
-    if mask.mode == 'L' and raw_mode != 'L':  # 'L;2', 'L;4': decoders stretch the values to 0..255
-        raise InputError(
-            f'{path} is a greyscale PNG of fewer than 8 bits; decoders rescale its values, so class ids are lost. '
-            'Save it as 8-bit greyscale or palette PNG.'
-        )
-    return mask
-
-
-def other_suffixes(path: Path) -> list[str]:
-    """Names of the files in the folder of `path` whose names differ from it by their suffix only."""
-    return sorted(other.name for other in path.parent.glob(f'{glob.escape(path.stem)}.*'))
-
-
-def _unreadable(path, kind):
-    path = Path(path)
-    if not path.is_file():
-        others = other_suffixes(path)
-        hint = f'there is {some(others)}: rename it' if others else 'check --data-dir, or make the lists again'
-        return InputError(f'{kind} {path} does not exist; {hint}')
-    return InputError(f'{kind} {path} cannot be decoded: the file is damaged. Copy it again.')

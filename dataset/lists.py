@@ -19,6 +19,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -28,7 +29,7 @@ from core.files import atomic_write
 from core.names import canonical
 from core.parallel import parallel_map
 from dataset.classes import DatasetSpec
-from dataset.images import Samples, check_same_size, open_mask, read_header
+from dataset.images import Samples, check_same_size, read_header
 
 CACHE_NAME = 'class_pixels.npz'  # beside the train list: the pixel counts of all masks read so far
 BLANKS = ' \t\r\v\f'  # around a line; other blanks of Unicode are part of a name
@@ -230,19 +231,19 @@ class ClassIndex:
             InputError: a mask is missing, cannot be decoded, is colour-coded, differs in size from its image, or holds
                 a class id out of range.
         """
-        paths = [(samples.image_path(image_id), samples.mask_path(image_id)) for image_id in ids]
         stamps = np.array(samples.stamps(ids))
         pixels = np.zeros((len(ids), 256), np.int64)
         unread = np.flatnonzero(~_read_cache(cache, ids, stamps, pixels))
         if len(unread):
-            pixels[unread] = parallel_map(_count_pixels, [paths[i] for i in unread], 'reading masks', workers)
+            count = partial(_count_pixels, samples=samples)
+            pixels[unread] = parallel_map(count, [ids[i] for i in unread], 'reading masks', workers)
             _write_cache(cache, ids, stamps, pixels)
         beyond = pixels[:, num_classes + 1 : 255].any(axis=1)
         if beyond.any():
             first = int(beyond.argmax())
             values = num_classes + 1 + np.flatnonzero(pixels[first, num_classes + 1 : 255])
             raise InputError(
-                f'{paths[first][1]} holds the values {", ".join(map(str, values))}; expected class ids '
+                f'{samples.mask_path(ids[first])} holds the values {", ".join(map(str, values))}; expected class ids '
                 f'0..{num_classes} and 255 (ignored). Masks with such values: {beyond.sum()}. Are these masks of this '
                 '--dataset?'
             )
@@ -265,11 +266,11 @@ class ClassIndex:
         return [self.ids[i] for i in np.flatnonzero(keep)]
 
 
-def _count_pixels(paths):
+def _count_pixels(image_id, samples):
     """Histogram of a mask, after a comparison of its size with that in its image's header."""
-    image_path, mask_path = paths
-    with open_mask(mask_path) as mask:
-        check_same_size(image_path, read_header(image_path)[0], mask_path, mask.size)
+    image_path = samples.image_path(image_id)
+    with samples.open_mask(image_id) as mask:
+        check_same_size(image_path, read_header(image_path)[0], samples.mask_path(image_id), mask.size)
         return mask.histogram()
 
 

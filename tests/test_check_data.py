@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from dataset import DATASETS
-from dataset.images import ORIENTATION_TAG
+from dataset.formats import ORIENTATION_TAG
 
 
 @pytest.fixture

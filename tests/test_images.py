@@ -9,8 +9,10 @@ import pytest
 from PIL import Image
 
 from core.errors import InputError
-from dataset.images import ORIENTATION_TAG, read_header, read_image, read_mask
+from dataset.formats import ORIENTATION_TAG
+from dataset.images import read_header, read_image
 from dataset.legend import voc_palette
+from dataset.masks import read_mask
 from report.panels import save_palette_png
 
 

@@ -11,9 +11,10 @@ import pytest
 from core.errors import InputError
 from core.names import files_by_id, find_spelling
 from dataset import DATASETS
-from dataset.images import Samples, read_mask
+from dataset.images import Samples
 from dataset.labels import label_table
 from dataset.lists import ClassIndex, FoldLists, ensure_class_lists, read_ids, write_ids
+from dataset.masks import read_mask
 
 FOLDERS = ('JPEGImages', 'SegmentationClassAug')
 

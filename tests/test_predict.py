@@ -13,9 +13,9 @@ from PIL import Image
 from core.errors import InputError
 from core.files import atomic_write
 from dataset import DATASETS
-from dataset.images import read_mask
 from dataset.legend import spread_palette
 from dataset.lists import write_ids
+from dataset.masks import read_mask
 from engine.checkpoint import read_checkpoint, save_checkpoint
 from model import build_model
 from utils import predict

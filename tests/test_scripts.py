@@ -13,7 +13,7 @@ from PIL import Image
 
 from core import parallel
 from dataset import DATASETS
-from dataset.images import read_mask
+from dataset.masks import read_mask
 from engine import precision as precisions
 
 

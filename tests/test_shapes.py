@@ -3,7 +3,7 @@
 import cv2
 import numpy as np
 
-from dataset.images import read_mask
+from dataset.masks import read_mask
 from dataset.shapes import make_shapes
 
 

@@ -1,0 +1,156 @@
+"""Read masks: PNG files whose pixel values are class ids."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from core import IGNORE_INDEX
+from core.errors import InputError, some
+from dataset.formats import Picture, fits, open_with_pillow, read_file, read_picture, undecodable
+
+GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6  # colour types of PNG
+COLORED = {RGB: 'RGB', GREY_ALPHA: 'grey with transparency', RGBA: 'RGBA'}
+
+
+def read_mask(path: str | Path, class_colors: Mapping[bytes, int] | None = None) -> np.ndarray:
+    """Decode a greyscale or palette PNG to its values, uint8 [H, W]. Arguments and errors as `open_mask`."""
+    with open_mask(path, class_colors) as mask:
+        return np.array(mask)
+
+
+def open_mask(path: str | Path, class_colors: Mapping[bytes, int] | None = None) -> Image.Image:
+    """Open and decode a mask as a Pillow image of mode L or P, whose pixel values are class ids.
+
+    OpenCV would convert a palette to colours and the colours to luminance, so the class ids would be lost.
+
+    Args:
+        path: a PNG file.
+        class_colors: RGB bytes -> class id: the data set's own colours; None: unknown. A palette that has them at
+            other places has been reordered by some tool, and its values are no class ids.
+
+    Raises:
+        InputError: the file is missing or cannot be decoded, or its values cannot be class ids.
+    """
+    mask, picture = open_png(path)
+    if picture.color_type in COLORED:
+        raise InputError(
+            f'{path} is a colour-coded mask ({COLORED[picture.color_type]}); expected one 8-bit channel or a '
+            'palette whose values are class ids. Use SegmentationClassAug rather than colour renderings, or convert '
+            'colours to class ids.'
+        )
+    if class_colors:
+        _check_palette(path, mask, picture, class_colors)
+    return mask
+
+
+def open_png(path: str | Path) -> tuple[Image.Image, Picture]:
+    """Open and decode a mask of one 8-bit channel, a palette, or colours.
+
+    Raises:
+        InputError: the file is missing, is no PNG, cannot be decoded, or its values cannot be class ids.
+    """
+    content = read_file(path, 'mask')
+    picture = read_picture(content)
+    if picture.format != 'PNG':
+        raise _not_png(path, content)
+    if picture.damage or not fits(picture.size):
+        raise undecodable(path, 'mask', content)
+    if picture.depth == 16:
+        raise InputError(f'{path} has 16 or 32 bits per pixel; expected 8. Save its class ids as 8-bit greyscale PNG.')
+    if picture.color_type == GREY and picture.depth < 8:
+        raise InputError(
+            f'{path} is a greyscale PNG of fewer than 8 bits ({picture.depth}); decoders rescale its values, so class '
+            'ids are lost. Save it as 8-bit greyscale or palette PNG.'
+        )
+    try:
+        mask = open_with_pillow(picture.content)
+        mask.load()
+    except Exception as error:  # of many types
+        raise undecodable(path, 'mask', content) from error
+    return mask, picture
+
+
+def _not_png(path, content):
+    try:
+        name = open_with_pillow(content).format
+    except Exception:  # of many types
+        return undecodable(path, 'mask', content)
+    lossy = ' JPEG has changed its values near the borders of objects.' if name == 'JPEG' else ''
+    return InputError(
+        f'{path} is a {name} file under the name of a PNG.{lossy} Export the mask again, as 8-bit greyscale or palette '
+        'PNG.'
+    )
+
+
+def palette_colors(picture: Picture) -> list[bytes]:
+    """RGB bytes of each value of a palette PNG, [] for others."""
+    return [picture.palette[i : i + 3] for i in range(0, len(picture.palette), 3)]
+
+
+def _check_palette(path, mask, picture, class_colors):
+    """InputError where a value that a mask uses has the colour of another class."""
+    colors = palette_colors(picture)
+    other = {value: class_colors.get(color, value) for value, color in enumerate(colors)}
+    # the background's black also fills unused places
+    moved = [v for v, class_id in other.items() if class_id not in (0, v) and colors.count(colors[v]) == 1]
+    if not moved:
+        return
+    histogram = mask.histogram()
+    if used := [f'{v} has the colour of class {other[v]}' for v in moved if histogram[v]]:
+        raise InputError(
+            f'{path} is a mask whose palette some tool has reordered: the value {some(used)}. So its values are no '
+            'class ids. Use the original file, or save the class ids as 8-bit greyscale PNG.'
+        )
+
+
+def read_colored_mask(path: str | Path, class_colors: Mapping[bytes, int]) -> np.ndarray:
+    """Class ids of a mask whose colours tell the classes: RGB, or a palette in any order.
+
+    Greyscale values are class ids, and so are those of a palette of entirely different colours.
+
+    Args:
+        path: a PNG file.
+        class_colors: RGB bytes -> class id.
+
+    Returns:
+        uint8 [H, W].
+
+    Raises:
+        InputError: as `open_png`; or some of the colours are those of no class.
+    """
+    mask, picture = open_png(path)
+    if picture.color_type == PALETTE:
+        values = np.array(mask)
+        used, places = np.unique(values, return_inverse=True)
+        all_colors = palette_colors(picture)
+        colors = [all_colors[value] if value < len(all_colors) else None for value in used]
+    elif picture.color_type in (RGB, RGBA):
+        codes = np.array(mask.convert('RGB'), np.int64) @ (65536, 256, 1)
+        used, places = np.unique(codes, return_inverse=True)
+        colors = [int(code).to_bytes(3, 'big') for code in used]
+    else:
+        return np.array(mask.getchannel(0))
+    ids = [class_colors.get(color) for color in colors]
+    unknown = [color for color, class_id in zip(colors, ids, strict=True) if class_id is None]
+    if picture.color_type == PALETTE and (len(set(colors)) < len(colors) or (unknown and not any(ids))):
+        return values
+    if unknown:
+        raise InputError(
+            f'mask {path} holds colours that are not classes, such as {list(unknown[0] or b"")}; expected the palette '
+            'of the data set. Unpack it again.'
+        )
+    return np.array(ids, np.uint8)[places.reshape(mask.size[::-1])]
+
+
+def wrong_values(path: str | Path, found: Iterable[int], expected: Iterable[int]) -> InputError | None:
+    """The error for a mask that holds other values than class ids and 255; None if it does not."""
+    expected = set(map(int, expected))
+    if wrong := sorted(set(map(int, found)) - expected):
+        largest = max(expected - {IGNORE_INDEX})
+        return InputError(
+            f'{path} holds the values {some(map(str, wrong), 8)}; expected class ids 0..{largest} and {IGNORE_INDEX} '
+            '(ignored). Is it a mask of this --dataset?'
+        )
+    return None
