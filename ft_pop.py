@@ -234,7 +234,7 @@ def train_seed(
         net=net, frozen=keeper.frozen, kept=kept, model=wrap_ddp(Head(net), device, sync_bn=False), device=device,
         dtype=keeper.dtype, val_batches=val_batches, panel=ValidationPanel(data.legend, read_image),
         class_names=data.legend.names, config=from_flags.network_config(args, data, seed), seed=seed,
-        patience=args.num_epoch // 4,
+        listed=len(data.ids('val')), patience=args.num_epoch // 4,
     )  # fmt: skip
     return from_flags.trainer(args, stage, loader, run).fit()
 

@@ -124,6 +124,7 @@ def main(args: argparse.Namespace):
             net=net, model=wrap_ddp(net, device, args.sync_bn), device=device, dtype=dtype,
             val_batches=evaluation_loader(val_set, args.test_batch_size, **loading),
             panel=ValidationPanel(legend, val_set.samples.read_image), class_names=legend.names, config=config,
+            listed=len(data.ids('val')),
         )  # fmt: skip
         from_flags.trainer(args, stage, loader, run).fit()
         run.logger.close()

@@ -20,6 +20,27 @@ OnPrediction = Callable[[str, torch.Tensor, torch.Tensor], None]
 BATCHES_BETWEEN_EXCHANGES = 8  # of several processes, which stop together
 
 
+class Counted:
+    """Counts the images of an evaluation: those that could not be read (--skip-bad-images) have no prediction.
+
+    Args:
+        on_prediction: gets the predictions.
+    """
+
+    def __init__(self, on_prediction: OnPrediction | None = None):
+        self.on_prediction, self.images = on_prediction, 0
+
+    def __call__(self, image_id: str, prediction: torch.Tensor, truth: torch.Tensor):
+        """Take one image's labels, integer [H, W]."""
+        self.images += 1
+        if self.on_prediction:
+            self.on_prediction(image_id, prediction, truth)
+
+    def total(self) -> int:
+        """Number of images of all processes."""
+        return sum_over_processes(self.images)[0]
+
+
 @torch.no_grad()
 def evaluate(
     net: POP,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from core.ranks import is_main
-from engine.evaluation import evaluate
+from engine.evaluation import Counted, evaluate
 from model import POP
 
 
@@ -58,6 +58,7 @@ class Stage(ABC):
         class_names: of the logits.
         config: stored in the checkpoints (`from_flags.network_config`).
         seed: of stage 2; part of the file names.
+        listed: number of images in the validation list, of which --val-limit takes fewer.
         patience: stop after more than so many epochs without a new best, as the released code does; None: never.
     """
 
@@ -70,6 +71,7 @@ class Stage(ABC):
     class_names: tuple[str, ...]
     config: dict
     seed: int | None = None
+    listed: int = 0
     patience: int | None = None
 
     @abstractmethod
@@ -86,6 +88,8 @@ class Stage(ABC):
     def improves(metrics: dict, best: dict | None) -> bool:
         """Whether validation metrics (`metrics.summarize`) are better than the best so far."""
 
-    def validate(self) -> np.ndarray:
-        """Confusion matrix on the validation images, int64 [K, K], row = truth."""
-        return evaluate(self.net, self.val_batches, self.device, self.dtype, self.panel if is_main() else None)
+    def validate(self) -> tuple[np.ndarray, int]:
+        """Confusion matrix on the validation images, int64 [K, K], row = truth; and how many images these were."""
+        counted = Counted(self.panel if is_main() else None)
+        confusion = evaluate(self.net, self.val_batches, self.device, self.dtype, counted)
+        return confusion, counted.total()

@@ -228,17 +228,18 @@ class Trainer:
         step = epoch * self.steps_per_epoch
         broadcast_buffers(self.net)
         try:
-            confusion = self.stage.validate()
+            confusion, images = self.stage.validate()
         except signals.Stopped:  # between two batches; the weights are those of the end of the epoch
             self.save()
             raise
-        metrics, seconds = summarize(confusion, self.net.num_base), {'seconds': time.perf_counter() - began}
+        means, seconds = summarize(confusion, self.net.num_base), {'seconds': time.perf_counter() - began}
+        rests_on = {'images': images, 'listed_images': max(self.stage.listed, images)}
         iou = dict(zip(self.stage.class_names, iou_per_class(confusion).tolist(), strict=True))
-        self.logger.record('val', step, metrics, seconds, iou, epoch=epoch, **self.position)
+        self.logger.record('val', step, means, seconds, iou, epoch=epoch, **rests_on, **self.position)
         if is_main():
             for name, picture in self.stage.panel.pictures(self.net).items():
                 self.logger.picture(name, picture, step, **self.position)
-        return metrics
+        return means | rests_on
 
     def update_best(self, metrics: dict):
         """Save the weights as `best` where their metrics are the best so far."""
@@ -247,8 +248,10 @@ class Trainer:
             progress.best, progress.best_epoch = metrics, progress.epoch
             self.save('best')
         shown = [f'{name} {metrics[name]:.2f} %' for name in ('base', 'novel', 'total') if metrics[name] >= 0]
+        images, listed = metrics['images'], metrics['listed_images']
+        images = f' on {images} of {listed} images' if images < listed else ''
         best_at = f'best at epoch {progress.best_epoch}'
-        self.logger.info(f'{self.prefix}epoch {progress.epoch}: mIoU {", ".join(shown)}; {best_at}')
+        self.logger.info(f'{self.prefix}epoch {progress.epoch}: mIoU {", ".join(shown)}{images}; {best_at}')
 
     def is_save_due(self) -> bool:
         """Whether the plan asks for a checkpoint now; the main process, which writes it, checks the elapsed time."""

@@ -142,11 +142,11 @@ def test_a_run_keeps_best_and_last_and_stops_early(tmp_path, monkeypatch, val_ev
 
     class Scripted(BaseStage):
         def validate(self):
-            return np.array([[(hits := next(correct)), 100 - hits], [0, 100]])
+            return np.array([[(hits := next(correct)), 100 - hits], [0, 100]]), 3
 
     stage = Scripted(
         net=net, model=net, val_batches=(), device=CPU, dtype=torch.float32, class_names=legend.names,
-        panel=ValidationPanel(legend, read_image=None), config={'fold': 0}, seed=7, patience=1,
+        panel=ValidationPanel(legend, read_image=None), config={'fold': 0}, seed=7, listed=4, patience=1,
     )  # fmt: skip
     run = Run(RunFolder(tmp_path, {7: {}}), {})
     plan = Plan(num_epoch=8, val_every=val_every, save_pred_every=3, print_frequency=1)
@@ -158,6 +158,8 @@ def test_a_run_keeps_best_and_last_and_stops_early(tmp_path, monkeypatch, val_ev
     lines = map(json.loads, (tmp_path / 'metrics.jsonl').read_text().splitlines())
     assert [line['epoch'] for line in lines] == validated
     assert result['best']['base'] > result['last']['base']
+    assert result['best']['images'] == 3 and result['best']['listed_images'] == 4
+    assert (tmp_path / 'log.txt').read_text().count(' on 3 of 4 images; best') == len(validated)
     stored = torch.load(tmp_path / 'epoch_3_7.pth', weights_only=True)['metrics']
     assert bool(stored) == (val_every == 1)  # results of other weights are not stored with these
 
