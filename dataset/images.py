@@ -70,7 +70,7 @@ class Samples:
         check_same_size(self.image_path(image_id), image.shape[1::-1], mask_path, mask.shape[::-1])
         labels = self.table[mask]
         if INVALID in labels:
-            raise wrong_values(mask_path, np.unique(mask), np.flatnonzero(self.table != INVALID))
+            raise wrong_values(mask_path, np.unique(mask), np.flatnonzero(self.table != INVALID).tolist())
         return image, labels
 
 

@@ -144,13 +144,13 @@ def read_colored_mask(path: str | Path, class_colors: Mapping[bytes, int]) -> np
     return np.array(ids, np.uint8)[places.reshape(mask.size[::-1])]
 
 
-def wrong_values(path: str | Path, found: Iterable[int], expected: Iterable[int]) -> InputError | None:
+def wrong_values(path: str | Path, found: np.ndarray, expected: Iterable[int]) -> InputError | None:
     """The error for a mask that holds other values than class ids and 255; None if it does not."""
-    expected = set(map(int, expected))
-    if wrong := sorted(set(map(int, found)) - expected):
+    expected = set(expected)
+    if wrong := sorted(set(np.asarray(found).tolist()) - expected):
         largest = max(expected - {IGNORE_INDEX})
         return InputError(
             f'{path} holds the values {some(map(str, wrong), 8)}; expected class ids 0..{largest} and {IGNORE_INDEX} '
-            '(ignored). Is it a mask of this --dataset?'
+            '(ignored). Is it a mask of this --dataset, and has no tool turned colours into shades of grey?'
         )
     return None

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 from conftest import SHARED
+from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from scipy.io import savemat
@@ -114,6 +115,65 @@ def test_damaged_downloads_are_named(miniature, run_script):
     assert not list((voc / 'SegmentationClassAug').glob('.*'))
     code, output = run_script('utils/voc_parse_script.py', '--voc-root', voc, '--sbd-root', voc, '--list-dir', lists)
     assert code == 1 and 'has no cls/*.mat' in output
+
+
+def in_order(mask, values):
+    """A palette PNG of a VOC mask in which value i has the colour of class values[i], as tools leave it."""
+    position = np.zeros(256, np.uint8)
+    position[values] = range(len(values))
+    picture = Image.fromarray(position[mask])
+    picture.putpalette(voc_palette()[values].tobytes())
+    return picture
+
+
+def test_colours_give_the_classes_of_voc_whatever_their_order(miniature, run_script):
+    voc, sbd, lists = miniature
+    folder, command = voc / 'SegmentationClass', ('utils/voc_parse_script.py', '--voc-root', voc, '--sbd-root', sbd)
+    mask = voc_mask(15, 12000)
+    compact, by_use = in_order(mask, [0, 15, 255]), in_order(mask, [255, 15, 0])
+    dithered = compact.convert('RGB').quantize(3)
+    for name, picture, bits in (('a', compact, 2), ('b', by_use, 8), ('v', dithered, 8)):
+        picture.save(folder / f'{name}.png', bits=bits)
+    code, output = run_script(*command, '--list-dir', lists, '--workers', 1)
+    assert code == 0, output
+    for name in ('a', 'b', 'v'):
+        assert np.array_equal(read_mask(voc / f'SegmentationClassAug/{name}.png'), mask), name
+    # greyscale ids, and ids whose palette has nothing to do with VOC's
+    cv2.imwrite(str(folder / 'a.png'), mask)
+    save_palette_png(folder / 'b.png', mask, np.arange(256, dtype=np.uint8).repeat(3).reshape(256, 3))
+    save_palette_png(folder / 'v.png', mask, np.zeros((256, 3), np.uint8))
+    code, output = run_script(*command, '--list-dir', lists, '--workers', 1, '--overwrite')
+    assert code == 0, output
+    for name in ('a', 'b', 'v'):
+        assert np.array_equal(read_mask(voc / f'SegmentationClassAug/{name}.png'), mask), name
+
+
+def test_wrong_masks_of_voc_are_not_written(miniature, run_script):
+    voc, sbd, lists = miniature
+    path, written = voc / 'SegmentationClass/a.png', voc / 'SegmentationClassAug/a.png'
+    mask = voc_mask(15, 12000)
+    grey = in_order(mask, [0, 15, 255]).convert('L')  # luminance of the colours
+    two_bits = in_order(mask, [0, 15, 255])
+    two_bits.putpalette(bytes((0, 0, 0, 192, 128, 128, 1, 2, 3)))
+    half = Image.fromarray(mask[::2, ::2])
+    for picture, message in (
+        (grey, 'holds the values 147, 220; expected class ids 0..20 and 255'),
+        (two_bits, 'colours that are not classes, such as [1, 2, 3]'),
+        (half, f'a.png is {SIDE // 2}x{SIDE // 2}, its image'),
+    ):
+        picture.save(path)
+        command = ('utils/voc_parse_script.py', '--voc-root', voc, '--sbd-root', sbd, '--list-dir', lists)
+        code, output = run_script(*command, '--workers', 1)
+        assert code == 1 and str(path) in output and message in output and not written.exists(), output
+    in_order(mask, [0, 15, 255]).convert('RGB').save(path, 'jpeg')
+    code, output = run_script(*command, '--workers', 1)
+    assert code == 1 and 'is a JPEG file under the name of a PNG' in output and not written.exists(), output
+    save_palette_png(path, mask, voc_palette())
+    for values, message in ((np.stack([mask, mask]), 'has the shape'), (mask * 3, '45'), (mask + 0.5, '15.5')):
+        savemat(sbd / 'cls/s.mat', {'GTcls': {'Segmentation': values}})
+        code, output = run_script(*command, '--workers', 1)
+        assert code == 1 and 's.mat' in output and message in output, output
+        assert not (voc / 'SegmentationClassAug/s.png').exists()
 
 
 def test_ready_made_masks_of_real_photographs_give_their_lists(voc_mini, tmp_path, run_script):

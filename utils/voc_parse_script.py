@@ -15,18 +15,17 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
 from scipy.io import loadmat
 
 from core.errors import InputError, exits_cleanly, some
 from core.files import atomic_write
-from core.names import files_by_id
+from core.names import files_by_id, find_spelling
 from core.parallel import parallel_map
 from dataset import DATASETS, DatasetSpec, FoldData
 from dataset.classes import LIST_ROOT
-from dataset.images import Samples
-from dataset.legend import voc_palette
+from dataset.images import Samples, check_same_size, read_header
 from dataset.lists import ClassIndex, keep_or_write_ids, read_ids
+from dataset.masks import read_colored_mask, wrong_values
 from utils.cli import make_parser, positive
 
 PUBLISHED_SIZES = {'trainaug.txt': 10_582, 'val.txt': 1_449}
@@ -46,54 +45,41 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def read_voc_mask(path: Path) -> np.ndarray:
-    """Class ids of a VOC mask: a palette PNG as downloaded, or RGB if some tool has expanded the palette.
-
-    Args:
-        path: SegmentationClass/ID.png.
-
-    Returns:
-        uint8 [H, W], 0..20 and 255.
-
-    Raises:
-        InputError: the file cannot be decoded, or holds a colour that is not a class of VOC.
-    """
-    try:
-        with Image.open(path) as picture:
-            mask = np.array(picture if picture.mode in ('P', 'L') else picture.convert('RGB'))
-    except (OSError, SyntaxError) as error:
-        raise InputError(f'mask {path} cannot be decoded: the file is damaged. Unpack it again.') from error
-    if mask.ndim == 2:
-        return mask
-    codes = mask.astype(np.int64) @ (65536, 256, 1)
-    ids = np.full(mask.shape[:2], 254, np.uint8)
-    for class_id in (*range(21), 255):
-        ids[codes == voc_palette()[class_id].astype(np.int64) @ (65536, 256, 1)] = class_id
-    if 254 in ids:
-        raise InputError(
-            f'mask {path} holds colours that are not classes of VOC, such as {mask[ids == 254][0].tolist()}; expected '
-            "VOC's palette. Unpack it again."
-        )
-    return ids
-
-
 def read_sbd_mask(path: Path) -> np.ndarray:
-    """Class ids of an SBD annotation (cls/ID.mat: GTcls.Segmentation), uint8 [H, W].
+    """Values of an SBD annotation (cls/ID.mat: GTcls.Segmentation), [H, W].
 
     Raises:
         InputError: the file cannot be read as an SBD annotation.
     """
     try:
-        return np.asarray(loadmat(path, simplify_cells=True)['GTcls']['Segmentation'], np.uint8)
+        values = np.asarray(loadmat(path, simplify_cells=True)['GTcls']['Segmentation'])
+        if values.ndim != 2:
+            raise ValueError(f'its Segmentation has the shape {values.shape}')
+        return values
     except Exception as error:  # with a damaged file, scipy raises exceptions of many types
         raise InputError(f'{path} cannot be read as an SBD annotation ({error}). Unpack it again.') from error
 
 
-def convert(source: Path, folder: Path):
-    """Write one mask of VOC or SBD to a folder as greyscale PNG."""
-    mask = read_sbd_mask(source) if source.suffix == '.mat' else read_voc_mask(source)
+def convert(source: Path, folder: Path, photographs: Path):
+    """Write one mask of VOC or SBD to a folder as greyscale PNG.
+
+    Args:
+        source: VOC's ID.png, as downloaded or after some tool has changed its palette, or SBD's ID.mat.
+        folder: gets ID.png.
+        photographs: folder of ID.jpg.
+
+    Raises:
+        InputError: the source cannot be read, holds other values than class ids, or differs in size from its
+            photograph. Nothing is written then.
+    """
+    spec = DATASETS['voc']
+    mask = read_sbd_mask(source) if source.suffix == '.mat' else read_colored_mask(source, spec.class_colors)
+    if error := wrong_values(source, np.unique(mask), spec.class_colors.values()):
+        raise error
+    photograph = find_spelling(photographs / f'{source.stem}.jpg')
+    check_same_size(photograph, read_header(photograph)[0], source, mask.shape[::-1])
     with atomic_write(folder / f'{source.stem}.png', 'wb', sync=False) as file:
-        file.write(cv2.imencode('.png', mask)[1].tobytes())
+        file.write(cv2.imencode('.png', mask.astype(np.uint8))[1].tobytes())
 
 
 def find_sources(voc_root: Path, sbd_root: Path) -> tuple[dict[str, Path], list[str]]:
@@ -120,7 +106,8 @@ def make_masks(args: argparse.Namespace, folder: Path):
     """Write the missing masks to SegmentationClassAug, `folder`, and print their number per source."""
     sources, without_image = find_sources(args.voc_root, args.sbd_root)
     present = set() if args.overwrite else set(files_by_id(folder, '.png'))
-    parallel_map(partial(convert, folder=folder), [path for i, path in sources.items() if i not in present],
+    write = partial(convert, folder=folder, photographs=args.voc_root / DATASETS['voc'].train_images)
+    parallel_map(write, [path for i, path in sources.items() if i not in present],
                  'writing masks', args.workers)  # fmt: skip
     from_sbd = sum(path.suffix == '.mat' for path in sources.values())
     print(f'masks: {len(sources) - from_sbd} from VOC, {from_sbd} from SBD; {len(present & set(sources))} existed')
