@@ -7,7 +7,7 @@
 DIR/best.pth. A stage-1 checkpoint is evaluated on the base classes; novel pixels then count as background.
 
 Writes to --save-path (default: the checkpoint's folder):
-    results.md, results.json    means and IoU of each class, in percent, of each seed and over seeds
+    results.md, results.json    means and IoU of each class, in percent, of each seed and over seeds; on how many images
     confusion_{seed}.npy        int64, row = ground truth, in the order of the logits
     predictions_{seed}/ID.png   with --save: palette PNG of class ids, at the original size
     overlay_{seed}/*.png        with --overlay N: image, ground truth, prediction and errors of N images
@@ -27,6 +27,7 @@ from core.ranks import is_main
 from dataset import FoldData
 from engine.checkpoint import imagenet_checkpoint, read_checkpoint, resolve_checkpoint
 from engine.distributed import main_first, process_group
+from engine.evaluation import Counted
 from engine.inference import Segmenter
 from engine.precision import name_of, precision
 from model import BACKBONES, MODELS, POP, build_model
@@ -125,10 +126,9 @@ def evaluate_seed(
     val_set = data.validation(args.base_size, with_novel=net.num_novel > 0, original_size=True)
     legend = data.legend.cut(net.num_logits)
     scores = ImageScores(legend, folder / f'predictions_{seed}' if args.save else None)
-    confusion = segmenter.run(
-        val_set, scores if args.save or args.overlay else None, batch_size=args.test_batch_size,
-        num_workers=args.num_workers,
-    )  # fmt: skip
+    counted = Counted(scores if args.save or args.overlay else None)
+    confusion = segmenter.run(val_set, counted, batch_size=args.test_batch_size, num_workers=args.num_workers)
+    images = counted.total()
     if is_main():
         with atomic_write(folder / f'confusion_{seed}.npy', 'wb') as file:
             np.save(file, confusion)
@@ -139,7 +139,7 @@ def evaluate_seed(
             folder / 'plots', seed, confusion=confusion, prototypes=segmenter.net.prototypes(), legend=legend,
             data=data, shot=args.shot,
         )  # fmt: skip
-    return seed_result(path or args.restore_from, confusion, legend)
+    return seed_result(path or args.restore_from, confusion, legend, images, len(val_set))
 
 
 @exits_cleanly

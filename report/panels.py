@@ -156,14 +156,10 @@ class OverlayWriter:
         legend: names and colours of the labels.
         read_image: image id -> RGB uint8 [H, W, 3].
         folder: gets the pictures.
-
-    Attributes:
-        written: number of images so far.
     """
 
     def __init__(self, legend: Legend, read_image: Callable[[str], np.ndarray], folder: Path):
         self.legend, self.read_image, self.folder = legend, read_image, folder
-        self.written = 0
 
     def __call__(self, image_id: str, prediction: torch.Tensor, truth: torch.Tensor):
         """Take one image's labels, integer [H, W]; the truth is not used."""
@@ -172,4 +168,3 @@ class OverlayWriter:
         overlay = Image.fromarray(color_classes(self.read_image(image_id), labels, self.legend))
         with atomic_write(self.folder / f'{image_id}_overlay.jpg', 'wb', sync=False) as file:
             overlay.save(file, format='jpeg', quality=92)
-        self.written += 1

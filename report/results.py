@@ -17,22 +17,38 @@ from report.plotting import save_figure
 from report.tables import class_table, mean_and_std, summary_table
 
 
-def seed_result(checkpoint: Path | str, confusion: np.ndarray, legend: Legend) -> dict:
+def seed_result(checkpoint: Path | str, confusion: np.ndarray, legend: Legend, images: int, listed_images: int) -> dict:
     """The result of one seed.
 
     Args:
         checkpoint: path of what was evaluated.
         confusion: int64 [K, K], row = truth.
         legend: names and colours of the K labels.
+        images: number of images that it rests on.
+        listed_images: number of images in the evaluation list.
 
     Returns:
-        'checkpoint', the keys of `SUMMARY`, and 'iou' by class name, in percent.
+        'checkpoint', 'images', 'listed_images', 'classes_without_pixels' (names of classes that no mask shows), the
+        keys of `SUMMARY`, and 'iou' by class name, in percent.
     """
     return {
         'checkpoint': str(checkpoint),
+        'images': images,
+        'listed_images': listed_images,
+        'classes_without_pixels': [legend.names[k] for k in np.flatnonzero(confusion.sum(axis=1) == 0)],
         **summarize(confusion, legend.num_base),
         'iou': dict(zip(legend.names, iou_per_class(confusion).tolist(), strict=True)),
     }
+
+
+def basis(result: dict) -> str:
+    """What a `seed_result` rests on, in words."""
+    images, listed = result['images'], result['listed_images']
+    text = f'Evaluated on {images} of {listed} images'
+    text += f'; {listed - images} could not be read and were skipped.' if images < listed else '.'
+    if absent := result['classes_without_pixels']:
+        text += f' No pixel of {", ".join(absent)}: IoU 0 where predicted, otherwise left out of the means.'
+    return text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +85,16 @@ class Results:
         return {key: [result[key] for result in self.seeds.values()] for key in SUMMARY}
 
     def tables(self) -> str:
-        """Means of each seed and over seeds, and IoU of each class, as Markdown."""
+        """Means of each seed and over seeds, what they rest on, and IoU of each class, as Markdown."""
         rows = {f'seed {seed}': result for seed, result in self.seeds.items()}
         if len(self.seeds) > 1:
             rows['mean ± std'] = {key: mean_and_std(values) for key, values in self.columns().items()}
-        text = f'{self.title}, mIoU in %\n\n{summary_table(rows)}\n'
+        bases = {seed: basis(result) for seed, result in self.seeds.items()}
+        if len(set(bases.values())) == 1:
+            rests_on = next(iter(bases.values()))
+        else:
+            rests_on = '\n'.join(f'Seed {seed}: {text}' for seed, text in bases.items())
+        text = f'{self.title}, mIoU in %\n\n{summary_table(rows)}\n\n{rests_on}\n'
         names, first_novel = self.legend.names, self.legend.num_base + 1
         for kind, of_kind in (('background and base', names[:first_novel]), ('novel', names[first_novel:])):
             if of_kind:

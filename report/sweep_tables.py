@@ -24,8 +24,8 @@ def read_results(folders: Iterable[Path], out: Path) -> list[dict]:
         out: folder of the sweep.
 
     Returns:
-        For each seed of each evaluation 'dataset', 'fold', 'shot', 'seed', the keys of `SUMMARY` in percent,
-        'checkpoint' and 'run', the folder relative to `out`.
+        For each seed of each evaluation 'dataset', 'fold', 'shot', 'seed', the keys of `SUMMARY` in percent, 'images'
+        and 'listed_images' (`results.seed_result`), 'checkpoint' and 'run', the folder relative to `out`.
     """
     rows = []
     for folder in folders:
@@ -36,8 +36,9 @@ def read_results(folders: Iterable[Path], out: Path) -> list[dict]:
         for seed, result in content['seeds'].items():
             means = {key: float('nan') if result[key] is None else result[key] for key in SUMMARY}
             place = {'dataset': content['dataset'], 'fold': content['fold'], 'shot': content['shot'], 'seed': int(seed)}
+            rests_on = {key: result.get(key, '') for key in ('images', 'listed_images')}  # older results lack them
             source = {'checkpoint': Path(result['checkpoint']).name, 'run': os.path.relpath(folder, out)}
-            rows.append(place | means | source)
+            rows.append(place | means | rests_on | source)
     return rows
 
 
@@ -56,7 +57,7 @@ def write_tables(out: Path, rows: Sequence[dict], folds: Sequence[int]):
         seeds = ', '.join(map(str, sorted({row['seed'] for row in of_dataset})))
         header = ['method', 'shot', 'fold', *(SUMMARY[key] for key in COLUMNS), 'run']
         title = f'{dataset}: mIoU in %, mean ± standard deviation over seeds {seeds}'
-        markdown.append(f'{title}\n\n{markdown_table(header, lines)}\n')
+        markdown.append(f'{title}\n\n{markdown_table(header, lines)}\n{_fewer_images(of_dataset)}')
         latex.append(latex_table(title, header[:-1], [line[:-1] for line in lines]))
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]))
@@ -92,6 +93,14 @@ def table_lines(rows: Sequence[dict], folds: Sequence[int]) -> list[list[str]]:
             means = [_mean_over_folds(of_shot, key, len(folds)) for key in COLUMNS]
             lines.append(['POP', f'{shot}', 'mean', *means, ''])
     return lines
+
+
+def _fewer_images(rows):
+    """A line for each evaluation that left images out."""
+    return ''.join(
+        f'\n{row["run"]}, seed {row["seed"]}: on {row["images"]} of {row["listed_images"]} images\n'
+        for row in rows if row['images'] != row['listed_images']
+    )  # fmt: skip
 
 
 def _mean_over_folds(rows, key, num_folds):

@@ -281,5 +281,6 @@ def test_bad_images_are_skipped_where_that_is_asked_for(run_script, shapes, tmp_
     skipped = {path for path in bad if f'skipped: image {path}' in output}
     assert bad[0] in skipped and len(skipped) > 3
     assert f'{len(skipped) - 1} training images were skipped' in output
+    assert 'on 7 of 8 images; best at epoch' in output
     code, output = run_script(*stage_1(copy, tmp_path / 'strict', *fast))
     assert code == 1 and 'cannot be decoded' in output and any(str(path) in output for path in bad)

@@ -1,5 +1,6 @@
 """Segmenting photographs without masks."""
 
+import json
 import re
 import runpy
 import sys
@@ -84,18 +85,24 @@ def test_any_name_is_carried_through(run_script, shapes, untrained, tmp_path):
         (masks / f'{mask}.png').write_bytes((shapes / f'SegmentationClassAug/{source}.png').read_bytes())
     for name in ('._IMG 1.jpg', '.DS_Store', '~$caf.png'):
         (images / name).write_bytes(b'\0\5\x16\7')
+    (images / 'damaged.jpg').write_bytes((images / 'IMG 1.jpg').read_bytes()[:900])
+    (masks / 'damaged.png').write_bytes((masks / 'IMG 1.png').read_bytes())
     for name in ('trainaug.txt', 'val.txt'):
-        write_ids(tmp_path / 'data/list' / name, listed)
+        write_ids(tmp_path / 'data/list' / name, [*listed, 'damaged'])
     code, output = run_script(
         'test.py', *TINY, '--data-dir', tmp_path / 'data', '--restore-from', untrained, '--save', '--overlay', 4,
-        '--save-path', tmp_path / 'caf\udce9',
+        '--save-path', tmp_path / 'caf\udce9', '--skip-bad-images',
     )  # fmt: skip
     assert code == 0 and 'caf\\udce9/overlay_123' in output, output
     written = tmp_path / 'caf\udce9'
+    assert 'Evaluated on 4 of 5 images; 1 could not be read' in (written / 'results.md').read_text()
+    result = json.loads((written / 'results.json').read_text())['seeds']['123']
+    assert (result['images'], result['listed_images']) == (4, 5)
     assert {path.name for path in (written / 'predictions_123').iterdir()} == {f'{i}.png' for i in listed}
     assert {path.stem.partition('_')[2] for path in (written / 'overlay_123').iterdir()} == set(listed)
 
     longest = 'x' * 242  # _overlay.jpg makes it 254
+    (images / 'damaged.jpg').unlink()
     (images / f'{longest}.jpg').write_bytes((images / 'IMG 1.jpg').read_bytes())
     code, output = segment(run_script, untrained, images, tmp_path / 'out')
     assert code == 0 and '5 of 5 images' in output, output

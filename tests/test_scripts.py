@@ -166,6 +166,10 @@ def test_evaluation_counts_every_pixel_of_the_original_masks(run_script, shapes,
         assert np.array_equal(confusion.sum(1), truth)
         assert np.array_equal(confusion, expected)
         assert results['seeds'][str(seed)]['checkpoint'].endswith(f'best_{seed}.pth')
+        absent = [results['seeds'][str(seed)][key] for key in ('images', 'listed_images', 'classes_without_pixels')]
+        names = DATASETS['shapes'].legend(0).names
+        assert absent == [len(ids), len(ids), [name for name, count in zip(names, truth, strict=True) if not count]]
+    assert output.count(f'Evaluated on {len(ids)} of {len(ids)} images. No pixel of ') == 1  # the same for both seeds
     assert results['precision'] == 'float32'
     novel = [results['seeds'][seed]['novel'] for seed in ('123', '234')]
     assert results['mean']['novel'] == pytest.approx(np.mean(novel))

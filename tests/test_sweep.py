@@ -12,7 +12,7 @@ import pytest
 from conftest import TINY, TINY_TRAINING, start
 
 from engine.metrics import SUMMARY, summarize
-from report.sweep_tables import table_lines
+from report.sweep_tables import read_results, table_lines, write_tables
 from report.tables import latex_table, markdown_table
 from utils import sweep
 
@@ -112,6 +112,23 @@ def test_a_larger_grid_keeps_the_commands_of_a_smaller_one_and_flags_add_up(tmp_
     novel = [step.command for step in large if step.script == 'ft_pop']
     assert all('--fix-lr' in flags and '--batch-size' in flags for flags in novel)
     assert [('-x' in flags, '-y' in flags) for flags in novel] == [(False, False), (True, True)]
+
+
+def test_tables_name_evaluations_that_left_images_out(tmp_path):
+    result = {'checkpoint': 'best_1.pth', **dict.fromkeys(SUMMARY, 50.0)}
+    seeds = {
+        '1': result | {'images': 8, 'listed_images': 8},
+        '2': result | {'images': 5, 'listed_images': 8},
+        '3': result,  # older results do not say
+    }
+    (tmp_path / 'run').mkdir()
+    content = {'dataset': 'shapes', 'fold': 0, 'shot': 1, 'seeds': seeds}
+    (tmp_path / 'run/results.json').write_text(json.dumps(content))
+    write_tables(tmp_path, read_results([tmp_path / 'run'], tmp_path), folds=[0])
+    table = (tmp_path / 'table.md').read_text()
+    assert 'run, seed 2: on 5 of 8 images' in table and 'seed 1:' not in table and 'seed 3:' not in table
+    rows = csv.DictReader((tmp_path / 'table.csv').read_text().splitlines())
+    assert [row['images'] for row in rows] == ['8', '5', '']
 
 
 @pytest.mark.slow

@@ -17,7 +17,8 @@ from core.ranks import is_main
 from dataset import DATASETS, Photographs, SegmentationDataset
 from dataset.legend import Legend
 from engine.checkpoint import Checkpoint, read_checkpoint, resolve_checkpoint
-from engine.distributed import process_group, sum_over_processes
+from engine.distributed import process_group
+from engine.evaluation import Counted
 from engine.inference import Segmenter
 from engine.precision import precision
 from model import POP, build_model
@@ -92,9 +93,9 @@ def main(args: argparse.Namespace):
         segmenter = Segmenter(net, device, precision(device, args.fp16))
         size = args.base_size or tuple(checkpoint.config.get('base_size', cli.BASE_SIZE))
         dataset = SegmentationDataset(photographs.ids, photographs, fit_size=size, skip_bad=args.skip_bad_images)
-        writer = OverlayWriter(legend, photographs.read_image, args.save_path)
-        segmenter.run(dataset, writer, batch_size=args.test_batch_size, num_workers=args.num_workers)
-        (written,) = sum_over_processes(writer.written)
+        counted = Counted(OverlayWriter(legend, photographs.read_image, args.save_path))
+        segmenter.run(dataset, counted, batch_size=args.test_batch_size, num_workers=args.num_workers)
+        written = counted.total()
         if is_main():
             save_figure(args.save_path / 'legend.svg', legend_figure(legend))
             print(f'{written} of {len(photographs.ids)} images segmented: {args.save_path}')
