@@ -17,8 +17,8 @@ class InputError(Exception):
 def exits_cleanly(main: Callable) -> Callable:
     """Decorate a command's main function so that expected errors end it with a message and an exit code, no traceback.
 
-    An InputError, a full disk and the end of another process of the run give exit code 1, Ctrl-C gives 130, and
-    `Stopped` has its own code. Other exceptions are programming errors and keep their traceback.
+    An InputError, a full disk or quota, and the end of another process of the run give exit code 1, Ctrl-C gives 130,
+    and `Stopped` has its own code. Other exceptions are programming errors and keep their traceback.
     """
 
     @functools.wraps(main)
@@ -37,9 +37,10 @@ def exits_cleanly(main: Callable) -> Callable:
         except Stopped as stop:
             _end(f'{stop}; run the same command again to resume', stop.exit_code)
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            _end(f'error: no space left to write {error.filename or "the log"}; what was saved is intact', 1)
+            what = error.filename or 'the log or the output of this command'
+            _end(f'error: no space left to write {what} ({error.strerror}); what was saved is intact', 1)
         except RuntimeError as error:
             # PyTorch's process groups raise this if another process has ended
             if 'WORLD_SIZE' not in os.environ or not _is_from_process_group(error):

@@ -65,6 +65,9 @@ def atomic_write(
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)  # the renames
             os.close(folder)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not tell it
+        raise
     finally:
         beside.unlink(missing_ok=True)
 

@@ -159,16 +159,23 @@ def _orientation(exif):
     return 1
 
 
-def jpeg_damage(picture: Picture) -> str:
-    """What libjpeg's decoder reports as damage inside a JPEG file, '' if nothing.
+def jpeg_damage(content: bytes) -> str:
+    """What libjpeg reports as damage inside a JPEG file; '' if nothing, or if the file is no JPEG.
 
-    A decoder goes on after such damage, and shows something else from there. OpenCV and Pillow do not tell.
+    Decoders go on after such damage, and show something else from there; few of them tell.
     """
-    try:
-        simplejpeg.decode_jpeg(picture.content, 'GRAY', strict=True)
-    except ValueError as error:  # also where this decoder lacks what others can
-        return str(error) if re.match('Corrupt|Premature|Inconsistent', str(error)) else ''
+    picture = read_picture(content)
+    if picture.format == 'JPEG':
+        try:
+            simplejpeg.decode_jpeg(picture.content, 'GRAY', strict=True)
+        except ValueError as error:  # also where this decoder lacks what others can
+            return str(error) if re.match('Corrupt|Premature|Inconsistent', str(error)) else ''
     return ''
+
+
+def palette_colors(palette: bytes) -> list[bytes]:
+    """The RGB bytes of each value of a palette."""
+    return [palette[i : i + 3] for i in range(0, len(palette), 3)]
 
 
 def fits(size: tuple[int, int] | None) -> bool:

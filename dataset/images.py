@@ -1,6 +1,8 @@
 """Read images, with their masks or without."""
 
 import contextlib
+import os
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,12 +101,15 @@ class Photographs:
     SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff')
 
     def __init__(self, folder: str | Path):
-        if not Path(folder).exists():
-            raise InputError(f'{folder} does not exist; expected an image, or a folder of images')
         files = [Path(folder)]
-        if Path(folder).is_dir():
-            files = [path for path in Path(folder).iterdir() if not is_companion(path.name)]
-        paths = sorted(path for path in files if path.suffix.lower() in self.SUFFIXES and path.is_file())
+        try:
+            if stat.S_ISDIR(os.stat(folder).st_mode):
+                files = [path for path in Path(folder).iterdir() if not is_companion(path.name)]
+            paths = sorted(path for path in files if path.suffix.lower() in self.SUFFIXES and path.is_file())
+        except FileNotFoundError:
+            raise InputError(f'{folder} does not exist; expected an image, or a folder of images') from None
+        except OSError as error:
+            raise InputError(f'{folder} cannot be read: {error.strerror}. Check its permissions.') from error
         if not paths:
             raise InputError(f'{folder} holds no image; expected files named *{", *".join(self.SUFFIXES)}')
         self._paths = {path.stem: path for path in paths}

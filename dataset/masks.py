@@ -8,7 +8,7 @@ from PIL import Image
 
 from core import IGNORE_INDEX
 from core.errors import InputError, some
-from dataset.formats import Picture, fits, open_with_pillow, read_file, read_picture, undecodable
+from dataset.formats import Picture, fits, open_with_pillow, palette_colors, read_file, read_picture, undecodable
 
 GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6  # colour types of PNG
 COLORED = {RGB: 'RGB', GREY_ALPHA: 'grey with transparency', RGBA: 'RGBA'}
@@ -84,14 +84,9 @@ def _not_png(path, content):
     )
 
 
-def palette_colors(picture: Picture) -> list[bytes]:
-    """RGB bytes of each value of a palette PNG, [] for others."""
-    return [picture.palette[i : i + 3] for i in range(0, len(picture.palette), 3)]
-
-
 def _check_palette(path, mask, picture, class_colors):
     """InputError where a value that a mask uses has the colour of another class."""
-    colors = palette_colors(picture)
+    colors = palette_colors(picture.palette)
     other = {value: class_colors.get(color, value) for value, color in enumerate(colors)}
     # the background's black also fills unused places
     moved = [v for v, class_id in other.items() if class_id not in (0, v) and colors.count(colors[v]) == 1]
@@ -124,7 +119,7 @@ def read_colored_mask(path: str | Path, class_colors: Mapping[bytes, int]) -> np
     if picture.color_type == PALETTE:
         values = np.array(mask)
         used, places = np.unique(values, return_inverse=True)
-        all_colors = palette_colors(picture)
+        all_colors = palette_colors(picture.palette)
         colors = [all_colors[value] if value < len(all_colors) else None for value in used]
     elif picture.color_type in (RGB, RGBA):
         codes = np.array(mask.convert('RGB'), np.int64) @ (65536, 256, 1)

@@ -1,6 +1,8 @@
 """Segmenting photographs without masks."""
 
+import errno
 import json
+import os
 import re
 import runpy
 import sys
@@ -204,6 +206,41 @@ def test_skips_images_that_cannot_be_read(run_script, untrained, photographs, tm
     code, output = segment(run_script, untrained, folder, tmp_path / 'out', '--skip-bad-images')
     assert code == 0 and 'skipped' in output and '1 of 2 images' in output, output
     assert (tmp_path / f'out/{second}.png').is_file() and not (tmp_path / f'out/{first}.png').exists()
+
+    picture = Image.open(folder / f'{second}.png')
+    grey = np.array(picture.convert('L'))
+    Image.fromarray(grey / np.float32(255)).save(folder / 'depth.tif')
+    Image.fromarray(grey.astype(np.uint16) * 257).save(folder / 'scan.png')
+    (folder / 'lost.jpeg').write_text('<!DOCTYPE html><title>404</title>')
+    picture.convert('CMYK').save(folder / 'print.jpg', quality=95)
+    code, output = segment(run_script, untrained, folder, tmp_path / 'more', '--skip-bad-images')
+    assert code == 0 and '2 of 6 images' in output, output
+    for name, reason in (
+        ('depth.tif', '32-bit floating-point'), ('scan.png', '16-bit integer'), ('lost.jpeg', 'a web page'),
+    ):  # fmt: skip
+        assert re.search(f'skipped: image .*{re.escape(name)} .*{reason}', output), output
+    differing = read_mask(tmp_path / 'more/print.png') != read_mask(tmp_path / f'more/{second}.png')
+    assert differing.mean() < 0.1  # the colours differ a little
+
+
+@pytest.mark.parametrize(('kind', 'code'), (('png', errno.ENOSPC), ('jpeg', errno.ENOSPC), ('png', errno.EDQUOT)))
+def test_a_full_disk_ends_the_command_with_the_name_of_the_file(
+    run_script, untrained, photographs, tmp_path, monkeypatch, kind, code
+):
+    folder, first, _ = photographs
+    save = Image.Image.save
+
+    def fail(self, to, **options):
+        save(self, to, **options)
+        if options['format'] == kind:
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(Image.Image, 'save', fail)
+    status, output = segment(run_script, untrained, folder, tmp_path / 'out')
+    name = {'png': f'{first}.png', 'jpeg': f'{first}_overlay.jpg'}[kind]
+    assert status == 1 and f'no space left to write {tmp_path / "out" / name} ({os.strerror(code)})' in output, output
+    left = {path.name for path in (tmp_path / 'out').iterdir()}
+    assert left == ({f'{first}.png'} if kind == 'jpeg' else set())
 
 
 def test_runs_as_a_module(monkeypatch, capsys):

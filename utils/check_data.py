@@ -3,10 +3,12 @@
     python -m utils.check_data --dataset voc --data-dir VOC2012
     python -m utils.check_data --dataset coco --data-dir COCO --fold 0 --shot 1 5
 
-Prints one table of findings. The exit code is 0 only if training can start: an `error` prevents it, a `note` does not.
+Prints one table of findings. The exit code is 0 only if there is no `error`, which prevents training or makes its
+results wrong. A `note` tells what may be intended.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -19,11 +21,13 @@ from core.errors import InputError, exits_cleanly, some
 from core.parallel import parallel_map
 from dataset import DATASETS, DatasetSpec, FoldData
 from dataset.fewshot import draw_base
+from dataset.formats import jpeg_damage, palette_colors, read_file, read_picture
 from dataset.images import Samples, read_header
 from dataset.lists import read_ids
 from utils.cli import check_folds, dataset_name, fill_lists, make_parser, not_negative, positive
 
 DEFAULT_SHOTS = (1, 5, 10)
+FEW_LEFT_OVER = re.compile('Corrupt JPEG data: [0-9] extraneous bytes before marker 0xd9')  # some cameras write them
 
 
 class Finding(NamedTuple):
@@ -54,22 +58,42 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def examine(image_id: str, samples: Samples) -> tuple[str | None, np.ndarray, bool]:
-    """Read one image and its mask as training does.
+class Examined(NamedTuple):
+    """What was found in an image and its mask.
 
-    Returns:
-        Message of the error, or None; pixels of each mask value, int64 [256]; whether the image has an EXIF
-        orientation.
+    Attributes:
+        error: message, or ''.
+        pixels: of each mask value, int64 [256]; zeros if the image or its mask cannot be read.
+        rotated: the image has an EXIF orientation.
+        leftover: a few bytes are left over at the end of a JPEG.
+        palette: RGB bytes of the mask's palette; b'' if it is greyscale.
     """
+
+    error: str
+    pixels: np.ndarray
+    rotated: bool = False
+    leftover: bool = False
+    palette: bytes = b''
+
+
+def examine(image_id: str, samples: Samples) -> Examined:
+    """Read one image and its mask as training does, and look for damage that decoders pass over."""
+    image_path = samples.image_path(image_id)
     try:
         _, mask = samples.read(image_id)
-        rotated = read_header(samples.image_path(image_id))[1] != 1
+        rotated = read_header(image_path)[1] != 1
+        damage = jpeg_damage(read_file(image_path, 'image'))
+        palette = read_picture(read_file(samples.mask_path(image_id), 'mask')).palette
     except InputError as error:
-        return str(error), np.zeros(256, np.int64), False
-    return None, np.bincount(mask.ravel(), minlength=256), rotated
+        return Examined(str(error), np.zeros(256, np.int64))
+    leftover = bool(FEW_LEFT_OVER.fullmatch(damage))
+    error = ''
+    if damage and not leftover:
+        error = f'image {image_path} is damaged ({damage}), so that a part of it shows something else. Copy it again.'
+    return Examined(error, np.bincount(mask.ravel(), minlength=256), rotated, leftover, palette)
 
 
-def check_split(split: str, data: FoldData, workers: int | None) -> tuple[list[Finding], list[str], np.ndarray]:
+def check_split(split: str, data: FoldData, workers: int | None) -> tuple[list[Finding], list[str], list[Examined]]:
     """Examine every image of a split's list.
 
     Args:
@@ -78,24 +102,51 @@ def check_split(split: str, data: FoldData, workers: int | None) -> tuple[list[F
         workers: number of processes; None: one per usable core.
 
     Returns:
-        Findings, image ids, pixels of each mask value, int64 [N, 256].
+        Findings, image ids, and what was found in each of them.
     """
     ids = data.ids(split)
     samples = data.samples(split, novel_as_background=True)
     results = parallel_map(partial(examine, samples=samples), ids, f'examining {split} images', workers)
-    findings = [Finding('error', f'{split} {i}', error) for i, (error, *_) in zip(ids, results, strict=True) if error]
-    pixels = np.array([counts for _, counts, _ in results])
-    readable = np.array([error is None for error, *_ in results])
-    if rotated := [i for i, (*_, is_rotated) in zip(ids, results, strict=True) if is_rotated]:
-        text = (
-            f'{len(rotated)} have an EXIF orientation, so their masks must match them as displayed: {some(rotated)}; '
-            'the size of a mask does not show a rotation by 180 degrees'
-        )
-        findings.append(Finding('note', f'{split} images', text))
-    empty = [i for i, shown in zip(ids, pixels[:, 1:255].any(axis=1) | ~readable, strict=True) if not shown]
-    if empty:
-        findings.append(Finding('note', f'{split} masks', f'{len(empty)} show background only: {some(empty)}'))
-    return findings, ids, pixels
+    findings = [Finding('error', f'{split} {i}', r.error) for i, r in zip(ids, results, strict=True) if r.error]
+    pixels = np.array([result.pixels for result in results])
+    background, classes, ignored = pixels[:, 0] > 0, pixels[:, 1:255].any(axis=1), pixels[:, 255] > 0
+    for subject, which, text in (
+        ('images', [r.rotated for r in results],
+         'have an EXIF orientation, so their masks must match them as displayed: {}; the size of a mask does not show '
+         'a rotation by 180 degrees'),
+        ('images', [r.leftover for r in results],
+         'have a few bytes too many at their end, as some cameras write them, or after slight damage: {}'),
+        ('masks', background & ~classes & ~ignored, 'show background only: {}'),
+        ('masks', background & ~classes & ignored,
+         'hold no class, only 0 and 255, which are background and ignored pixels: {}. If 255 marks objects, store '
+         'their class ids instead'),
+        ('masks', ~background & ~classes & ignored,
+         'hold 255 only, so that all of their pixels are ignored and none is counted: {}'),
+    ):  # fmt: skip
+        if chosen := [image_id for image_id, chosen in zip(ids, which, strict=True) if chosen]:
+            findings.append(Finding('note', f'{split} {subject}', f'{len(chosen)} {text.format(some(chosen))}'))
+    return findings, ids, results
+
+
+def check_palettes(ids: Sequence[str], results: Sequence[Examined]) -> list[Finding]:
+    """Find palettes that a tool has reordered: a colour then has one value in some masks, and another in others."""
+    first, differing = {}, {}
+    for image_id, result in zip(ids, results, strict=True):
+        colors = palette_colors(result.palette)
+        for value in np.flatnonzero(result.pixels[: len(colors)]).tolist():
+            if colors.count(colors[value]) == 1:  # other colours tell nothing
+                earlier = first.setdefault(colors[value], (value, image_id))
+                if earlier[0] != value:
+                    differing.setdefault(image_id, (colors[value], value, *earlier))
+    if not differing:
+        return []
+    color, value, other, other_id = next(iter(differing.values()))
+    text = (
+        f'{len(differing)} have palettes in another order: {some(differing)}. The colour {tuple(color)} is the value '
+        f'{other} in {other_id}, but {value} there. If a tool has reordered palettes, the values are no class ids: '
+        'export the masks again. Otherwise save them as greyscale PNG.'
+    )
+    return [Finding('error', 'masks', text)]
 
 
 def check_classes(spec: DatasetSpec, pixels: np.ndarray, shots: Sequence[int]) -> list[Finding]:
@@ -169,15 +220,20 @@ def check_lists(data: FoldData, shots: Sequence[int]) -> list[Finding]:
 def main(args: argparse.Namespace):
     spec = DATASETS[args.dataset]
     all_classes = FoldData(spec, args.data_dir, -1, args.train_list, args.val_list)
-    findings, train_ids, pixels = check_split('train', all_classes, args.workers)
-    val_findings, val_ids, _ = check_split('val', all_classes, args.workers)
-    findings += val_findings
+    findings, train_ids, train = check_split('train', all_classes, args.workers)
+    val_findings, val_ids, val = check_split('val', all_classes, args.workers)
+    findings += val_findings + check_palettes(train_ids + val_ids, train + val)
+    pixels = np.array([result.pixels for result in train])
     if shared := sorted(set(train_ids) & set(val_ids)):
         text = f'{len(shared)} ids are in both lists, so training would use evaluation images: {some(shared)}'
         findings.append(Finding('error', 'lists', text))
     readable = not any(severity == 'error' for severity, *_ in findings)
     shots = args.shot or DEFAULT_SHOTS
     findings += check_classes(spec, pixels, shots)
+    seen = sum(result.pixels for result in val)
+    if unseen := [name for c, name in enumerate(spec.class_names, 1) if not seen[c]]:
+        text = f'no evaluation image shows {some(unseen, 8)}: the IoU of such a class is undefined, or 0 if predicted'
+        findings.append(Finding('note', 'classes', text))
     for fold in args.fold:
         findings += check_base_draws(spec, fold, train_ids, pixels, shots, 'error' if args.shot else 'note')
     if readable:  # the check of the lists reads the masks
