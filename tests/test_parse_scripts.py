@@ -1,4 +1,4 @@
-"""Preparation of downloads: small hand-made VOC + SBD and COCO, and real annotations."""
+"""Preparation of downloads: small hand-made VOC with SBD, real masks, and interruptions."""
 
 import json
 import multiprocessing
@@ -9,10 +9,7 @@ import time
 import cv2
 import numpy as np
 import pytest
-from conftest import SHARED
 from PIL import Image
-from pycocotools import mask as coco_mask
-from pycocotools.coco import COCO
 from scipy.io import savemat
 
 from core.errors import exits_cleanly
@@ -20,9 +17,8 @@ from core.parallel import parallel_map
 from dataset.legend import voc_palette
 from dataset.masks import read_mask
 from report.panels import save_palette_png
-from utils.coco_parse_script import main, parse_args, rasterize, read_annotations
+from utils.coco_parse_script import main, parse_args
 
-# ---- VOC and SBD
 SIDE = 160  # 25,600 pixels
 
 
@@ -107,6 +103,24 @@ def test_a_ready_made_folder_needs_lists_only(miniature, run_script):
     assert code == 1 and '1 images of' in output and 'have no mask' in output
 
 
+def test_masks_of_voc_beside_data_that_is_read_only(miniature, run_script):
+    voc, sbd, lists = miniature
+    before, root = sorted(voc.rglob('*')), voc.parent / 'masks'
+    command = ('utils/voc_parse_script.py', '--voc-root', voc, '--mask-root', root, '--list-dir', lists)
+    code, output = run_script(*command, '--sbd-root', sbd, '--workers', 1)
+    assert code == 0 and sorted(voc.rglob('*')) == before, output
+    assert np.array_equal(read_mask(root / 'SegmentationClassAug/a.png'), voc_mask(1, 20000))
+    assert (root / 'JPEGImages').samefile(voc / 'JPEGImages') and (lists / 'trainaug.txt').read_text() == 'a\nb\ns\nt\n'
+    code, output = run_script(*command, '--workers', 1)  # lists only
+    assert code == 0 and f'kept {lists / "val.txt"}' in output, output
+    (root / 'SegmentationClassAug/s.png').unlink()
+    (root / 'JPEGImages').unlink()
+    (root / 'JPEGImages').symlink_to(sbd)
+    code, output = run_script(*command, '--sbd-root', sbd)
+    assert code == 1 and f'{root / "JPEGImages"} exists and is no link to {voc / "JPEGImages"}' in output, output
+    assert not (root / 'SegmentationClassAug/s.png').exists()
+
+
 def test_damaged_downloads_are_named(miniature, run_script):
     voc, sbd, lists = miniature
     (sbd / 'cls/t.mat').write_bytes(b'nothing')
@@ -184,109 +198,6 @@ def test_ready_made_masks_of_real_photographs_give_their_lists(voc_mini, tmp_pat
         assert (tmp_path / name).read_text().split() == published
 
 
-# ---- COCO
-
-
-def test_rasterisation_rule():
-    square = [2.9, 2.9, 7.9, 2.9, 7.9, 7.9, 2.9, 7.9]  # truncated to 2..7, both ends filled
-    far = [20.0, 20.0, 22.0, 20.0, 22.0, 22.0, 20.0, 22.0]
-    mask = rasterize(30, 40, [(3, [square, far]), (5, [[6, 6, 9, 6, 9, 9, 6, 9]])])
-    expected = np.zeros((30, 40), np.uint8)
-    expected[2:8, 2:8] = 3
-    expected[20:23, 20:23] = 3
-    expected[6:10, 6:10] = 5  # later over earlier
-    assert np.array_equal(mask, expected)
-
-
-@pytest.mark.parametrize('compressed', (True, False))
-def test_rle_of_either_kind_is_exact(compressed):
-    region = np.zeros((9, 11), np.uint8)
-    region[3:6, 2:10] = 1
-    if compressed:
-        rle = coco_mask.encode(np.asfortranarray(region))
-        rle['counts'] = rle['counts'].decode()  # as JSON files hold it
-    else:
-        flat = region.ravel(order='F')
-        edges = np.flatnonzero(np.diff(flat)) + 1
-        rle = {'size': [9, 11], 'counts': np.diff([0, *edges, flat.size]).tolist()}
-    for rasterizer in ('opencv', 'coco'):
-        assert np.array_equal(rasterize(9, 11, [(4, rle)], rasterizer), region * 4)
-
-
-@pytest.fixture
-def small_coco(tmp_path):
-    """COCO with two categories whose ids are not their positions, and all kinds of annotations."""
-    root = tmp_path / 'coco'
-    for split in ('train', 'val'):
-        (root / f'{split}2014').mkdir(parents=True)
-    (root / 'annotations').mkdir()
-    square = [[10, 10, 20, 10, 20, 20, 10, 20]]
-    crowd = {'size': [30, 40], 'counts': [0, 1200]}
-    images = [{'id': i, 'file_name': f'{i}.jpg', 'height': 30, 'width': 40} for i in (12, 3, 7, 9)]
-    annotations = [
-        {'image_id': 12, 'category_id': 90, 'segmentation': square, 'iscrowd': 0},
-        {'image_id': 3, 'category_id': 18, 'segmentation': crowd, 'iscrowd': 1},  # crowd only: no mask
-        {'image_id': 7, 'category_id': 18, 'segmentation': crowd, 'iscrowd': 1},
-        {'image_id': 7, 'category_id': 18, 'segmentation': square, 'iscrowd': 0},
-    ]
-    content = {'images': images, 'annotations': annotations, 'categories': [{'id': 90}, {'id': 18}]}
-    for split in ('train', 'val'):
-        (root / 'annotations' / f'instances_{split}2014.json').write_text(json.dumps(content))
-        for image in images:
-            cv2.imwrite(str(root / f'{split}2014' / image['file_name']), np.zeros((30, 40, 3), np.uint8))
-    return root
-
-
-def test_coco_masks_and_lists(small_coco, tmp_path, run_script):
-    code, output = run_script('utils/coco_parse_script.py', '--coco-root', small_coco, '--list-dir', tmp_path / 'list')
-    assert code == 0, output
-    for split in ('train', 'val'):
-        masks = {path.stem: read_mask(path) for path in (small_coco / f'{split}_no_crowd').glob('*.png')}
-        assert {stem: np.unique(mask).tolist() for stem, mask in masks.items()} == {'12': [0, 1], '7': [0, 2]}
-        assert (masks['7'] == 2).sum() == 121
-        assert (tmp_path / 'list' / f'{split}.txt').read_text() == '12\n7\n'
-    assert '2 images without objects' in output
-
-
-def test_real_annotations_by_both_rasterisers(tmp_path):
-    """Masks are bit for bit those of the documented rule, and those of pycocotools."""
-    annotations = SHARED / 'data/coco-mini/annotations/instances_val2014.json'
-    if not annotations.is_file():
-        pytest.skip(f'{annotations} is not there: real annotations are not part of the project')
-    coco = COCO(str(annotations))
-    position = {category['id']: i for i, category in enumerate(coco.dataset['categories'], 1)}
-    drawn = read_annotations(annotations)
-    for image in coco.dataset['images']:
-        own = [a for a in coco.dataset['annotations'] if a['image_id'] == image['id'] and not a['iscrowd']]
-        stem = image['file_name'].removesuffix('.jpg')
-        assert (stem in drawn) == bool(own)
-        exact, plain = np.zeros((2, image['height'], image['width']), np.uint8)
-        for annotation in own:
-            exact[coco.annToMask(annotation).astype(bool)] = position[annotation['category_id']]
-            for polygon in annotation['segmentation']:
-                points = np.array(
-                    [[int(x), int(y)] for x, y in zip(polygon[::2], polygon[1::2], strict=True)], np.int32
-                )
-                cv2.fillPoly(plain, [points], position[annotation['category_id']])
-        if own:
-            assert np.array_equal(rasterize(*drawn[stem], 'coco'), exact)
-            assert np.array_equal(rasterize(*drawn[stem], 'opencv'), plain)
-
-
-def test_damaged_annotations_and_missing_photographs_are_named(small_coco, tmp_path, run_script):
-    (small_coco / 'val2014' / '7.jpg').unlink()
-    code, output = run_script(
-        'utils/coco_parse_script.py', '--coco-root', small_coco, '--list-dir', tmp_path, '--split', 'val'
-    )
-    assert code == 1 and '1 of 2 annotated images are missing' in output and 'val2014.zip' in output
-    path = small_coco / 'annotations/instances_val2014.json'
-    path.write_text(path.read_text()[:-20])
-    code, output = run_script(
-        'utils/coco_parse_script.py', '--coco-root', small_coco, '--list-dir', tmp_path, '--split', 'val'
-    )
-    assert code == 1 and 'not a COCO instances file' in output and 'Traceback' not in output
-
-
 # ---- interruptions
 
 
@@ -310,13 +221,14 @@ def test_an_interrupted_run_leaves_no_half_file_and_can_be_run_again(tmp_path):
     rng = np.random.default_rng(0)
     images = [{'id': i, 'file_name': f'{i:04d}.jpg', 'height': 400, 'width': 500} for i in range(300)]
     annotations = [
-        {'image_id': i, 'category_id': 1, 'segmentation': [(rng.uniform(0, 400, 60)).tolist()], 'iscrowd': 0}
-        for i in range(300) for _ in range(20)
+        {'id': 20 * i + k, 'image_id': i, 'category_id': 1, 'segmentation': [rng.uniform(0, 400, 60).tolist()]}
+        for i in range(300) for k in range(20)
     ]  # fmt: skip
-    content = {'images': images, 'annotations': annotations, 'categories': [{'id': 1}]}
+    content = {'images': images, 'annotations': annotations, 'categories': [{'id': 1, 'name': 'dog'}]}
     (root / 'annotations/instances_train2014.json').write_text(json.dumps(content))
+    photograph = cv2.imencode('.jpg', np.zeros((400, 500, 3), np.uint8))[1].tobytes()
     for image in images:
-        (root / 'train2014' / image['file_name']).touch()
+        (root / 'train2014' / image['file_name']).write_bytes(photograph)
     args = parse_args(['--coco-root', str(root), '--split', 'train', '--list-dir', str(tmp_path / 'list')])
     process = start_in_own_group(main, args)
     folder = root / 'train_no_crowd'

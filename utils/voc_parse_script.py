@@ -13,20 +13,18 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import cv2
 import numpy as np
 from scipy.io import loadmat
 
 from core.errors import InputError, exits_cleanly, some
-from core.files import atomic_write
 from core.names import files_by_id, find_spelling
 from core.parallel import parallel_map
 from dataset import DATASETS, DatasetSpec, FoldData
-from dataset.classes import LIST_ROOT
 from dataset.images import Samples, check_same_size, read_header
 from dataset.lists import ClassIndex, keep_or_write_ids, read_ids
 from dataset.masks import read_colored_mask, wrong_values
-from utils.cli import make_parser, positive
+from utils.cli import make_parser
+from utils.preparation import add_output_flags, link_photographs, masks_to_make, write_mask
 
 PUBLISHED_SIZES = {'trainaug.txt': 10_582, 'val.txt': 1_449}
 
@@ -39,9 +37,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=Path,
         help="SBD's folder benchmark_RELEASE/dataset; not needed if SegmentationClassAug exists",
     )
-    parser.add_argument('--list-dir', type=Path, default=LIST_ROOT / 'voc', help='default: dataset/list/voc')
-    parser.add_argument('--workers', type=positive, help='processes (default: one per core)')
-    parser.add_argument('--overwrite', action='store_true', help='make existing masks and lists again')
+    add_output_flags(parser, 'voc', '--voc-root')
     return parser.parse_args(argv)
 
 
@@ -78,8 +74,7 @@ def convert(source: Path, folder: Path, photographs: Path):
         raise error
     photograph = find_spelling(photographs / f'{source.stem}.jpg')
     check_same_size(photograph, read_header(photograph)[0], source, mask.shape[::-1])
-    with atomic_write(folder / f'{source.stem}.png', 'wb', sync=False) as file:
-        file.write(cv2.imencode('.png', mask.astype(np.uint8))[1].tobytes())
+    write_mask(folder / f'{source.stem}.png', mask.astype(np.uint8))
 
 
 def find_sources(voc_root: Path, sbd_root: Path) -> tuple[dict[str, Path], list[str]]:
@@ -105,12 +100,11 @@ def find_sources(voc_root: Path, sbd_root: Path) -> tuple[dict[str, Path], list[
 def make_masks(args: argparse.Namespace, folder: Path):
     """Write the missing masks to SegmentationClassAug, `folder`, and print their number per source."""
     sources, without_image = find_sources(args.voc_root, args.sbd_root)
-    present = set() if args.overwrite else set(files_by_id(folder, '.png'))
+    missing = masks_to_make(folder, sources, args.overwrite)
     write = partial(convert, folder=folder, photographs=args.voc_root / DATASETS['voc'].train_images)
-    parallel_map(write, [path for i, path in sources.items() if i not in present],
-                 'writing masks', args.workers)  # fmt: skip
+    parallel_map(write, [sources[image_id] for image_id in missing], 'writing masks', args.workers)
     from_sbd = sum(path.suffix == '.mat' for path in sources.values())
-    print(f'masks: {len(sources) - from_sbd} from VOC, {from_sbd} from SBD; {len(present & set(sources))} existed')
+    print(f'masks: {len(sources) - from_sbd} from VOC, {from_sbd} from SBD; {len(sources) - len(missing)} existed')
     if without_image:
         print(f'left out, because JPEGImages has no such image: {some(without_image)}')
 
@@ -137,11 +131,14 @@ def report(spec: DatasetSpec, samples: Samples, lists: dict[str, list[str]], wor
 @exits_cleanly
 def main(args: argparse.Namespace):
     spec = DATASETS['voc']
-    folder = args.voc_root / spec.train_masks
+    data_dir = args.mask_root or args.voc_root
+    folder = data_dir / spec.train_masks
     if not (args.voc_root / spec.train_images).is_dir():
         raise InputError(f'{args.voc_root} has no folder JPEGImages; expected VOCdevkit/VOC2012')
     val_source = args.voc_root / 'ImageSets' / 'Segmentation' / 'val.txt'
     val = read_ids(val_source, '--voc-root must be the complete VOCdevkit/VOC2012')
+    if args.mask_root:
+        link_photographs(args.voc_root / spec.train_images, args.mask_root / spec.train_images)
     if args.sbd_root:
         make_masks(args, folder)
     elif not folder.is_dir():
@@ -151,7 +148,7 @@ def main(args: argparse.Namespace):
         raise InputError(f'{len(missing)} images of {val_source} have no mask in {folder}: {some(missing)}')
     lists = {spec.train_list: sorted(masks - set(val)), spec.val_list: val}
     train_list, val_list = (args.list_dir / name for name in lists)
-    samples = FoldData(spec, args.voc_root, -1, train_list, val_list).samples('train', novel_as_background=True)
+    samples = FoldData(spec, data_dir, -1, train_list, val_list).samples('train', novel_as_background=True)
     report(spec, samples, lists, args.workers)  # reads all masks; a list is written once they are known to be right
     for name, ids in lists.items():
         print(keep_or_write_ids(args.list_dir / name, ids, args.overwrite))
