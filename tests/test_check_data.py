@@ -1,6 +1,7 @@
 """check_data finds what is wrong with a data set and its lists."""
 
 import dataclasses
+import re
 import shutil
 
 import cv2
@@ -10,6 +11,8 @@ from PIL import Image
 
 from dataset import DATASETS
 from dataset.formats import ORIENTATION_TAG
+from dataset.masks import read_mask
+from report.panels import save_palette_png
 
 
 @pytest.fixture
@@ -76,6 +79,81 @@ def test_rotated_photographs_are_reported(checked):
     cv2.imwrite(str(folder / 'SegmentationClassAug/train_0002.png'), mask.T)
     code, output = check('--shot', 1)
     assert code == 0 and '2 have an EXIF orientation' in output, output
+
+
+def test_damage_inside_photographs_is_found(checked, tmp_path):
+    """Decoders show something else behind it, mostly without a word."""
+    folder, check = checked
+    content = {}
+    for number in range(1, 9):
+        path = folder / f'JPEGImages/train_{number:04}.jpg'
+        content[number] = path.read_bytes()
+    rng = np.random.default_rng(0)
+    middle = {number: len(content[number]) // 2 for number in content}
+    changed = {
+        1: content[1][: middle[1]] + bytes(512) + content[1][middle[1] + 512 :],  # a sector of zeros
+        2: content[2][: middle[2]] + content[2][middle[2] + 1024 :],  # two sectors are missing
+        3: content[3][: middle[3]] + b'\xff\xd9',  # cut, and ended by a tool
+        4: content[4][: middle[4]] + rng.integers(0, 255, 700, np.uint8).tobytes() + content[4][middle[4] + 700 :],
+        5: content[5][:-2] + content[5][500:504] * 2 + b'\xff\xd9',  # as some cameras write them
+        6: content[6] + bytes(3000),  # behind the picture
+        7: content[7][: middle[7]] + bytes(len(content[7]) - middle[7]),  # as after a crash
+    }
+    for number, changed_content in changed.items():
+        (folder / f'JPEGImages/train_{number:04}.jpg').write_bytes(changed_content)
+    code, output = check('--shot', 1)
+    named = set(re.findall(r'^error  train train_000(\d)', output, re.MULTILINE))
+    assert code == 1 and named == {'1', '2', '3', '4', '7'}, output
+    assert re.search(r'train_0001.jpg is damaged \(Corrupt JPEG data: .*\), so that a part of it shows', output), output
+    assert re.search('note   train images +1 have a few bytes too many at their end.*: train_0005', output), output
+
+
+def test_masks_without_a_class_that_counts_are_told_apart(checked):
+    folder, check = checked
+    masks = folder / 'SegmentationClassAug'
+    shutil.rmtree(folder / 'list/fold0', ignore_errors=True)
+    for number, values in ((1, (0, 0)), (2, (0, 255)), (3, (255, 255)), (4, (0, 7))):
+        path = masks / f'train_{number:04}.png'
+        mask = np.full(cv2.imread(str(path), cv2.IMREAD_UNCHANGED).shape, values[0], np.uint8)
+        mask[20:40, 20:40] = values[1]
+        cv2.imwrite(str(path), mask)
+    for path in masks.glob('val_*.png'):
+        mask = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        mask[np.isin(mask, (3, 9))] = 0
+        cv2.imwrite(str(path), mask)
+    code, output = check('--shot', 1)
+    assert code == 0, output
+    for text in (
+        'train masks  1 show background only: train_0001',
+        'train masks  1 hold no class, only 0 and 255, which are background and ignored pixels: train_0002. If 255',
+        'train masks  1 hold 255 only, so that all of their pixels are ignored and none is counted: train_0003',
+    ):
+        assert text in output, output
+    seen = {int(v) for path in masks.glob('val_*.png') for v in np.unique(cv2.imread(str(path), cv2.IMREAD_UNCHANGED))}
+    unseen = [name for c, name in enumerate(DATASETS['shapes'].class_names, 1) if c not in seen]
+    assert {'striped disc', 'speckled disc'} <= set(unseen)
+    assert f'classes      no evaluation image shows {", ".join(unseen[:8])}' in output, output
+
+
+def test_palettes_that_tools_have_reordered_are_found(checked):
+    """They are shown by a colour that has several values, whatever the colours are."""
+    folder, check = checked
+    shutil.rmtree(folder / 'list/fold0', ignore_errors=True)
+    palette = np.random.default_rng(0).integers(0, 256, (256, 3), np.uint8)
+    palette[0] = 0
+    masks = folder / 'SegmentationClassAug'
+    for path in sorted(masks.glob('train_000?.png')):
+        save_palette_png(path, cv2.imread(str(path), cv2.IMREAD_UNCHANGED), palette)
+    code, output = check('--shot', 1)
+    assert code == 0 and 'palette' not in output, output
+    mask = read_mask(masks / 'train_0003.png')
+    values, places = np.unique(mask, return_inverse=True)  # compacted, in the opposite order
+    picture = Image.fromarray((len(values) - 1 - places).reshape(mask.shape).astype(np.uint8))
+    picture.putpalette(palette[values[::-1]].tobytes())
+    picture.save(masks / 'train_0003.png')
+    code, output = check('--shot', 1)
+    assert code == 1 and 'error  masks' in output and '1 have palettes in another order: train_0003' in output, output
+    assert 'export the masks again' in output
 
 
 def test_lists_made_with_another_min_pixels_are_reported(checked, monkeypatch, run_script):
