@@ -203,11 +203,20 @@ def test_existing_lists_are_kept_but_checked(tmp_path):
 def test_a_damaged_cache_is_not_used(tmp_path):
     samples = hand_made(tmp_path, MASKS)
     cache = tmp_path / 'counts.npz'
-    cache.write_bytes(b'PK nothing')
-    index = ClassIndex.from_masks(samples, list(MASKS), 20, cache)
-    assert index.covering(6, 16384) == ['d']
-    with np.load(cache) as saved:
-        assert saved['ids'].tolist() == list(MASKS)
+    ClassIndex.from_masks(samples, list(MASKS), 20, cache)
+    content = cache.read_bytes()
+    local, central = content.index(b'pixels.npy'), content.rindex(b'pixels.npy')
+    for damaged in (
+        b'PK nothing', content[:-60], content[: local + 40] + b'\xff' * 9 + content[local + 49 :],  # no zlib data
+        content[: central - 36] + b'c' + content[central - 35 :],  # an unknown compression
+        content[: central - 38] + b'\1' + content[central - 37 :],  # encrypted
+    ):  # fmt: skip
+        cache.write_bytes(damaged)
+        index = ClassIndex.from_masks(samples, list(MASKS), 20, cache)
+        assert index.covering(6, 16384) == ['d']
+        with np.load(cache) as saved:
+            assert saved['ids'].tolist() == list(MASKS)
+            assert np.array_equal(saved['pixels'], index.pixels)
 
 
 def test_class_lists_of_real_data_agree_with_np_unique(voc_mini, tmp_path):
