@@ -166,19 +166,22 @@ def _not_ids(path, lines, folders):
     )
 
 
-def write_ids(path: str | Path, ids: Iterable[str]):
-    """Write a list, one id a line.
+def check_ids(path: str | Path, ids: Iterable[str]):
+    """Raise InputError if a list cannot hold one of the ids.
 
-    Raises:
-        InputError: a list cannot hold one of the ids, because of line breaks or blanks at its ends, or because it looks
-            like the name of a file.
+    That is because of line breaks or blanks at its ends, or because it looks like the name of a file.
     """
-    ids = list(ids)
     if unfit := [image_id for image_id in ids if not _is_id(image_id)]:
         raise InputError(
             f'list {path} cannot hold {some(map(repr, unfit))}; expected names without line breaks, without blanks at '
             'their ends and with one suffix. Rename the files.'
         )
+
+
+def write_ids(path: str | Path, ids: Iterable[str]):
+    """Write a list, one id a line. Raises as `check_ids`."""
+    ids = list(ids)
+    check_ids(path, ids)
     with atomic_write(path, sync=False) as file:
         file.writelines(f'{image_id}\n' for image_id in ids)
 

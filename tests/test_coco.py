@@ -153,6 +153,10 @@ def test_nothing_is_written_if_something_is_wrong(parse, small_coco, tmp_path, r
     path.write_text(json.dumps(content))
     refused(str(path), "'hound'", "'dog'")
     content = small_file()
+    content['images'][0]['file_name'] = '12.jpg.jpg'
+    path.write_text(json.dumps(content))
+    refused('val.txt', "cannot hold '12.jpg'")
+    content = small_file()
     content['annotations'][-1]['segmentation'] = [[1, 2, 3, 4, 5]]
     path.write_text(json.dumps(content))
     refused(str(path), 'annotation 504 of image 7')

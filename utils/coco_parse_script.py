@@ -20,7 +20,7 @@ from core.names import files_by_id
 from core.parallel import parallel_map
 from dataset import DATASETS
 from dataset.coco_annotations import AnnotatedImage, InstancesFile, read_instances
-from dataset.lists import keep_or_write_ids
+from dataset.lists import check_ids, keep_or_write_ids
 from dataset.outlines import RASTERIZERS, rasterize
 from utils.cli import make_parser
 from utils.preparation import add_output_flags, link_photographs, masks_to_make, write_mask
@@ -58,6 +58,11 @@ def find_photographs(folder: Path, annotated: dict[str, AnnotatedImage]) -> dict
     return photographs
 
 
+def list_path(split: str, args: argparse.Namespace) -> Path:
+    """The list of a split."""
+    return args.list_dir / getattr(COCO, f'{split}_list')
+
+
 def check_split(split: str, args: argparse.Namespace) -> tuple[InstancesFile, dict[str, Path]]:
     """Read a split's annotations and find its photographs. Raises InputError if they do not fit each other or COCO."""
     path = args.coco_root / 'annotations' / f'instances_{split}2014.json'
@@ -65,6 +70,7 @@ def check_split(split: str, args: argparse.Namespace) -> tuple[InstancesFile, di
         raise InputError(f'{path} does not exist; unpack annotations_trainval2014.zip of COCO in --coco-root')
     instances = read_instances(path)
     instances.class_ids(COCO.class_names)
+    check_ids(list_path(split, args), instances.annotated)
     photographs = find_photographs(args.coco_root / COCO.folders(split)[0], instances.annotated)
     instances.check_sizes(photographs, args.workers)
     return instances, photographs
@@ -82,7 +88,7 @@ def make_split(split: str, instances: InstancesFile, photographs: dict[str, Path
     print(f'{split}: {len(jobs)} masks written, {len(annotated) - len(jobs)} existed, '
           f'{len(photographs) - len(annotated)} images without objects')  # fmt: skip
     print(f'{split}: annotations left out: {instances.describe_left_out()}')
-    print(keep_or_write_ids(args.list_dir / getattr(COCO, f'{split}_list'), list(annotated), args.overwrite))
+    print(keep_or_write_ids(list_path(split, args), list(annotated), args.overwrite))
 
 
 @exits_cleanly
