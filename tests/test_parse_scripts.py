@@ -98,6 +98,10 @@ def test_a_ready_made_folder_needs_lists_only(miniature, run_script):
     cv2.imwrite(str(voc / 'SegmentationClassAug/b.png'), voc_mask(1, 10))
     code, output = run_script('utils/voc_parse_script.py', '--voc-root', voc, '--list-dir', lists)
     assert code == 0 and (lists / 'trainaug.txt').read_text() == 'a\nb\n'
+    assert 'show no class' not in output
+    cv2.imwrite(str(voc / 'SegmentationClassAug/b.png'), np.where(voc_mask(1, 10) == 1, 255, 0))
+    code, output = run_script('utils/voc_parse_script.py', '--voc-root', voc, '--list-dir', lists)
+    assert code == 0 and 'trainaug.txt: 1 masks show no class: b;' in output, output
     (voc / 'SegmentationClassAug/v.png').unlink()
     code, output = run_script('utils/voc_parse_script.py', '--voc-root', voc, '--list-dir', lists)
     assert code == 1 and '1 images of' in output and 'have no mask' in output

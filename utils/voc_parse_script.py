@@ -122,10 +122,12 @@ def report(spec: DatasetSpec, samples: Samples, lists: dict[str, list[str]], wor
     print(f'{"class":<14}' + ''.join(f'{name:>14}' for name in lists))
     for class_id, name in enumerate(spec.class_names, 1):
         print(f'{name:<14}' + ''.join(f'{len(index.containing([class_id])):>14}' for index in indices))
-    for name, ids in lists.items():
+    for (name, ids), index in zip(lists.items(), indices, strict=True):
         expected = PUBLISHED_SIZES[name]
         verdict = 'as expected' if len(ids) == expected else f'expected {expected} for the published split'
         print(f'{name}: {len(ids)} images, {verdict}')
+        if empty := index.without(range(1, spec.num_classes + 1)).ids:
+            print(f'{name}: {len(empty)} masks show no class: {some(empty)}; check_data says which values they hold')
 
 
 @exits_cleanly
