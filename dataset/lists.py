@@ -167,7 +167,7 @@ def _not_ids(path, lines, folders):
 
 
 def check_ids(path: str | Path, ids: Iterable[str]):
-    """Raise InputError if an id has line breaks or blanks at its ends, or looks like a file name: no list can hold it."""
+    """Raise InputError where no list can hold an id: line breaks, blanks at its ends, or the look of a file name."""
     if unfit := [image_id for image_id in ids if not _is_id(image_id)]:
         raise InputError(
             f'list {path} cannot hold {some(map(repr, unfit))}; expected names without line breaks, without blanks at '
