@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import math
 import os
 import zlib
@@ -70,6 +71,17 @@ def atomic_write(
         raise
     finally:
         beside.unlink(missing_ok=True)
+
+
+def parse_json(text: bytes, path: str | Path) -> dict:
+    """The JSON object in a text. Raises InputError, which names the file that the text is from."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f'{path} is damaged: {error}') from error
+    if not isinstance(content, dict):
+        raise InputError(f'{path} is damaged: expected a JSON object, found {str(content)[:40]}')
+    return content
 
 
 def json_ready(value: Any) -> Any:

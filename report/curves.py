@@ -1,12 +1,12 @@
 """Curves of runs: losses and validation mIoU against optimisation steps."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from core.errors import InputError
+from core.files import parse_json
 from report.plotting import Figure, colormaps
 
 LOSSES = {'ce': 'cross-entropy', 'orth': 'orthogonality'}
@@ -23,12 +23,7 @@ def read_metrics(folder: Path | str) -> list[dict]:
     path = Path(folder) / 'metrics.jsonl'
     if not path.is_file():
         raise InputError(f'{path} does not exist; expected the snapshot folder of a run of train_base.py or ft_pop.py')
-    try:
-        records = [json.loads(line) for line in path.read_text().splitlines()]
-    except json.JSONDecodeError as error:
-        raise InputError(f'{path} is damaged: {error}') from error
-    if not all(isinstance(record, dict) for record in records):
-        raise InputError(f'{path} is damaged: a line is not a JSON object')
+    records = [parse_json(line, path) for line in path.read_bytes().splitlines()]
     if not records:
         raise InputError(f'{path} is empty: the run has not logged a step yet')
     return records

@@ -2,14 +2,13 @@
 
 import csv
 import io
-import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from core.files import atomic_write
+from core.files import atomic_write, parse_json
 from engine.metrics import SUMMARY
 from report.tables import latex_table, markdown_table, mean_and_std
 
@@ -32,7 +31,7 @@ def read_results(folders: Iterable[Path], out: Path) -> list[dict]:
         path = folder / 'results.json'
         if not path.is_file():
             continue
-        content = json.loads(path.read_text())
+        content = parse_json(path.read_bytes(), path)
         for seed, result in content['seeds'].items():
             means = {key: float('nan') if result[key] is None else result[key] for key in SUMMARY}
             place = {'dataset': content['dataset'], 'fold': content['fold'], 'shot': content['shot'], 'seed': int(seed)}

@@ -164,11 +164,11 @@ def test_curves_of_runs(tmp_path, base_run, few_shot_run, capsys):
     assert names == ['one', 'two, seed 123', 'two, seed 234']
     drawn = figure.axes[2].lines[0].get_ydata()
     assert list(drawn) == [record['base'] for record in runs['one'] if record['kind'] == 'val']
-    for content in (None, '', 'no json\n'):
+    for content in (None, b'', b'no json\n', b'\xff\xfe{\n', b'[1]\n', b'[' * 10**5):
         broken = tmp_path / 'broken'
         broken.mkdir(exist_ok=True)
         if content is not None:
-            (broken / 'metrics.jsonl').write_text(content)
+            (broken / 'metrics.jsonl').write_bytes(content)
         with pytest.raises(SystemExit) as end:
             plot.main(plot.parse_args([str(broken)]))
         assert end.value.code == 1 and str(broken) in capsys.readouterr().err

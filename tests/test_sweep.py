@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import TINY, TINY_TRAINING, start
 
+from core.errors import InputError
 from engine.metrics import SUMMARY, summarize
 from report.sweep_tables import read_results, table_lines, write_tables
 from report.tables import latex_table, markdown_table
@@ -129,6 +130,13 @@ def test_tables_name_evaluations_that_left_images_out(tmp_path):
     assert 'run, seed 2: on 5 of 8 images' in table and 'seed 1:' not in table and 'seed 3:' not in table
     rows = csv.DictReader((tmp_path / 'table.csv').read_text().splitlines())
     assert [row['images'] for row in rows] == ['8', '5', '']
+    for damaged in (b'', b'{"seeds": ', b'\xff\xfe\xff', b'[1]', b'[' * 10**5):
+        for name in ('results.json', 'sweep.json'):
+            (tmp_path / 'run' / name).write_bytes(damaged)
+        with pytest.raises(InputError, match=r'run/results\.json is damaged: '):
+            read_results([tmp_path / 'run'], tmp_path)
+        with pytest.raises(InputError, match=r'run/sweep\.json is damaged: '):
+            sweep.Step('name', 'test', ('command',), tmp_path / 'run').done()
 
 
 @pytest.mark.slow

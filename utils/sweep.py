@@ -28,7 +28,7 @@ import torch
 
 from core import signals
 from core.errors import InputError, exits_cleanly
-from core.files import atomic_write, check_writable
+from core.files import atomic_write, check_writable, parse_json
 from core.parallel import usable_cores
 from dataset import DATASETS
 from report.sweep_tables import read_results, write_tables
@@ -58,7 +58,7 @@ class Step:
     def notes(self) -> dict[str, dict]:
         """Content of sweep.json: script -> 'command' and 'seconds'."""
         path = self.folder / 'sweep.json'
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return parse_json(path.read_bytes(), path) if path.is_file() else {}
 
     def done(self) -> bool:
         """Whether exactly this command has succeeded, and so have those that it builds on."""
