@@ -1,12 +1,13 @@
-"""Write files completely or not at all; prepare values for JSON."""
+"""Write files completely or not at all; prepare values for JSON; recognise files that are not the wanted ones."""
 
 import contextlib
 import errno
 import json
 import math
 import os
+import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,6 +15,25 @@ from core.errors import InputError
 
 # of text files that may name files, whose names may be no UTF-8
 TEXT = {'encoding': 'utf-8', 'errors': 'surrogateescape'}
+
+
+OTHER_FILES = (  # how files begin that copies and downloads leave in place of what was wanted
+    (rb'version https://git-lfs', 'a pointer of Git LFS, not the file itself. Run: git lfs pull'),
+    (rb'.{,200}/annex/objects/', 'a pointer of git-annex, not the file itself. Run: git annex get'),
+    (rb'(?i)\s*<(!doctype html|html|head)', 'a web page, as failed downloads leave it. Download the file again'),
+    (rb'(?i)\s*(<\?xml|\{)', 'XML or JSON text, as failed downloads leave it. Download the file again'),
+    (rb'\0\0\0\0\0\0\0\0', 'empty inside: it begins with zeros, as after a crash or a full disk. Copy it again'),
+)
+
+
+def what_begins_so(start: bytes, others: Iterable[tuple[bytes, str]] = ()) -> str | None:
+    """What a file is that is not the wanted one, by its first bytes; None where they do not say.
+
+    Args:
+        start: at least 512 bytes, or the whole file.
+        others: patterns of what else is found in place of such files, and what it is, tried first.
+    """
+    return next((what for begin, what in (*others, *OTHER_FILES) if re.match(begin, start[:512], re.DOTALL)), None)
 
 
 def check_writable(folder: str | Path):

@@ -22,6 +22,7 @@ import simplejpeg
 from PIL import Image
 
 from core.errors import InputError, some
+from core.files import what_begins_so
 
 JPEG_START, JPEG_END = b'\xff\xd8', b'\xff\xd9'
 PNG_START = b'\x89PNG\r\n\x1a\n'
@@ -36,14 +37,9 @@ MAX_PIXELS, MAX_SIDE = 2**30, 2**20  # of OpenCV, for masks too
 
 PILLOW_TYPES = {'F': 'float32', 'I': 'int32', 'I;16': 'uint16', 'I;16B': 'uint16', 'I;16L': 'uint16'}
 
-OTHER_FILES = (  # how files begin that are found in place of images
-    (rb'version https://git-lfs', 'a pointer of Git LFS, not the image itself. Run: git lfs pull'),
-    (rb'.{,200}/annex/objects/', 'a pointer of git-annex, not the image itself. Run: git annex get'),
-    (rb'(?i)\s*<(!doctype html|html|head)', 'a web page, as failed downloads leave it. Download the image again'),
-    (rb'(?i)\s*(<\?xml|\{)', 'XML or JSON text, as failed downloads leave it. Download the image again'),
+OTHER_FILES = (  # how files begin that are found in place of images, besides those of `core.files`
     (rb'....ftyp(heic|heix|mif1|msf1|hevc)', 'a HEIC image. Save it as JPEG or PNG'),
     (rb'%PDF', 'a PDF document. Save its image as JPEG or PNG'),
-    (rb'\0\0\0\0\0\0\0\0', 'empty inside: it begins with zeros, as after a crash or a full disk. Copy it again'),
 )
 
 
@@ -238,7 +234,7 @@ def undecodable(path: str | Path, kind: str, content: bytes) -> InputError:
     name, size, mode = picture.format, picture.size, ''
     with contextlib.suppress(Exception), open_with_pillow(picture.content) as opened:  # of many types
         name, size, mode = opened.format, size or opened.size, opened.mode
-    other = next((what for start, what in OTHER_FILES if re.match(start, content[:512], re.DOTALL)), '')
+    other = what_begins_so(content, OTHER_FILES)
     if not content:
         reason = 'the file is empty. Copy it again.'
     elif other:

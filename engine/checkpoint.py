@@ -2,15 +2,16 @@
 
 A checkpoint of ours is {'format': 'pop', 'config': {...}, 'model': state dict, 'epoch': int, 'metrics': {...}}, and in
 all but `best` also 'training', from which a run resumes (`resume`); the published code's are flat state dicts.
-Both hold the same keys (docs/checkpoints.md). Nothing but tensors and plain values is ever unpickled.
+Both hold the same keys (docs/checkpoints.md). `weights` reads the files of others. Loading never runs code of a file.
 """
 
-import pickle
+import glob
+import json
 import re
 import shutil
 import urllib.error
-import zipfile
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,6 +20,8 @@ from torchvision import models
 from core.errors import InputError, some
 from core.files import atomic_write
 from core.ranks import is_main
+from engine.placeholders import extract
+from engine.weights import METADATA, SUFFIXES, find_weights, read_content
 from model import POP
 
 STAGE_2_PREFIXES = ('novel_emb', 'classifier_n.')
@@ -54,9 +57,14 @@ def save_checkpoint(
     state = {'format': 'pop', 'config': config, 'model': net.state_dict(), 'epoch': epoch, 'metrics': metrics}
     if training is not None:
         state['training'] = training
+    _write(path, lambda file: torch.save(state, file), keep=previous)
+
+
+def _write(path, save: Callable, keep=None):
+    """Call `save(file)` to write a file; InputError where that fails."""
     try:
-        with atomic_write(path, 'wb', keep=previous) as file:
-            torch.save(state, file)
+        with atomic_write(path, 'wb', keep=keep) as file:
+            save(file)
     except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as RuntimeError
         free = shutil.disk_usage(path.parent).free
         raise InputError(
@@ -74,7 +82,7 @@ def read_state(path: Path | str) -> dict:
     Raises:
         InputError: missing, damaged or foreign file, or one without the state of training.
     """
-    content = _read(path)
+    content = read_content(path)
     if not isinstance(content, dict) or content.get('format') != 'pop' or 'training' not in content:
         raise InputError(
             f'{path} is no checkpoint that training can resume from; expected last.pth or epoch_N.pth of a run. '
@@ -121,13 +129,18 @@ class Checkpoint:
 
     Attributes:
         path: of the file, or another name of the source for messages.
-        state: parameter name -> tensor, without any `module.` prefix.
+        state: parameter name -> tensor, without what wrappers add to the names.
         config: what the network is for (`from_flags.network_config`); empty for files of other code.
+        epoch, metrics: as in `save_checkpoint`, where the file has them.
+        entries: name -> type of what the file holds, tensors left out; and what placeholders stand for (`extract`).
     """
 
     path: Path | str
     state: dict
     config: dict
+    epoch: int | None = None
+    metrics: dict = field(default_factory=dict)
+    entries: dict[str, str] = field(default_factory=dict)
 
     @property
     def holds_network(self) -> bool:
@@ -186,20 +199,52 @@ class Checkpoint:
         _load_exactly(net.backbone, state, self.path)
 
 
-def read_checkpoint(path: Path | str) -> Checkpoint:
+def read_checkpoint(path: Path | str, entry: str | None = None, placeholders: bool = False) -> Checkpoint:
     """Read a checkpoint file onto the CPU.
+
+    Args:
+        path: of a checkpoint of ours, or of weights in any format of `weights`.
+        entry: of the file that holds the weights, where it has several sets of them.
+        placeholders: read files with foreign Python objects too (`placeholders.extract`).
 
     Raises:
         InputError: missing, damaged or foreign file.
     """
-    content = _read(path)
-    config = content.get('config', {}) if isinstance(content, dict) and content.get('format') == 'pop' else {}
-    for wrapper in ('model', 'state_dict'):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    if not isinstance(content, dict) or not content or not all(torch.is_tensor(v) for v in content.values()):
-        raise InputError(f'{path} holds no state dict; expected parameter names with tensors')
-    return Checkpoint(path, {key.removeprefix('module.'): value for key, value in content.items()}, config)
+    content, replaced = extract(path) if placeholders else (read_content(path), [])
+    state = find_weights(path, content, entry)
+    if not isinstance(content, dict):
+        content = {}
+    entries = {str(name): type(value).__name__ for name, value in content.items() if not torch.is_tensor(value)}
+    entries |= dict.fromkeys(replaced, 'placeholder')
+    if content.get('format') != 'pop':
+        return Checkpoint(path, state, {}, entries=entries)
+    config, epoch, metrics = (content.get(name) for name in ('config', 'epoch', 'metrics'))
+    return Checkpoint(path, state, config or {}, epoch, metrics or {}, entries)
+
+
+def write_weights(path: Path, checkpoint: Checkpoint):
+    """Write the weights of a checkpoint and what they are for, without the state of training.
+
+    Args:
+        path: *.safetensors, or any other name for a file of `torch.save`.
+        checkpoint: of ours or of others.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    # safetensors takes no tensors that share memory or are strided
+    state = {
+        name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in checkpoint.state.items()
+    }
+    about = {'config': checkpoint.config, 'epoch': checkpoint.epoch, 'metrics': checkpoint.metrics}
+    if path.suffix != '.safetensors':
+        content = {'format': 'pop', **about, 'model': state} if checkpoint.config else state
+        _write(path, lambda file: torch.save(content, file))
+        return
+    from safetensors.torch import save  # here, as in `weights`
+
+    metadata = {'format': 'pt'} | ({METADATA: json.dumps(about)} if checkpoint.config else {})
+    _write(path, lambda file: file.write(save(state, metadata)))
 
 
 def imagenet_checkpoint(backbone: str) -> Checkpoint:
@@ -228,7 +273,7 @@ def imagenet_checkpoint(backbone: str) -> Checkpoint:
 def of_seeds(path: Path) -> list[Path]:
     """The existing files of stage 2 that PATH stands for: best_123.pth for best.pth."""
     return sorted(
-        other for other in path.parent.glob(f'{path.stem}_*.pth')
+        other for other in path.parent.glob(f'{glob.escape(path.stem)}_*.pth')
         if re.fullmatch(r'\d+', other.stem.removeprefix(f'{path.stem}_'))
     )  # fmt: skip
 
@@ -262,32 +307,11 @@ def resolve_checkpoint(source: str | Path, select: str = 'best', seed: int | Non
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    present = sorted(file.name for file in path.parent.glob('*.pth'))
+    present = sorted(file.name for suffix in SUFFIXES for file in path.parent.glob(f'*{suffix}'))
     raise InputError(
         f'--restore-from {source}: there is no {" and no ".join(map(str, candidates))}; '
         f'{path.parent} holds {some(present) if present else "no checkpoint"}'
     )
-
-
-def _read(path):
-    """Unpickle a file of tensors and plain values."""
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():  # PyTorch reads past wrong checksums
-                    raise ValueError(f'the checksum of {damaged} is wrong')
-        return torch.load(path, map_location='cpu', weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f'checkpoint {path} does not exist') from None
-    except IsADirectoryError:
-        raise InputError(f'{path} is a folder; expected a checkpoint file, e.g. {path}/last.pth') from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        # PyTorch's message goes on with the advice to load the file unsafely
-        reason = re.split(r'\. |\n', str(error))[0] if str(error) else type(error).__name__
-        raise InputError(
-            f'{path} cannot be read as a checkpoint ({reason}): it is damaged, or no file of PyTorch tensors. '
-            'Copy or download it again.'
-        ) from error
 
 
 def _load_exactly(module, state, path, may_miss=()):
