@@ -273,7 +273,7 @@ def imagenet_checkpoint(backbone: str) -> Checkpoint:
 def of_seeds(path: Path) -> list[Path]:
     """The existing files of stage 2 that PATH stands for: best_123.pth for best.pth."""
     return sorted(
-        other for other in path.parent.glob(f'{glob.escape(path.stem)}_*.pth')
+        other for other in path.parent.glob(f'{glob.escape(path.stem)}_*{glob.escape(path.suffix)}')
         if re.fullmatch(r'\d+', other.stem.removeprefix(f'{path.stem}_'))
     )  # fmt: skip
 
@@ -297,7 +297,7 @@ def resolve_checkpoint(source: str | Path, select: str = 'best', seed: int | Non
         path = path / f'{select}.pth'
     candidates = [path]
     if seed is not None:
-        candidates.insert(0, path.with_name(f'{path.stem}_{seed}.pth'))
+        candidates.insert(0, path.with_name(f'{path.stem}_{seed}{path.suffix}'))
         if of_seeds(path):  # a folder of stage 2: no other file stands in for a seed
             candidates.pop()
     elif not path.is_file():

@@ -178,6 +178,11 @@ def test_resolving_a_restore_from(tmp_path):
     assert resolve_checkpoint(tmp_path / 'best.pth', seed=123).name == 'best_123.pth'
     assert resolve_checkpoint(tmp_path, 'last', 234).name == 'last_234.pth'
     assert resolve_checkpoint(tmp_path / 'last_234.pth', seed=234).name == 'last_234.pth'
+    for name in ('z[1].safetensors', 'z[1]_123.safetensors'):
+        (tmp_path / name).touch()
+    assert resolve_checkpoint(tmp_path / 'z[1].safetensors', seed=123).name == 'z[1]_123.safetensors'
+    with pytest.raises(InputError, match=r'no .*z\[1\]_234\.safetensors'):  # another seed's file does not stand in
+        resolve_checkpoint(tmp_path / 'z[1].safetensors', seed=234)
     with pytest.raises(InputError, match=r'no .*first_234\.pth and no .*first\.pth; .* holds best\.pth, best_123\.pth'):
         resolve_checkpoint(tmp_path / 'first.pth', seed=234)
 
