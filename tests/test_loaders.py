@@ -35,7 +35,8 @@ class Scenes(Dataset):
         self.trouble(index)
         mask = np.full((self.side - index % 3, self.side), index, np.uint8)
         image = torch.full((3, self.side, self.side), float(index))
-        return {'image': image, 'mask': mask, 'canvas': (self.side,) * 2, 'id': str(index), 'skipped': ''}
+        named = {'id': str(index), 'index': index, 'skipped': ''}
+        return named | {'image': image, 'mask': mask, 'canvas': (self.side,) * 2}
 
 
 def read(dataset, batch_size=2):
