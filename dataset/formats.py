@@ -126,9 +126,8 @@ def _read_png(content):
     if len(header) != 13:
         return Picture('PNG', content, damage=damage or 'it has no header')
     width, height, depth, color_type = struct.unpack_from('>IIBB', header)
-    return Picture(
-        'PNG', b''.join(kept), _orientation(exif), (width, height), damage, depth, color_type, palette
-    )  # fmt: skip
+    shown = b''.join(kept)
+    return Picture('PNG', shown, _orientation(exif), (width, height), damage, depth, color_type, palette)
 
 
 def _webp_chunks(content) -> Iterator[tuple[bytes, bytes]]:
@@ -164,7 +163,7 @@ def jpeg_damage(content: bytes) -> str:
     if picture.format == 'JPEG':
         try:
             simplejpeg.decode_jpeg(picture.content, 'GRAY', strict=True)
-        except ValueError as error:  # also where this decoder lacks what others can
+        except Exception as error:  # also where this decoder lacks what others can
             return str(error) if re.match('Corrupt|Premature|Inconsistent', str(error)) else ''
     return ''
 
@@ -222,13 +221,14 @@ def other_suffixes(path: Path) -> list[str]:
     return sorted(other.name for other in path.parent.glob(f'{glob.escape(path.stem)}.*'))
 
 
-def undecodable(path: str | Path, kind: str, content: bytes) -> InputError:
+def undecodable(path: str | Path, kind: str, content: bytes, cause: Exception | None = None) -> InputError:
     """The error for a file that a library cannot decode, with the reason that can be found.
 
     Args:
         path: the file.
         kind: 'image' or 'mask'.
         content: the file's content.
+        cause: what the library raised, if anything.
     """
     picture = read_picture(content)
     name, size, mode = picture.format, picture.size, ''
@@ -247,8 +247,13 @@ def undecodable(path: str | Path, kind: str, content: bytes) -> InputError:
         )
     elif mode in PILLOW_TYPES:
         return wrong_depth(path, kind, PILLOW_TYPES[mode])
+    elif isinstance(cause, MemoryError):
+        reason = 'it does not fit into memory. Make it smaller, or end other programs.'
     elif name:
-        reason = f'the {name} file is damaged, or of a rare kind. Copy it again, or save it as a usual JPEG or PNG.'
+        told = f' ({getattr(cause, "err", cause)})' if cause else ''
+        reason = (
+            f'the {name} file is damaged, or of a rare kind{told}. Copy it again, or save it as JPEG or PNG.'
+        )
     else:
         reason = f'the file is damaged, or no image; it begins with {content[:12]!r}. Copy it again.'
     return InputError(f'{kind} {path} cannot be decoded: {reason}')

@@ -1,6 +1,5 @@
 """Read images, with their masks or without."""
 
-import contextlib
 import os
 import stat
 from collections.abc import Mapping, Sequence
@@ -144,12 +143,14 @@ def read_image(path: str | Path) -> np.ndarray:
     """
     content = read_file(path, 'image')
     picture = read_picture(content)
-    image = None
+    image, cause = None, None
     if content and not picture.damage:
-        with contextlib.suppress(cv2.error, MemoryError):  # `undecodable` finds the reason
+        try:
             image = cv2.imdecode(np.frombuffer(picture.content, np.uint8), DECODING)
+        except Exception as error:  # of several types
+            cause = error
     if image is None:
-        raise undecodable(path, 'image', content)
+        raise undecodable(path, 'image', content, cause) from cause
     if image.dtype != np.uint8:
         raise wrong_depth(path, 'image', image.dtype)
     return _as_displayed(image, picture.orientation)

@@ -68,7 +68,7 @@ def open_png(path: str | Path) -> tuple[Image.Image, Picture]:
         mask = open_with_pillow(picture.content)
         mask.load()
     except Exception as error:  # of many types
-        raise undecodable(path, 'mask', content) from error
+        raise undecodable(path, 'mask', content, error) from error
     return mask, picture
 
 
