@@ -251,9 +251,7 @@ def undecodable(path: str | Path, kind: str, content: bytes, cause: Exception | 
         reason = 'it does not fit into memory. Make it smaller, or end other programs.'
     elif name:
         told = f' ({getattr(cause, "err", cause)})' if cause else ''
-        reason = (
-            f'the {name} file is damaged, or of a rare kind{told}. Copy it again, or save it as JPEG or PNG.'
-        )
+        reason = f'the {name} file is damaged, or of a rare kind{told}. Copy it again, or save it as JPEG or PNG.'
     else:
         reason = f'the file is damaged, or no image; it begins with {content[:12]!r}. Copy it again.'
     return InputError(f'{kind} {path} cannot be decoded: {reason}')
