@@ -8,7 +8,6 @@ import argparse
 import datetime
 import json
 import pathlib
-import pickle
 import re
 import shlex
 import struct
@@ -79,7 +78,7 @@ def read_content(path: Path | str) -> object:
         with plain, warnings.catch_warnings():
             warnings.simplefilter('ignore')  # warnings precede errors, whose reasons are below
             return torch.load(path, map_location='cpu', weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # of many types
         raise InputError(_unreadable(path, str(error) or type(error).__name__)) from error
 
 
@@ -100,14 +99,14 @@ def check_is_weights(path: Path | str):
         re.match(TEXT, start) and 'a text file. Expected weights of PyTorch'
     ):
         raise InputError(f'{path} is {kind}.')
-    if zipfile.is_zipfile(path):
+    if start.startswith(b'PK'):
         _check_zip(path)
-    elif start.startswith(b'PK'):
-        size = Path(path).stat().st_size
-        raise InputError(f'{path} is damaged: it ends early, after {size:,} bytes. Copy or download it again.')
     elif _is_tar(path):
-        with tarfile.open(path) as archive:
-            names = archive.getnames()
+        try:
+            with tarfile.open(path, 'r:') as archive:
+                names = archive.getnames()
+        except Exception as error:  # of many types
+            raise _damaged(path, error) from error
         if not _is_oldest_format(names):
             raise InputError(_other_archive(path, 'tar', names))
 
@@ -120,22 +119,29 @@ def is_plain_pickle(path: Path | str) -> bool:
 
 
 def _check_zip(path):
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-        if any(name.endswith('/constants.pkl') for name in names):
-            program = f'import torch; torch.save(torch.jit.load({str(path)!r}).state_dict(), "weights.pth")'
-            raise InputError(
-                f'{path} is a TorchScript archive, which holds code beside its weights. If you trust it, write its '
-                f'weights alone: python -c {shlex.quote(program)}'
-            )
-        if not any(name.endswith('/data.pkl') for name in names):
-            raise InputError(_other_archive(path, 'zip', names))
-        try:
-            damaged = archive.testzip()  # PyTorch reads past wrong checksums
-        except (OSError, ValueError, NotImplementedError, RuntimeError, zipfile.BadZipFile) as error:
-            damaged = str(error)
-    if damaged:
-        raise InputError(f'{path} is damaged: the checksum of {damaged} is wrong. Copy or download it again.')
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            code = any(name.endswith('/constants.pkl') for name in names)
+            weights = any(name.endswith('/data.pkl') for name in names) and not code
+            wrong = archive.testzip() if weights else None  # PyTorch reads past wrong checksums
+    except Exception as error:  # of many types
+        early = f'it ends early, after {Path(path).stat().st_size:,} bytes' if 'not a zip file' in str(error) else error
+        raise _damaged(path, early) from error
+    if code:
+        program = f'import torch; torch.save(torch.jit.load({str(path)!r}).state_dict(), "weights.pth")'
+        raise InputError(
+            f'{path} is a TorchScript archive, which holds code beside its weights. If you trust it, write its '
+            f'weights alone: python -c {shlex.quote(program)}'
+        )
+    if not weights:
+        raise InputError(_other_archive(path, 'zip', names))
+    if wrong:
+        raise _damaged(path, f'the checksum of {wrong} is wrong')
+
+
+def _damaged(path, reason):
+    return InputError(f'{path} is damaged: {str(reason) or type(reason).__name__}. Copy or download it again.')
 
 
 def _other_archive(path, kind, names):

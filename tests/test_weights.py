@@ -17,6 +17,7 @@ from torch import nn
 
 from core.errors import InputError
 from engine.checkpoint import read_checkpoint, read_state
+from engine.weights import read_content
 from model import build_model
 
 WEIGHTS = {'base_emb': torch.arange(8.0).view(2, 4), 'backbone.conv1.weight': torch.ones(2, 3)}
@@ -163,6 +164,40 @@ def test_other_files_are_called_what_they_are(tmp_path, kind):
     for placeholders in (False, True):
         with pytest.raises(InputError, match=f'{kind}|damaged' if placeholders else kind):
             read_checkpoint(tmp_path / 'f.pth', placeholders=placeholders)
+
+
+def _compressed(path):
+    torch.save(WEIGHTS, path)
+    with zipfile.ZipFile(path) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+
+
+@pytest.mark.parametrize('write', (
+    lambda path: torch.save(WEIGHTS, path), lambda path: save_file(WEIGHTS, path), _compressed,
+    lambda path: torch.save(WEIGHTS, path, _use_new_zipfile_serialization=False),
+    lambda path: path.write_bytes(pickle.dumps({'a': [1, 2]})), OTHER_FILES['oldest format of torch.save.*--extract'],
+), ids=('zip', 'safetensors', 'compressed', 'before zip', 'pickle', 'tar'))  # fmt: skip
+def test_a_changed_file_is_read_or_refused_with_a_message(tmp_path, write):
+    """Libraries raise errors of many types for damaged files."""
+    path = tmp_path / 'f.pth'
+    write(path)
+    content, rng = path.read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for _ in range(300):
+        changed = bytearray(content)
+        reach = len(content) if rng.random() < 0.5 else min(300, len(content))
+        for place in rng.integers(reach, size=rng.integers(1, 4)):
+            changed[place] = rng.integers(256)
+        path.write_bytes(changed)
+        try:
+            read_content(path)
+        except InputError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 100
 
 
 @pytest.mark.parametrize('suffix', ('.safetensors', '.pth'))
