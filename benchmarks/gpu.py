@@ -1,14 +1,16 @@
 """Prove the CUDA path on a GPU: one table of PASS and FAIL, with figures, in about 20 minutes.
 
-    python benchmarks/gpu.py [--only PART ...] [--json FILE] [--size 473]
+    python benchmarks/gpu.py [--only PART ...] [--json FILE] [--size 473] [--data-dir VOC2012]
 
 Each part takes under 10 minutes. Parts run in order of importance; one that breaks is reported and the next one goes
-on. Data is the embedded set. Exit code 0 if everything passes, 1 if not, 3 on a machine without a GPU, where the parts
+on. Scripts run on the embedded data set. Validations and loading use the photographs of a folder in VOC's layout, or
+drawn ones of the same size. Exit code 0 if everything passes, 1 if not, 3 on a machine without a GPU, where the parts
 are only listed.
 """
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 import time
@@ -21,6 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import gpu_checks, gpu_speed
+from benchmarks.class_index import SPEC
 from benchmarks.gpu_cases import Row, Setting
 from engine.distributed import process_group
 
@@ -62,12 +65,22 @@ def run_parts(names: list[str], setting: Setting) -> list[Row]:
     return rows
 
 
+def as_json(row: Row) -> dict:
+    """A row in types that JSON knows: a value that is not finite becomes null."""
+    return asdict(row) | {'passed': row.passed, 'value': row.value if math.isfinite(row.value) else None}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--only', nargs='+', choices=PARTS, default=list(PARTS), metavar='PART', help=', '.join(PARTS))
     parser.add_argument('--json', type=Path, help='write the rows to this file')
     parser.add_argument('--size', type=int, default=473, help='side of images in pixels (default: 473)')
+    parser.add_argument('--data-dir', type=Path, help="photographs and masks in VOC's layout (default: drawn ones)")
     args = parser.parse_args()
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f'--json: there is no folder {args.json.parent}')
+    if args.data_dir and not (args.data_dir / SPEC.train_masks).is_dir():
+        parser.error(f'--data-dir: there is no folder {args.data_dir / SPEC.train_masks}')
     if not torch.cuda.is_available():
         print('PyTorch finds no GPU here. On one, these parts would run:')
         for name in args.only:
@@ -75,10 +88,14 @@ def main() -> int:
         return 3
     with tempfile.TemporaryDirectory() as folder, process_group('cuda') as device:
         print(f'{torch.cuda.get_device_name(device)}, PyTorch {torch.__version__}')
-        rows = run_parts(args.only, Setting(device, args.size, Path(folder)))
+        rows = run_parts(args.only, Setting(device, args.size, Path(folder), args.data_dir))
     if args.json:
-        content = {'device': torch.cuda.get_device_name(), 'pytorch': torch.__version__}
-        args.json.write_text(json.dumps(content | {'rows': [asdict(row) for row in rows]}, indent=2))
+        content = {
+            'device': torch.cuda.get_device_name(),
+            'pytorch': torch.__version__,
+            'rows': list(map(as_json, rows)),
+        }
+        args.json.write_text(json.dumps(content, indent=2))
     failed = [row.name for row in rows if not row.passed]
     print(f'{len(rows)} rows, {len(failed)} failed' + ''.join(f'\n  {name}' for name in failed))
     return 1 if failed else 0

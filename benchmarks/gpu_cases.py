@@ -1,32 +1,37 @@
-"""What the parts of `gpu.py` share: where they run, rows of the table, training steps and validations to be called."""
+"""What the parts of `gpu.py` share: where they run, rows of the table, scripts, photographs and validations."""
 
+import os
 import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 
-from benchmarks import cases
-from dataset import DATASETS, FoldData
+from benchmarks.class_index import SPEC, make_samples
+from benchmarks.sides import peak_memory
+from benchmarks.steps import Variant, network
+from core.parallel import usable_cores
+from dataset import SegmentationDataset
+from dataset.images import Samples
+from dataset.labels import label_table
 from dataset.shapes import make_shapes
 from engine.evaluation import evaluate
-from engine.feature_cache import cache_features
-from engine.loaders import evaluation_loader
-from engine.optim import Optimization
-from engine.precision import autocast, to_device
-from model import Head, build_model, reference
+from engine.feature_store import FeatureStore
+from engine.features import FeatureKeeper
+from engine.precision import precision
 from model.kernels import fuse
-from model.losses import pop_losses, pseudo_label
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device('cpu')
-SCRIPTS = ('--dataset', 'shapes', '--backbone', 'resnet18', '--os', 16, '--base-size', '97,97')
-TRAINING = ('--input-size', '97,97', '--print-frequency', 1, '--num-epoch', 2, '--batch-size', 16)
+DRAWN = 40  # photographs, where no folder of real ones is named
+WORKERS = min(8, usable_cores())
 
 
 @dataclass(frozen=True)
@@ -37,25 +42,58 @@ class Setting:
         device: of the checks; a CPU in tests.
         size: side of images in pixels.
         folder: for data and runs.
+        data_dir: photographs and masks in VOC's layout; None: drawn ones of the same size.
         backbone: of the networks that are measured.
+        classes: numbers of base classes.
+        batch: images of a stage-1 step.
+        images: of a validation; the default is VOC's.
+        script_size: side of images where scripts run.
+        rounds, warmup: calls of a measurement, and calls before it.
+        steps: of a comparison of losses.
     """
 
     device: torch.device
     size: int
     folder: Path
+    data_dir: Path | None = None
     backbone: str = 'resnet50v2'
+    classes: tuple[int, ...] = (15, 60, 1000)
+    batch: int = 8
+    images: int = 1449
+    script_size: int = 97
+    rounds: int = 10
+    warmup: int = 3
+    steps: int = 100
 
-    @property
+    @cached_property
     def half(self) -> torch.dtype:
-        return torch.float16 if self.device.type == 'cuda' else torch.bfloat16
+        """What --fp16 computes in."""
+        return precision(self.device, fp16=True)
 
     @property
     def data(self) -> Path:
-        """Embedded data, made once."""
+        """Embedded data for the scripts, made once."""
         folder = self.folder / 'shapes'
         if not folder.is_dir():
             make_shapes(folder, seed=1, train_images=120, val_images=16)
         return folder
+
+    def variant(self, dtype: torch.dtype, **more) -> Variant:
+        return Variant(self.device, dtype, **{'size': self.size, 'backbone': self.backbone, **more})
+
+    def photographs(self, count: int) -> tuple[list[str], Samples]:
+        """So many ids, repeated if there are fewer, and how their images are read; labels are those of fold 0."""
+        table = label_table(SPEC.base_ids(0), SPEC.novel_ids(0), False)
+        if self.data_dir:
+            samples = Samples(self.data_dir / SPEC.train_images, self.data_dir / SPEC.train_masks, table)
+        else:
+            folder = self.folder / 'photographs'
+            if not folder.is_dir():
+                folder.mkdir()
+                make_samples(folder, DRAWN)
+            samples = Samples(folder, folder, table)
+        ids = sorted(path.stem for path in samples.mask_dir.glob('*.png'))
+        return (ids * -(-count // len(ids)))[:count], samples
 
 
 @dataclass(frozen=True)
@@ -72,108 +110,111 @@ class Row:
         return self.limit is None or self.value <= self.limit  # NaN fails
 
 
-def run_script(*command) -> tuple[int, str]:
+def run_script(*command, **environment) -> tuple[int, str]:
     """Run a Python command in the project's folder; returns exit code and output."""
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, env=os.environ | environment
+    )  # fmt: skip
     return done.returncode, done.stdout + done.stderr
 
 
-def train(setting: Setting, name: str, *flags) -> Path:
+def network_flags(setting: Setting) -> tuple:
+    """Flags of the scripts that name data, network and device."""
+    size = f'{setting.script_size},{setting.script_size}'
+    return (
+        '--dataset', 'shapes', '--data-dir', setting.data, '--backbone', 'resnet18', '--os', 16, '--base-size', size,
+        '--device', setting.device.type,
+    )  # fmt: skip
+
+
+def training_flags(setting: Setting) -> tuple:
+    """Flags of the scripts that say how a short run trains."""
+    size = f'{setting.script_size},{setting.script_size}'
+    return ('--input-size', size, '--print-frequency', 1, '--num-epoch', 2)
+
+
+def train(setting: Setting, name: str, *flags, launch: tuple = (), **environment) -> Path:
     """A short stage 1 by the script; its folder. RuntimeError with the output if it fails."""
     folder = setting.folder / name
     code, output = run_script(
-        'train_base.py', *SCRIPTS, *TRAINING, '--data-dir', setting.data, '--restore-from', 'none', '--snapshot-dir',
-        folder, '--device', setting.device.type, *flags,
+        *launch, 'train_base.py', *network_flags(setting), *training_flags(setting), '--batch-size', 16,
+        '--restore-from', 'none', '--snapshot-dir', folder, *flags, **environment,
     )  # fmt: skip
     if code:
         raise RuntimeError(output[-2000:])
     return folder
 
 
-def stage_1_step(setting: Setting, dtype: torch.dtype, classes: int, batch: int, plain: bool = False) -> Callable:
-    """A training step of stage 1 on one random batch; returns the loss, still on the device."""
-    torch.manual_seed(0)
-    if plain:
-        whole = reference.Reference(setting.backbone, classes).to(setting.device, memory_format=torch.channels_last)
-        net = whole.net
-    else:
-        whole = net = build_model(setting.backbone, classes).to(setting.device, memory_format=torch.channels_last)
-    net.train()
-    optimization = Optimization(net, 1e-3, 0.9, 1e-4, 10_000, fp16=dtype == torch.float16)
-    images, mask = random_batch(setting, batch, classes + 1)
-
-    def step():
-        with autocast(setting.device, dtype):
-            logits = whole(images)
-        if plain:
-            loss = sum(reference.losses(logits.float(), mask, net.base_emb).values())
-        else:
-            loss = sum(pop_losses(logits, mask, net.base_emb, pixel_weight=1 / mask.numel()).values())
-        optimization.backward(loss)
-        optimization.step()
-        return loss.detach()
-
-    return step
-
-
-def stage_2_step(setting: Setting, dtype: torch.dtype, plain: bool = False) -> Callable:
-    """A training step of stage 2, 15 + 5 classes, one support and one base image."""
-    torch.manual_seed(0)
-    base = build_model(setting.backbone, 15).to(setting.device, memory_format=torch.channels_last)
-    net = build_model(setting.backbone, 15, 5)
-    net.start_from(base)
-    net.freeze_base()
-    net.to(setting.device, memory_format=torch.channels_last).train()
-    frozen, head = fuse(base, dtype), Head(net)
-    optimization = Optimization(net, 1e-3, 0.9, 1e-4, 10_000, fp16=dtype == torch.float16)
-    images, mask = random_batch(setting, 2, 16)
-
-    def step():
-        with autocast(setting.device, dtype):
-            if plain:
-                logits = reference.classify(net, reference.decode(net.decoder, net.backbone(images)))
-            else:
-                logits = head(frozen.features(images))
-        label, losses = (reference.pseudo_label, reference.losses) if plain else (pseudo_label, pop_losses)
-        labels = torch.cat([mask[:1], label(mask[1:], logits[1:].detach().float(), 15)])
-        scale = {} if plain else {'pixel_weight': 1 / mask.numel()}
-        loss = sum(losses(logits.float() if plain else logits, labels, net.novel_emb, net.base_emb, **scale).values())
-        optimization.backward(loss)
-        optimization.step()
-        return loss.detach()
-
-    return step
-
-
-def random_batch(setting: Setting, batch: int, num_labels: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images and masks of objects on the device."""
-    images, masks = cases.random_batch(batch, num_labels, setting.size)
-    return to_device(images, setting.device), masks.to(setting.device)
-
-
-def make_validation(setting: Setting, place: str, dtype: torch.dtype, device: torch.device) -> Callable:
-    """A function that validates on the embedded data; it has run once, so that features are kept."""
-    torch.manual_seed(0)
-    spec, root = DATASETS['shapes'], setting.data / 'list'
-    data = FoldData(spec, setting.data, 0, root / spec.train_list, root / spec.val_list)
-    val_set = data.validation((setting.size, setting.size), with_novel=True)
-    net = build_model('resnet18', 15, 5).to(device).eval()
-    batches = cache_features(
-        fuse(net, dtype), evaluation_loader(val_set, 4, num_workers=0, device=device), (setting.size, setting.size),
-        device, dtype, place=place, budget_gb=8, folder=setting.folder, log=lambda text: None,
+def make_validation(
+    setting: Setting, place: str, dtype: torch.dtype, device: torch.device, images: int, backbone: str
+) -> Callable:
+    """A function that validates a network of 15 + 5 classes; features are computed here, if they are kept."""
+    ids, samples = setting.photographs(images)
+    size = (setting.size, setting.size)
+    net = network(Variant(device, dtype, backbone=backbone), 15, 5).eval()
+    keeper = FeatureKeeper(
+        frozen=fuse(net, dtype), network=backbone, device=device, dtype=dtype, place=place, memory_gb=64,
+        store=FeatureStore(setting.folder / 'features', 50), batch_size=None, num_workers=WORKERS,
+        log=lambda text: None,
     )  # fmt: skip
-    evaluate(net, batches, device, dtype)
+    batches = keeper.keep(SegmentationDataset(ids, samples, fit_size=size, resize_mask=True), 'validation', size)
     return partial(evaluate, net, batches, device, dtype)
 
 
-def milliseconds(call: Callable, rounds: int = 10) -> float:
-    """Median time of a call on the GPU, after three to warm up."""
-    times = []
-    for i in range(rounds + 3):
+@contextmanager
+def exact_float32():
+    """Convolutions in float32 rather than TF32, as on a CPU."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def synchronize(device: torch.device):
+    """Wait for the device to finish its queue."""
+    if device.type == 'cuda':
         torch.cuda.synchronize()
+
+
+def milliseconds(call: Callable, setting: Setting) -> float:
+    """Median time of a call on the device, after some to warm up."""
+    times = []
+    for i in range(setting.warmup + setting.rounds):
+        synchronize(setting.device)
         began = time.perf_counter()
         call()
-        torch.cuda.synchronize()
-        if i >= 3:
+        synchronize(setting.device)
+        if i >= setting.warmup:
             times.append(1e3 * (time.perf_counter() - began))
     return statistics.median(times)
+
+
+def reset_peak(device: torch.device):
+    """Start to measure peak memory; a CPU's is that of the whole process."""
+    if device.type == 'cuda':
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_gb(device: torch.device) -> float:
+    """Peak memory since `reset_peak` in 10^9 bytes."""
+    return torch.cuda.max_memory_allocated() / 1e9 if device.type == 'cuda' else peak_memory() * 2**20 / 1e9
+
+
+def count_waits(call: Callable) -> int:
+    """How often the host waits for the GPU in a call, after three to warm up. Prints where."""
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode('warn')
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            call()
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+    waits = [warning for warning in caught if 'synchroniz' in str(warning.message)]
+    for warning in waits:
+        print(f'waits: {warning.filename}:{warning.lineno}')
+    return len(waits)

@@ -1,48 +1,64 @@
 """Parts of `gpu.py` that pass or fail: each checks one property of the CUDA path and returns rows of the table."""
 
+import copy
 import json
 from functools import partial
 
 import numpy as np
 import torch
 
+from benchmarks import gpu_cases
 from benchmarks.gpu_cases import (
     CPU,
-    SCRIPTS,
-    TRAINING,
     Row,
     Setting,
+    count_waits,
+    exact_float32,
     make_validation,
-    run_script,
-    stage_1_step,
-    stage_2_step,
+    milliseconds,
+    network_flags,
     train,
+    training_flags,
 )
+from benchmarks.steps import network, random_batch, stage_1_step, stage_2_step
 from engine.optim import Optimization
-from engine.precision import autocast
+from engine.precision import autocast, compile_features, name_of, to_device
 from model import build_model, reference
+from model.kernels import fuse
+
+TORCHRUN = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node')
 
 
 def smoke(setting: Setting) -> list[Row]:
     """All scripts end with exit code 0, in both precisions."""
+    return [row for flags in ((), ('--fp16',)) for row in _run_scripts(setting, flags)]
+
+
+def _run_scripts(setting, flags, predicts=True):
+    """Rows of the exit codes of stage 1, stage 2 and evaluation."""
+    name = ' '.join(flags) or 'float32'
+    base, folder = setting.folder / f'base{name}', setting.folder / f'5shot{name}'
+    lists = (*network_flags(setting)[:4], '--shot', 5, '--seed', 123)
+    where = (*network_flags(setting), '--shot', 5, *flags)
+    commands = [
+        ('train_base.py', *network_flags(setting), *training_flags(setting), '--batch-size', 16, '--restore-from',
+         'none', '--snapshot-dir', base, *flags),
+        ('-m', 'utils.gen_fs_list', *lists),
+        ('ft_pop.py', *where, *training_flags(setting), '--restore-from', base, '--snapshot-dir', folder),
+        ('test.py', *where, '--restore-from', folder),
+    ]  # fmt: skip
+    if predicts:
+        commands.append((
+            '-m', 'utils.predict', '--restore-from', folder, '--images', setting.data / 'JPEGImages', '--save-path',
+            folder / 'segmented', '--device', setting.device.type, *flags,
+        ))  # fmt: skip
     rows = []
-    for flags in ((), ('--fp16',)):
-        name = flags[0] if flags else 'float32'
-        base, folder = train(setting, f'smoke{name}', *flags), setting.folder / f'smoke{name}_5shot'
-        where = (*SCRIPTS, '--data-dir', setting.data, '--shot', 5, '--device', setting.device.type, *flags)
-        lists = (*SCRIPTS[:2], '--data-dir', setting.data, '--shot', 5, '--seed', 123)
-        for command in (
-            ('-m', 'utils.gen_fs_list', *lists),
-            ('ft_pop.py', *where, *TRAINING[:-2], '--restore-from', base, '--snapshot-dir', folder),
-            ('test.py', *where, '--restore-from', folder, '--test-batch-size', 4),
-            ('-m', 'utils.predict', '--restore-from', folder, '--images', setting.data / 'JPEGImages', '--save-path',
-             folder / 'segmented', '--device', setting.device.type, *flags),
-        ):  # fmt: skip
-            code, output = run_script(*command)
-            if code:
-                print(output[-2000:])
-            script = command[1] if command[0] == '-m' else command[0]
-            rows.append(Row(f'{script} {name}, exit code', code, 0))
+    for command in commands:
+        code, output = gpu_cases.run_script(*command)
+        if code:
+            print(output[-2000:])
+        script = command[1] if command[0] == '-m' else command[0]
+        rows.append(Row(f'{script} {name}, exit code', code, 0))
     return rows
 
 
@@ -62,31 +78,34 @@ def overflow(setting: Setting) -> list[Row]:
 
 
 def reference_forms(setting: Setting) -> list[Row]:
-    """Logits and gradients of the closed forms against the plain form: float32 without TF32, and half precision."""
-    torch.backends.cudnn.allow_tf32 = False
+    """Logits and gradients of the closed forms, in float32 without TF32 and in half precision, against the plain form.
+
+    The plain form is in float64: in float32, its own gradients are less exact than those of the closed forms.
+    """
     torch.manual_seed(0)
     # eval mode: statistics of two images' single pyramid bin would amplify rounding
     net = build_model('resnet18', 15, 5).to(setting.device).eval()
-    x = torch.randn(2, net.decoder.in_channels, 33, 33, device=setting.device).relu()
+    exact = copy.deepcopy(net).double()
+    side = setting.size // 8
+    x = torch.randn(2, net.decoder.in_channels, side, side, device=setting.device).relu()
 
-    def compute(decode, classify, dtype):
+    def results(net, logits):
+        logits.float().square().mean().backward()
+        gradients = net.decoder.bottleneck[0].weight.grad, net.novel_emb.grad
         net.zero_grad()
-        with autocast(setting.device, dtype):
-            logits = classify(decode(x)).float()
-        logits.square().mean().backward()
-        return logits.detach(), net.decoder.bottleneck[0].weight.grad, net.novel_emb.grad
+        return logits.detach(), *gradients
 
-    expected = compute(partial(reference.decode, net.decoder), partial(reference.classify, net), torch.float32)
+    expected = results(exact, reference.classify(exact, reference.decode(exact.decoder, x.double())))
     rows = []
     for dtype, limit, gradient_limit in (
         (torch.float32, 1e-5, 1e-4),
-        (setting.half, 10 * torch.finfo(setting.half).eps, None),
+        (setting.half, max(10 * torch.finfo(setting.half).eps, 1e-5), None),
     ):
-        distances = list(map(_distance, compute(net.decoder, net.classify, dtype), expected))
-        name = str(dtype).removeprefix('torch.')
-        rows.append(Row(f'logits against the reference, {name}', distances[0], limit))
-        rows.append(Row(f'gradients against the reference, {name}', max(distances[1:]), gradient_limit))
-    torch.backends.cudnn.allow_tf32 = True
+        with exact_float32(), autocast(setting.device, dtype):
+            logits = net.classify(net.decompose(net.decoder(x)))
+        distances = list(map(_distance, results(net, logits), expected))
+        rows.append(Row(f'logits against the reference, {name_of(dtype)}', distances[0], limit))
+        rows.append(Row(f'gradients against the reference, {name_of(dtype)}', max(distances[1:]), gradient_limit))
     return rows
 
 
@@ -97,10 +116,10 @@ def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def golden_curve(setting: Setting) -> list[Row]:
-    """Losses of the same short run on the CPU and on the device."""
+    """Losses of the same short run on the CPU and on the device, without TF32."""
     curves = []
     for device in ('cpu', setting.device.type):
-        folder = train(setting, f'golden_{device}', '--fix-bn', '--device', device)
+        folder = train(setting, f'golden_{device}', '--fix-bn', '--device', device, NVIDIA_TF32_OVERRIDE='0')
         records = map(json.loads, (folder / 'metrics.jsonl').read_text().splitlines())
         curves.append([record['ce'] for record in records if record['kind'] == 'train'])
     gaps = [abs(a - b) for a, b in zip(*curves, strict=True)]
@@ -109,50 +128,40 @@ def golden_curve(setting: Setting) -> list[Row]:
 
 
 def precisions(setting: Setting) -> list[Row]:
-    """The loss after 100 steps in half precision against float32."""
+    """The loss after many steps in half precision against float32."""
     ends = []
     for dtype in (torch.float32, setting.half):
-        step = stage_1_step(setting, dtype, classes=15, batch=2)
-        losses = [step() for _ in range(100)]
+        step = stage_1_step(setting.variant(dtype), 15)
+        losses = [step() for _ in range(setting.steps)]
         ends.append(torch.stack(losses[-10:]).mean().item())
-    return [
-        Row('mean loss of steps 91 to 100, relative difference of half precision', abs(ends[1] / ends[0] - 1), 0.05)
-    ]
+    name = f'mean loss of the last ten of {setting.steps} steps, relative difference of half precision'
+    return [Row(name, abs(ends[1] / ends[0] - 1), 0.05)]
 
 
 def evaluations(setting: Setting) -> list[Row]:
-    """Confusion matrices from features in every place, against those of the CPU without a cache."""
-    expected = make_validation(setting, 'off', torch.float32, CPU)()
+    """Confusion matrices from features in every place, against those of the CPU without kept features."""
+    make = partial(make_validation, setting, images=16, backbone='resnet18', dtype=torch.float32)
+    expected = make(place='off', device=CPU)()
     places = ('gpu', 'memory', 'disk', 'off') if setting.device.type == 'cuda' else ('memory', 'disk', 'off')
     rows = []
-    for place in places:
-        found = make_validation(setting, place, torch.float32, setting.device)()
-        share = np.abs(found - expected).sum() / 2 / expected.sum()
-        rows.append(Row(f'pixels that the CPU predicts otherwise, features in {place}', share, 0.002))
+    with exact_float32():
+        for place in places:
+            found = make(place=place, device=setting.device)()
+            share = np.abs(found - expected).sum() / 2 / expected.sum()
+            rows.append(Row(f'pixels that the CPU predicts otherwise, features in {place}', share, 0.002))
     return rows
 
 
 def synchronisations(setting: Setting) -> list[Row]:
-    """Steps of both stages do not wait for the GPU."""
+    """Steps of both stages do not wait for the GPU; a validation waits once, for its counts."""
     calls = {
-        'stage-1 step': stage_1_step(setting, torch.float32, 15, 2),
-        'stage-2 step': stage_2_step(setting, torch.float32),
+        'stage-1 step': (stage_1_step(setting.variant(setting.half), 15), 0),
+        'stage-2 step': (stage_2_step(setting.variant(setting.half), 15, 5), 0),
     }
-    rows = []
-    for name, call in calls.items():
-        for _ in range(3):
-            call()
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode('error')
-        try:
-            call()
-            waits = 0
-        except RuntimeError as error:
-            print(error)
-            waits = 1
-        torch.cuda.set_sync_debug_mode('default')
-        rows.append(Row(f'{name}, host waits for the GPU', waits, 0))
-    return rows
+    for place in ('gpu', 'memory'):
+        validate = make_validation(setting, place, setting.half, setting.device, images=64, backbone='resnet18')
+        calls[f'validation, features in {place}'] = validate, 1
+    return [Row(f'{name}, host waits for the GPU', count_waits(call), limit) for name, (call, limit) in calls.items()]
 
 
 def resuming(setting: Setting) -> list[Row]:
@@ -174,33 +183,62 @@ def resuming(setting: Setting) -> list[Row]:
 
 
 def compiling(setting: Setting) -> list[Row]:
-    """--compile trains, and validates about as without it."""
-    metrics = []
-    for flags in ((), ('--compile',)):
-        folder = train(setting, f'compile{len(flags)}', *flags)
-        metrics.append(torch.load(folder / 'last.pth', map_location='cpu', weights_only=True)['metrics']['base'])
-    return [Row('base mIoU with and without --compile, difference in points', abs(metrics[0] - metrics[1]), 5.0)]
+    """--compile: the scripts run with it, features and losses are those without it, and what it gains."""
+    rows = _run_scripts(setting, ('--compile', '--fp16'), predicts=False)
+    net = fuse(network(setting.variant(setting.half), 15), setting.half)
+    compiled = fuse(net, setting.half)
+    compile_features(compiled, frozen=True)
+    images = to_device(random_batch(2, 16, setting.size, setting.device)['image'], setting.device)
+    differences = []
+    with torch.no_grad(), autocast(setting.device, setting.half):
+        for some in (images, images.flip(0), images[:1], images * 2):  # a CUDA graph is recorded, then replayed
+            differences.append(_distance(compiled.features(some), net.features(some)))
+    rows.append(Row('features of a compiled frozen network, relative difference', max(differences), 0.02))
+    for name, make in (
+        ('stage-1 step', lambda variant: stage_1_step(variant, 15, setting.batch)),
+        ('stage-2 step', lambda variant: stage_2_step(variant, 15, 5)),
+    ):
+        eager, compiled = (make(setting.variant(setting.half, compiled=flag)) for flag in (False, True))
+        losses = [[step().item() for _ in range(5)] for step in (eager, compiled)]
+        gap = max(abs(a / b - 1) for a, b in zip(*losses, strict=True))
+        rows.append(Row(f'{name}, losses of five steps with --compile, relative difference', gap, 0.02))
+        rows += [Row(f'{name}, {side}', milliseconds(step, setting), unit='ms')
+                 for side, step in (('eager', eager), ('compiled', compiled))]  # fmt: skip
+    return rows
 
 
 def processes(setting: Setting) -> list[Row]:
-    """One process per GPU under torchrun: NCCL where there are two GPUs; with one, torchrun's environment alone."""
-    count = max(min(torch.cuda.device_count(), 2), 1) if setting.device.type == 'cuda' else 2
-    code, output = run_script(
-        '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', count, 'train_base.py', *SCRIPTS, *TRAINING,
-        '--data-dir', setting.data, '--restore-from', 'none', '--snapshot-dir', setting.folder / 'processes',
-        '--device', setting.device.type,
-    )  # fmt: skip
-    if code:
-        print(output[-2000:])
-    return [Row(f'{count} processes, exit code', code, 0)]
+    """Several processes: shared batch statistics and gradients against the joined batch, and stage 1 with NCCL."""
+    gpus = torch.cuda.device_count()
+    rows = []
+    for backend, count in (('gloo', 2), ('nccl', 1), ('nccl', 2)):
+        if backend == 'nccl' and count > gpus:
+            continue  # NCCL needs a GPU for each process
+        name = f'{backend}, processes: {count}'
+        code, output = gpu_cases.run_script(*TORCHRUN, count, 'benchmarks/gpu_processes.py', backend)
+        rows.append(Row(f'{name}, exit code', code, 0))
+        if code:
+            print(output[-2000:])
+            continue
+        found = json.loads(next(line for line in output.splitlines() if line.startswith('{')))
+        rows += [Row(f'{name}, {what}', value, limit) for what, (value, limit) in found.items()]
+    folder = train(setting, 'processes', launch=(*TORCHRUN, max(min(gpus, 2), 1)))
+    return [*rows, Row('stage 1 under torchrun, checkpoints missing', int(not (folder / 'last.pth').is_file()), 0)]
+
+
+LITTLE_MEMORY = """
+import runpy, sys, torch
+torch.cuda.set_per_process_memory_fraction(3e8 / torch.cuda.get_device_properties(0).total_memory)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""  # the weights of the network, their gradients and momentum take about as much
 
 
 def out_of_memory(setting: Setting) -> list[Row]:
-    """A batch that does not fit ends with advice and exit code 1."""
-    code, output = run_script(
-        'train_base.py', *SCRIPTS, '--data-dir', setting.data, '--restore-from', 'none', '--snapshot-dir',
-        setting.folder / 'memory', '--device', 'cuda', '--batch-size', 96, '--num-epoch', 1, '--input-size',
-        '4097,4097', '--scale-range', '40,45', '--num-workers', 8,
+    """A run that does not fit into the GPU's memory ends with advice and exit code 1."""
+    code, output = gpu_cases.run_script(
+        '-c', LITTLE_MEMORY, 'train_base.py', *network_flags(setting), *training_flags(setting), '--batch-size', 16,
+        '--restore-from', 'none', '--snapshot-dir', setting.folder / 'memory',
     )  # fmt: skip
     told = code == 1 and '--accumulate' in output and 'Traceback' not in output
     if not told:

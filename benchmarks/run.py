@@ -27,9 +27,10 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.cases import DTYPES, PATHS, SIDES, SIZE, make_call
+from benchmarks.cases import DTYPES, PATHS, SIDES, make_call
 from benchmarks.class_index import make_samples
 from benchmarks.sides import clock, measure
+from benchmarks.steps import SIZE
 from dataset import Augmentation, SegmentationDataset
 from dataset.images import Samples
 from dataset.labels import label_table
