@@ -56,7 +56,7 @@ def compile_features(net: POP, frozen: bool = False):
     Args:
         net: stays a module with the same keys; its copies are compiled too.
         frozen: its weights do not change any more. On GPUs, features are then computed by a CUDA graph: they have to
-            be used or copied before the next call, which overwrites them.
+            be used or copied before the next call, which overwrites them. `POP.maps` uses them at once.
     """
     # static sizes: crops and evaluation images have one size each, and the decoder's matrices are made for it
     mode = 'reduce-overhead' if frozen else 'default'
