@@ -29,7 +29,7 @@ from engine.run import Run
 from engine.stage import Stage
 from model import BACKBONES, MODELS, POP, Head, build_model
 from model.kernels import fuse
-from model.losses import pop_losses, pseudo_label
+from model.losses import novel_losses
 from report.tables import summary_table
 from report.tensorboard import ValidationPanel
 from utils import cli, from_flags
@@ -98,10 +98,7 @@ class NovelStage(Stage):
         masks = torch.cat([half['mask'].to(self.device, non_blocking=True) for half in (support, base)]).long()
         with autocast(self.device, self.dtype):
             logits = self.model(self.maps(batch))  # [2B, 1 + Kb + Kn, h, w]
-        count = len(support['mask'])
-        base_masks = pseudo_label(masks[count:], logits[count:], self.net.num_base)
-        masks = torch.cat([masks[:count], base_masks])
-        return pop_losses(
+        return novel_losses(
             logits, masks, self.net.novel_emb, self.net.base_emb, pixel_weight=pixel_weight, micro_batches=micro_batches
         )  # fmt: skip
 

@@ -137,16 +137,20 @@ class FoldData:
             seed: seed of the support list and of all random choices.
             redraw_every: number of epochs after which new base images are drawn; 0 keeps the first draw.
         """
-        class_lists = {
-            c: self._read(self.lists.base_class(c), self._lists_hint, allow_empty=True) for c in self.base_ids
-        }
-        base_ids = list(dict.fromkeys(image_id for ids in class_lists.values() for image_id in ids))
+        base, class_lists = self.base_images(augmentation)
         support_ids = self.support_ids(shot, seed)
         samples = self.samples('train', support_ids, novel_as_background=False)
         support = SegmentationDataset(support_ids, samples, augmentation)
-        samples = self.samples('train', base_ids, novel_as_background=True)
-        base = SegmentationDataset(base_ids, samples, augmentation, skip_bad=self.skip_bad)
         return FewShotDataset(support, base, class_lists, shot, seed, redraw_every)
+
+    def base_images(self, augmentation: Augmentation) -> tuple[SegmentationDataset, dict[int, list[str]]]:
+        """What stage 2 draws base images from: views of all candidates, and base class id -> ids of its candidates."""
+        class_lists = {
+            c: self._read(self.lists.base_class(c), self._lists_hint, allow_empty=True) for c in self.base_ids
+        }
+        ids = list(dict.fromkeys(image_id for ids in class_lists.values() for image_id in ids))
+        samples = self.samples('train', ids, novel_as_background=True)
+        return SegmentationDataset(ids, samples, augmentation, skip_bad=self.skip_bad), class_lists
 
     def check_support_lists(self, shot: int, seeds: Sequence[int]):
         """Raise one InputError for all missing support lists; `few_shot_training` checks what the others hold."""

@@ -51,12 +51,7 @@ def open_png(path: str | Path) -> tuple[Image.Image, Picture]:
     Raises:
         InputError: the file is missing, is no PNG, cannot be decoded, or its values cannot be class ids.
     """
-    content = read_file(path, 'mask')
-    picture = read_picture(content)
-    if picture.format != 'PNG':
-        raise _not_png(path, content)
-    if picture.damage or not fits(picture.size):
-        raise undecodable(path, 'mask', content)
+    mask, picture = _open_any_png(path)
     if picture.depth == 16:
         raise InputError(f'{path} has 16 or 32 bits per pixel; expected 8. Save its class ids as 8-bit greyscale PNG.')
     if picture.color_type == GREY and picture.depth < 8:
@@ -64,6 +59,36 @@ def open_png(path: str | Path) -> tuple[Image.Image, Picture]:
             f'{path} is a greyscale PNG of fewer than 8 bits ({picture.depth}); decoders rescale its values, so class '
             'ids are lost. Save it as 8-bit greyscale or palette PNG.'
         )
+    return mask, picture
+
+
+def read_binary_mask(path: str | Path) -> np.ndarray:
+    """Where a mask of one class shows it: bool [H, W], True for pixels of any value, or colour, but zero and black.
+
+    Args:
+        path: a PNG file of any kind; of palettes, the colours count, and what is transparent is none of the class.
+
+    Raises:
+        InputError: the file is missing, is no PNG, or cannot be decoded.
+    """
+    mask, _ = _open_any_png(path)
+    if mask.mode == 'P':
+        mask = mask.convert('RGBA' if 'transparency' in mask.info else 'RGB')
+    values = np.array(mask)
+    if values.ndim == 2:
+        return values != 0
+    shown = values[..., -1] != 0 if mask.mode in ('LA', 'RGBA') else True
+    channels = values[..., :-1] if mask.mode in ('LA', 'RGBA') else values
+    return (channels != 0).any(axis=2) & shown
+
+
+def _open_any_png(path):
+    content = read_file(path, 'mask')
+    picture = read_picture(content)
+    if picture.format != 'PNG':
+        raise _not_png(path, content)
+    if picture.damage or not fits(picture.size):
+        raise undecodable(path, 'mask', content)
     try:
         mask = open_with_pillow(picture.content)
         mask.load()

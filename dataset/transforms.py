@@ -20,11 +20,13 @@ class Augmentation:
 
     Attributes:
         crop_size: (H, W) of the result.
-        scale_range: (low, high) of the resize factor, relative to the original size.
+        scale_range: (low, high) of the resize factor, relative to the original size, or
+        fit: relative to the size that fits the crop.
     """
 
     crop_size: tuple[int, int]
     scale_range: tuple[float, float]
+    fit: bool = False
 
     def __call__(
         self, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator
@@ -38,7 +40,8 @@ class Augmentation:
         Returns:
             Image float32 [3, H, W] and mask uint8 [H, W].
         """
-        image, mask = resize(image, mask, rng.uniform(*self.scale_range))
+        factor = fit_factor(mask.shape, self.crop_size) if self.fit else 1
+        image, mask = resize(image, mask, factor * rng.uniform(*self.scale_range))
         if rng.random() < 0.5:
             image, mask = image[:, ::-1], mask[:, ::-1]
         height, width = self.crop_size

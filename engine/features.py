@@ -61,7 +61,7 @@ class KeptFeatures(Dataset):
     def __init__(
         self, arrays: dict[str, torch.Tensor], rows: dict[int, dict], share: Sequence[int], device: torch.device
     ):
-        self.masks = arrays['mask']
+        self.arrays, self.masks = arrays, arrays['mask']
         # channels last in memory, as the head reads them
         self.maps = {name: array.permute(0, 3, 1, 2) for name, array in arrays.items() if name != 'mask'}
         self.rows, self.device = rows, device
@@ -140,11 +140,10 @@ class FeatureKeeper:
         Raises:
             InputError: the place that is asked for has no room, or there is no GPU.
         """
-        shapes = {name: (torch.float16, (h, w, c)) for name, (c, h, w) in self.frozen.map_shapes(size).items()}
-        shapes['mask'] = (torch.uint8, size)
+        shapes = kept_shapes(self.frozen, size)
         share = range(rank(), len(dataset), world_size())
         own = range(len(dataset)) if whole else share  # what a process keeps in memory of its own
-        image_bytes = sum(dtype.itemsize * math.prod(shape) for dtype, shape in shapes.values())
+        image_bytes = kept_bytes(self.frozen, size)
         name = self._set_name(dataset, title, size)
         place = self._choose(title, name, image_bytes * len(own), image_bytes * len(dataset))
         if place == 'off':
@@ -250,6 +249,17 @@ class FeatureKeeper:
         if skipped:
             self.log(f'{title}: {len(skipped)} images skipped: {some(skipped)}')
         return rows
+
+
+def kept_shapes(frozen: POP, size: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Array -> type and shape of what is kept of an image of size (H, W)."""
+    maps = {name: (torch.float16, (h, w, c)) for name, (c, h, w) in frozen.map_shapes(size).items()}
+    return maps | {'mask': (torch.uint8, tuple(size))}
+
+
+def kept_bytes(frozen: POP, size: tuple[int, int]) -> int:
+    """How many bytes are kept of an image of size (H, W)."""
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in kept_shapes(frozen, size).values())
 
 
 def _with_rows(shapes, count):

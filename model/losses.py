@@ -37,6 +37,31 @@ def pop_losses(
     return {'ce': cross_entropy(logits, mask, pixel_weight), 'orth': orth / micro_batches}
 
 
+def novel_losses(
+    logits: torch.Tensor,
+    masks: torch.Tensor,
+    novel: torch.Tensor,
+    base: torch.Tensor,
+    *,
+    pixel_weight: float | None = None,
+    micro_batches: int = 1,
+) -> dict[str, torch.Tensor]:
+    """The terms of stage 2's objective: `pop_losses`, with the background of base images pseudo-labelled.
+
+    Args:
+        logits: [2 B, 1 + Kb + Kn, h, w] of B support images, followed by B base images.
+        masks: int64 [2 B, H, W] of the same images.
+        novel, base: prototypes [Kn, C] and [Kb, C].
+        pixel_weight, micro_batches: as in `pop_losses`.
+
+    Returns:
+        'ce' and 'orth', scalars.
+    """
+    count = len(masks) // 2
+    masks = torch.cat([masks[:count], pseudo_label(masks[count:], logits[count:], len(base))])
+    return pop_losses(logits, masks, novel, base, pixel_weight=pixel_weight, micro_batches=micro_batches)
+
+
 def cross_entropy(logits: torch.Tensor, mask: torch.Tensor, pixel_weight: float | None = None) -> torch.Tensor:
     """Cross-entropy -log softmax(upsampled logits)[mask], summed over pixels that are not ignored and weighted.
 
