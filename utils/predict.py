@@ -11,17 +11,16 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from core.errors import InputError, exits_cleanly, some
+from core.errors import exits_cleanly, some
 from core.files import check_writable
 from core.ranks import is_main
-from dataset import DATASETS, Photographs, SegmentationDataset
-from dataset.legend import Legend
-from engine.checkpoint import Checkpoint, read_checkpoint, resolve_checkpoint
+from dataset import Photographs, SegmentationDataset
+from engine.checkpoint import read_checkpoint, resolve_checkpoint
+from engine.described import described_network
 from engine.distributed import process_group
 from engine.evaluation import Counted
 from engine.inference import Segmenter
 from engine.precision import precision
-from model import POP, build_model
 from report.figures import legend_figure
 from report.panels import OverlayWriter
 from report.plotting import save_figure
@@ -30,7 +29,9 @@ from utils import cli
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
-    parser.add_argument('--restore-from', required=True, help='checkpoint of stage 1 or 2, e.g. best_123.pth')
+    parser.add_argument(
+        '--restore-from', required=True, help='checkpoint of a stage or of utils.teach, e.g. best_123.pth'
+    )
     parser.add_argument('--images', type=Path, required=True, help='a photograph, or a folder of them')
     parser.add_argument('--save-path', type=Path, required=True, help='folder of the results, not of the photographs')
     parser.add_argument('--skip-bad-images', action='store_true', help='skip images that cannot be read')
@@ -44,41 +45,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load_network(checkpoint: Checkpoint) -> tuple[POP, Legend]:
-    """Load the network that a checkpoint of ours describes, and the legend of its classes.
-
-    Raises:
-        InputError: the checkpoint does not say what it was trained on, or no data set in dataset/classes.py has its
-            classes.
-    """
-    path, config = checkpoint.path, checkpoint.config
-    if missing := {'dataset', 'fold', 'backbone', 'os'} - set(config):
-        raise InputError(
-            f'{path} does not say its {", ".join(sorted(missing))}; expected a checkpoint that train_base.py or '
-            'ft_pop.py of this project wrote. test.py can evaluate others, on images with masks.'
-        )
-    if config['dataset'] not in DATASETS:
-        raise InputError(
-            f'{path} is for the data set {config["dataset"]!r}, which has no row in dataset/classes.py; '
-            f'expected one of {", ".join(DATASETS)}'
-        )
-    counts = checkpoint.class_counts
-    try:
-        legend = DATASETS[config['dataset']].legend(config['fold'])
-        net = build_model(config['backbone'], *counts, config['os'])
-    except ValueError as error:
-        raise InputError(f'{path}: {error}') from error
-    expected = legend.num_base, len(legend.novel_labels)
-    if counts not in (expected, (legend.num_base, 0)):
-        raise InputError(
-            f'{path} has {counts[0]} base and {counts[1]} novel classes; fold {config["fold"]} of '
-            f'{config["dataset"]!r} in dataset/classes.py has {expected[0]} and {expected[1]}. '
-            'Has its row changed since the training?'
-        )
-    checkpoint.load_into(net, {'dataset': config['dataset'], 'classes': legend.classes})
-    return net, legend.cut(net.num_logits)
-
-
 @exits_cleanly
 def main(args: argparse.Namespace):
     with process_group(args.device) as device:
@@ -86,7 +52,7 @@ def main(args: argparse.Namespace):
         if photographs.left_out and is_main():
             print(f'left out: {some(photographs.left_out)}')
         checkpoint = read_checkpoint(resolve_checkpoint(args.restore_from))
-        net, legend = load_network(checkpoint)
+        net, legend = described_network(checkpoint)
         if not net.num_novel and is_main():
             print(f'note: {checkpoint.path} is of stage 1: it knows the base classes only')
         check_writable(args.save_path)

@@ -1,0 +1,67 @@
+"""The network that a checkpoint of ours describes, and the classes that it knows: no flags and no data are needed."""
+
+from core.errors import InputError
+from dataset import DATASETS
+from dataset.legend import Legend
+from engine.checkpoint import Checkpoint
+from model import POP, build_model
+
+
+def described_network(checkpoint: Checkpoint, base_only: bool = False) -> tuple[POP, Legend]:
+    """Build and load the network of a checkpoint.
+
+    Args:
+        checkpoint: of this project.
+        base_only: without the novel classes that it may have.
+
+    Returns:
+        The network, and names and colours of its labels.
+
+    Raises:
+        InputError: the checkpoint does not say what it was trained on, or what it says does not fit its weights.
+    """
+    path, config = checkpoint.path, checkpoint.config
+    if missing := {'dataset', 'fold', 'backbone', 'os'} - set(config):
+        raise InputError(
+            f'{path} does not say its {", ".join(sorted(missing))}; expected a checkpoint that train_base.py, '
+            'ft_pop.py or utils.teach of this project wrote. test.py can evaluate others, on images with masks.'
+        )
+    num_base, num_novel = checkpoint.class_counts
+    legend = _legend(checkpoint, num_base, num_novel)
+    try:
+        net = build_model(config['backbone'], num_base, 0 if base_only else num_novel, config['os'])
+    except ValueError as error:
+        raise InputError(f'{path}: {error}') from error
+    if base_only:
+        checkpoint.load_base_into(net)
+    else:
+        checkpoint.load_into(net)
+    return net, legend.cut(net.num_logits)
+
+
+def _legend(checkpoint, num_base, num_novel):
+    """Names and colours of at least the labels of a checkpoint: of its own classes, or of the row of its data set."""
+    path, config = checkpoint.path, checkpoint.config
+    row = DATASETS.get(config['dataset'])
+    if config.get('classes'):
+        class_ids, names = zip(*config['classes'], strict=True)
+        if len(names) < num_base + num_novel:
+            raise InputError(f'{path} names {len(names)} classes, but has {num_base} base and {num_novel} novel ones')
+        return Legend(('background', *names), (0, *class_ids), num_base, row.palette if row else 'spread')
+    if not row:
+        raise InputError(
+            f'{path} does not name its classes, and its data set {config["dataset"]!r} has no row in '
+            f'dataset/classes.py; expected one of {", ".join(DATASETS)}'
+        )
+    try:
+        legend = row.legend(config['fold'])
+    except ValueError as error:
+        raise InputError(f'{path}: {error}') from error
+    expected = legend.num_base, len(legend.novel_labels)
+    if (num_base, num_novel) not in (expected, (legend.num_base, 0)):
+        raise InputError(
+            f'{path} has {num_base} base and {num_novel} novel classes; fold {config["fold"]} of '
+            f'{config["dataset"]!r} in dataset/classes.py has {expected[0]} and {expected[1]}. '
+            'Has its row changed since the training?'
+        )
+    return legend
