@@ -76,6 +76,10 @@ class KeptFeatures(Dataset):
         """An image for training: 'row' for `take`, 'mask' uint8 [H, W] on the CPU, 'id', and 'skipped', which is ''."""
         return {'row': row, 'mask': self.masks[row].cpu(), 'id': self.rows[row]['id'], 'skipped': ''}
 
+    def part(self, rows: Sequence[int]) -> 'KeptFeatures':
+        """Some of the rows; the arrays are shared."""
+        return KeptFeatures(self.arrays, {row: self.rows[row] for row in rows}, rows, self.device)
+
     def take(self, rows: torch.Tensor | slice) -> dict[str, torch.Tensor]:
         """Maps of rows on the device: name -> float16 [B, channels, h, w]."""
         if torch.is_tensor(rows):

@@ -1,0 +1,210 @@
+"""Classes of one's own: photographs with masks in a folder for each class, named after it.
+
+FOLDER/scooter/IMG_1.jpg    a photograph: JPEG, PNG, WebP, BMP or TIFF
+FOLDER/scooter/IMG_1.png    its mask: any pixel that is not zero is the class
+FOLDER/scooter/IMG_2.png    a photograph that is itself a PNG
+FOLDER/scooter/IMG_2_mask.png
+"""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from core.errors import InputError, some
+from core.names import canonical, is_companion, printable
+from dataset.classes import DATASETS, MAX_CLASSES
+from dataset.images import Photographs, check_same_size, read_image
+from dataset.legend import Legend
+from dataset.masks import read_binary_mask
+from dataset.transforms import resize_to_fit
+
+MASK_ENDING = '_mask'
+LAYOUT = 'expected FOLDER/CLASS/IMG.jpg with its mask FOLDER/CLASS/IMG.png, one sub-folder per class, named after it'
+
+
+@dataclass(frozen=True)
+class SupportImage:
+    """A photograph that shows a class, and where.
+
+    Attributes:
+        name: of the file.
+        image: RGB uint8 [H, W, 3].
+        mask: uint8 [H, W], 1 where it shows the class, 0 elsewhere.
+    """
+
+    name: str
+    image: np.ndarray
+    mask: np.ndarray
+
+
+def find_support(folder: Path) -> tuple[dict[str, list[tuple[Path, Path]]], list[str]]:
+    """Find photographs and masks of classes.
+
+    Args:
+        folder: as above.
+
+    Returns:
+        Class name -> its photographs with their masks, by name; and the names of what else is there.
+
+    Raises:
+        InputError: there is no such folder, it holds no class, or a file of a class has no partner.
+    """
+    try:
+        inside = sorted(path for path in folder.iterdir() if not is_companion(path.name))
+    except OSError as error:
+        raise InputError(f'--support {folder}: {error.strerror}; {LAYOUT}') from error
+    classes, others = {}, []
+    for path in inside:
+        name = printable(canonical(path.name)).strip()
+        if not path.is_dir():
+            others.append(path.name)
+        elif name in classes:
+            raise InputError(f'{folder} holds two folders for the class {name!r}; put their files into one')
+        else:
+            classes[name], strange = _find_pairs(path)
+            others += [f'{path.name}/{other}' for other in strange]
+    if not classes:
+        raise InputError(f'{folder} holds no folder of a class, but {some(others) or "nothing"}; {LAYOUT}')
+    return classes, others
+
+
+def _find_pairs(folder):
+    """Photographs of a class with their masks, and the names of other files."""
+    try:
+        files = sorted(path for path in folder.iterdir() if not is_companion(path.name))
+    except OSError as error:
+        raise InputError(f'{folder} cannot be read: {error.strerror}. Check its permissions.') from error
+    images = [path for path in files if path.suffix.lower() in Photographs.SUFFIXES and not path.is_dir()]
+    others = sorted({path.name for path in files} - {path.name for path in images})
+    pngs = {canonical(path.stem): path for path in images if path.suffix.lower() == '.png'}
+    masks = {stem: path for stem, path in pngs.items() if stem.endswith(MASK_ENDING)}
+    photographs = {}
+    for path in images:
+        stem = canonical(path.stem)
+        if path.suffix.lower() == '.png' and (stem in masks or stem + MASK_ENDING not in masks):
+            continue  # a mask
+        if stem in photographs:
+            raise InputError(
+                f'{photographs[stem]} and {path} differ by their suffix only; remove or rename one of them'
+            )
+        photographs[stem] = path
+    pairs, partners = [], {}
+    for stem, path in photographs.items():
+        mask = masks.get(stem + MASK_ENDING) or pngs.get(stem)
+        if mask is None:
+            raise InputError(
+                f'photograph {path} has no mask; expected {folder / stem}.png or {folder / stem}{MASK_ENDING}.png, '
+                'with any value but zero where it shows the class'
+            )
+        partners[mask] = path
+        pairs.append((path, mask))
+    if alone := [path for path in pngs.values() if path not in partners and path not in photographs.values()]:
+        raise InputError(
+            f'{alone[0]} is alone: a mask has the name of its photograph, and the mask of a photograph that is a '
+            f'PNG itself ends with {MASK_ENDING}.png'
+        )
+    if not pairs:
+        raise InputError(f'{folder} holds no photograph, but {some(others) or "nothing"}; {LAYOUT}')
+    return pairs, others
+
+
+def read_support(photograph: Path, mask: Path, size: tuple[int, int]) -> SupportImage:
+    """Read a photograph, as it is displayed, and its mask, and resize both to fit (H, W).
+
+    Raises:
+        InputError: a file cannot be read, their sizes differ, or the mask shows nothing, also after the resizing.
+    """
+    image, shown = read_image(photograph), read_binary_mask(mask)
+    check_same_size(photograph, image.shape[1::-1], mask, shown.shape[::-1])
+    if not shown.any():
+        raise InputError(
+            f'mask {mask} is empty: all its pixels are zero. Give the pixels of the class any other value, or remove '
+            'the photograph.'
+        )
+    image, fitted = resize_to_fit(image, shown.astype(np.uint8), size)
+    if not fitted.any():
+        raise InputError(
+            f"mask {mask} shows the class with {int(shown.sum())} pixels, of which none is left at the network's size "
+            f'of {size[0]}x{size[1]}. Cut out a part of the photograph and of its mask.'
+        )
+    return SupportImage(printable(photograph.name), image, fitted)
+
+
+class SupportSamples:
+    """Reads support images as `images.Samples` reads those of a data set; ids are CLASS/NAME.
+
+    Args:
+        support: class name -> its images.
+        labels: class name -> label.
+    """
+
+    def __init__(self, support: dict[str, Sequence[SupportImage]], labels: dict[str, int]):
+        self.images = {
+            f'{name}/{each.name}': (each, labels[name]) for name, images in support.items() for each in images
+        }
+        self.table = np.array(list(labels.values()), np.uint8)
+
+    @property
+    def ids(self) -> list[str]:
+        """Of all images, class by class."""
+        return list(self.images)
+
+    def label(self, image_id: str) -> int:
+        """Label of the class that an image shows."""
+        return self.images[image_id][1]
+
+    def stamps(self, image_ids: Sequence[str]) -> list[tuple[int, ...]]:
+        """Checksums of images and masks; they change when the images change."""
+        chosen = [self.images[image_id][0] for image_id in image_ids]
+        return [(zlib.crc32(each.image.tobytes()), zlib.crc32(each.mask.tobytes())) for each in chosen]
+
+    def read_image(self, image_id: str) -> np.ndarray:
+        """One image, RGB uint8 [H, W, 3]."""
+        return self.images[image_id][0].image
+
+    def read(self, image_id: str) -> tuple[np.ndarray, np.ndarray]:
+        """One image and its labels, uint8 [H, W]: the label of its class, 0 elsewhere."""
+        support, label = self.images[image_id]
+        return support.image, support.mask * np.uint8(label)
+
+
+def extend_legend(legend: Legend, names: Sequence[str], dataset: str) -> Legend:
+    """The legend of a network that learns new classes.
+
+    Args:
+        legend: of the classes that it has and keeps.
+        names: of the new classes. One that the base network's data set has keeps its id there; others get new ids.
+        dataset: name of that data set; it may have no row.
+
+    Raises:
+        InputError: the network has a class of this name already, or has too many classes.
+    """
+    row = DATASETS.get(dataset)
+    ids = {name: i for i, name in enumerate(row.class_names, 1)} if row else {}
+    known = {name.casefold(): name for name in legend.names}
+    for name in names:
+        if (other := known.setdefault(name.casefold(), name)) is not name:
+            is_own = other in legend.names and legend.names.index(other) in legend.novel_labels
+            hint = f'--forget {other} replaces it' if is_own else 'rename the folder'
+            raise InputError(f'{name!r}: the network has the class {other!r} already; {hint}')
+    unused = max([*legend.class_ids, *ids.values()])
+    new_ids = [ids[name] if name in ids else (unused := unused + 1) for name in names]
+    if new_ids and max(new_ids) > MAX_CLASSES:
+        raise InputError(f'{len(names)} new classes need ids up to {max(new_ids)}; masks have room for {MAX_CLASSES}')
+    return Legend((*legend.names, *names), (*legend.class_ids, *new_ids), legend.num_base, legend.palette)
+
+
+def support_positions(samples: SupportSamples, count: int) -> list[int]:
+    """Positions of images in `ids` for `count` views of each class, or one of each image if these are more.
+
+    The images of a class take turns, so that each class has as many views, however many images it has.
+    """
+    positions, by_class = [], {}
+    for position, image_id in enumerate(samples.ids):
+        by_class.setdefault(samples.label(image_id), []).append(position)
+    for of_class in by_class.values():
+        positions += [of_class[i % len(of_class)] for i in range(max(count, len(of_class)))]
+    return positions

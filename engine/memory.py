@@ -1,0 +1,161 @@
+"""What a network has learned from, kept beside it in memory.pt, so that it can be taught more without the data.
+
+Features and labels of a few views of each base class in half precision, and the photographs of classes that were taught
+(`utils.teach`), at the network's size. A memory belongs to one base network: features of another one mean nothing.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from core.errors import InputError
+from core.files import atomic_write
+from dataset import Augmentation, FoldData
+from dataset.own_classes import SupportImage
+from dataset.views import base_views
+from engine.distributed import on_main
+from engine.feature_store import FeatureStore, digest
+from engine.features import FeatureKeeper, KeptFeatures, kept_bytes, kept_shapes
+from engine.weights import read_content
+from model import POP
+from model.kernels import fuse
+
+NAME = 'memory.pt'
+VERSION = 1
+MOST_VIEWS = 20  # of each base class
+LIMIT_MB = 300
+SCALE_RANGE = (0.8, 1.25)  # of base views, relative to the size that fits: about that of the training on VOC
+
+
+@dataclass
+class Memory:
+    """What is kept of a network.
+
+    Attributes:
+        network: digest of the base network's weights (`feature_store.digest`).
+        base: maps and masks of base views, as many of each class, in the order of the classes.
+        support: class name -> images of a class that was taught, in the order of the labels.
+    """
+
+    network: str
+    base: KeptFeatures
+    support: dict[str, list[SupportImage]] = field(default_factory=dict)
+
+
+def views_per_class(net: POP, size: tuple[int, int], limit_mb: float) -> int:
+    """How many views of each base class fit into so many MB (10^6 bytes), at most `MOST_VIEWS`.
+
+    Raises:
+        InputError: not even one.
+    """
+    need = net.num_base * kept_bytes(net, size) / 1e6  # of one view per class
+    if need > limit_mb:
+        raise InputError(
+            f'one view of each of {net.num_base} base classes takes {need:.0f} MB, more than the {limit_mb:g} MB of '
+            f'the memory; raise --memory-mb to at least {need:.0f}'
+        )
+    return min(MOST_VIEWS, int(limit_mb / need))
+
+
+def keeper_in_memory(
+    net: POP, device: torch.device, dtype: torch.dtype, log: Callable[[str], None], num_workers: int = 0
+) -> FeatureKeeper:
+    """Keeps features of a base network on the GPU or in memory, never on disk."""
+    return FeatureKeeper(
+        frozen=fuse(net, dtype), network=digest(net.state_dict()), device=device, dtype=dtype, place='auto',
+        memory_gb=float('inf'), store=FeatureStore(Path('.'), 0), num_workers=num_workers, log=log,
+    )  # fmt: skip
+
+
+def look_at_base(keeper: FeatureKeeper, data: FoldData, size: tuple[int, int], limit_mb: float = LIMIT_MB) -> Memory:
+    """Make the memory of a base network from its data.
+
+    Args:
+        keeper: of `keeper_in_memory`.
+        data: the fold, with its lists.
+        size: (H, W) that images are resized to fit, and of the views.
+        limit_mb: of the features, in 10^6 bytes.
+
+    Raises:
+        InputError: as `views_per_class`, or a base class has no image.
+    """
+    count = views_per_class(keeper.frozen, size, limit_mb)
+    base, class_lists = data.base_images(Augmentation(size, SCALE_RANGE, fit=True))
+    views = base_views(base, class_lists, count)
+    return Memory(keeper.network, keeper.keep(views, 'base view', size, whole=True))
+
+
+def write_memory(path: Path, memory: Memory):
+    """Write a memory; only the main process does. Raises InputError if the file cannot be written."""
+    kept = memory.base
+    content = {
+        'format': 'pop-memory', 'version': VERSION, 'network': memory.network,
+        'arrays': {name: array.cpu() for name, array in kept.arrays.items()}, 'rows': kept.rows,
+        'support': {
+            name: [(each.name, torch.from_numpy(each.image), torch.from_numpy(each.mask)) for each in images]
+            for name, images in memory.support.items()
+        },
+    }  # fmt: skip
+
+    def write():
+        with atomic_write(path, 'wb') as file:
+            torch.save(content, file)
+
+    on_main(write)
+
+
+def read_memory(path: Path, net: POP, network: str, device: torch.device) -> Memory:
+    """Read a memory.
+
+    Args:
+        path: of the file.
+        net: the base network.
+        network: its digest.
+        device: of the maps that are taken from it.
+
+    Raises:
+        InputError: there is no such file, it is damaged, or of another network or version.
+    """
+    if not path.is_file():
+        raise InputError(
+            f'there is no {path}, the memory of the base network. Give --data-dir with its data, or make it with: '
+            'python -m utils.memory --restore-from CHECKPOINT --data-dir DATA'
+        )
+    content = read_content(path)
+    if not isinstance(content, dict) or content.get('format') != 'pop-memory':
+        raise InputError(f'{path} is no memory of a network; expected a file that utils.memory or train_base.py wrote')
+    if content.get('version') != VERSION:
+        raise InputError(
+            f'{path} is of version {content.get("version")}; this code reads version {VERSION}. Make it again: '
+            'python -m utils.memory'
+        )
+    if content['network'] != network:
+        raise InputError(
+            f'{path} is the memory of another network than this checkpoint: their weights differ. Give the checkpoint '
+            'that it was made for (of train_base.py: best.pth), or make it again with python -m utils.memory'
+        )
+    try:
+        arrays, rows = content['arrays'], content['rows']
+        size = tuple(arrays['mask'].shape[1:])
+        expected = {
+            name: (dtype, (len(arrays['mask']), *shape)) for name, (dtype, shape) in kept_shapes(net, size).items()
+        }
+        if {name: (array.dtype, tuple(array.shape)) for name, array in arrays.items()} != expected:
+            raise ValueError('arrays of other shapes')
+        support = {
+            name: [SupportImage(photograph, image.numpy(), mask.numpy()) for photograph, image, mask in images]
+            for name, images in content['support'].items()
+        }
+    except (KeyError, ValueError, AttributeError, TypeError) as error:
+        raise InputError(f'{path} is damaged ({error}). Make it again with python -m utils.memory') from error
+    return Memory(network, KeptFeatures(arrays, rows, range(len(arrays['mask'])), device), support)
+
+
+def is_memory_of(path: Path, network: str) -> bool:
+    """Whether a file is the memory of a network with this digest."""
+    try:
+        return path.is_file() and read_content(path).get('network') == network
+    except (InputError, AttributeError):
+        return False

@@ -1,0 +1,190 @@
+"""Teaching novel classes on kept features: views go through the frozen network once, and each training uses them."""
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from core.errors import InputError
+from dataset import Augmentation, SegmentationDataset
+from dataset.own_classes import SupportSamples, support_positions
+from dataset.views import DrawnViews, KeptPairs
+from engine.checkpoint import STAGE_2_PREFIXES
+from engine.evaluation import evaluate
+from engine.features import FeatureKeeper, KeptFeatures
+from engine.loaders import training_loader
+from engine.optim import Optimization
+from engine.precision import autocast
+from model import POP
+from model.kernels import predict
+from model.losses import novel_losses
+
+TURNS = 5  # at most so many trainings leave photographs out
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How novel classes are trained.
+
+    Attributes:
+        steps: number of optimisation steps.
+        batch_size: pairs of a support view and a base view per step.
+        learning_rate: of the backbone, as in stage 2; the head has ten times this rate, which stays constant.
+        momentum, weight_decay: of SGD.
+        seed: of all random draws.
+    """
+
+    steps: int
+    batch_size: int = 1
+    learning_rate: float = 1e-3
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    seed: int = 123
+
+
+def novel_state(net: POP) -> dict[str, torch.Tensor]:
+    """A copy of what stage 2 trains: novel prototypes and phi_n."""
+    return {name: value.clone() for name, value in net.state_dict().items() if name.startswith(STAGE_2_PREFIXES)}
+
+
+def learn(net: POP, support: KeptFeatures, base: KeptFeatures, recipe: Recipe, dtype: torch.dtype):
+    """Train the novel prototypes and phi_n of a network, in place.
+
+    Args:
+        net: with novel classes; all else stays as it is.
+        support, base: views of the novel classes, and as many of each base class, in the order of the classes.
+        recipe: how.
+        dtype: that convolutions run in.
+
+    Raises:
+        InputError: the loss is not finite.
+    """
+    net.freeze_base()
+    device = net.base_emb.device
+    per_class = (max(base.rows) + 1) // net.num_base
+    pairs = KeptPairs(support, base, net.num_base, (), shot=per_class, seed=recipe.seed)
+    loader = training_loader(pairs, recipe.batch_size, recipe.seed, num_workers=0, device=device, fill_last=True)
+    optimization = Optimization(
+        net, recipe.learning_rate, recipe.momentum, recipe.weight_decay, total_steps=recipe.steps, power=0,
+        fp16=dtype == torch.float16,
+    )  # fmt: skip
+    for step, batch in zip(range(recipe.steps), _epochs(loader), strict=False):
+        halves = [(support, batch['support']), (base, batch['base'])]
+        maps = [kept.take(half['row']) for kept, half in halves]
+        masks = torch.cat([half['mask'].to(device, non_blocking=True) for _, half in halves]).long()
+        with autocast(device, dtype):
+            logits = net.classify({name: torch.cat([half[name] for half in maps]) for name in maps[0]})
+        loss = sum(novel_losses(logits, masks, net.novel_emb, net.base_emb).values())
+        optimization.backward(loss)
+        optimization.step()
+        if (step % 50 == 0 or step + 1 == recipe.steps) and not math.isfinite(loss.item()):
+            raise InputError(f'the loss is {loss.item()} at step {step + 1}; lower --learning-rate')
+
+
+def _epochs(loader):
+    """Batches of one epoch after another, without end."""
+    while True:
+        yield from loader
+        loader.batch_sampler.epoch += 1
+
+
+@torch.no_grad()
+def label_rest(kept: KeptFeatures, base: POP):
+    """Give the pixels with label 0, in place, what the base network says of them.
+
+    A mask of one class says where that class is. What else the photograph shows is none of it, and may be of a base
+    class; to train such pixels as background would unlearn base classes.
+
+    Args:
+        kept: views of support images; their labels are 0, 255 and those of novel classes.
+        base: the network without novel classes.
+    """
+    scores = base.score_prototypes()
+    for row in kept.rows:
+        mask = kept.masks[row]
+        logits = base.classify(kept.take(torch.tensor([row])), scores)
+        found = predict(logits, tuple(mask.shape))[0].to(mask)
+        kept.masks[row] = torch.where(mask == 0, found, mask)
+
+
+class Teacher:
+    """Trains the novel classes of a network, with all images of theirs or without some.
+
+    Args:
+        net: with novel classes, as they start.
+        base: the network without them.
+        samples: the images, with labels of the network.
+        base_views: as many of each base class, in the order of the classes.
+        keeper: gives the features.
+        size: (H, W) of the views.
+        recipe: of the training.
+        views: of each class.
+        scale_range: of the views, relative to the size that fits.
+    """
+
+    def __init__(
+        self,
+        net: POP,
+        base: POP,
+        samples: SupportSamples,
+        base_views: KeptFeatures,
+        *,
+        keeper: FeatureKeeper,
+        size: tuple[int, int],
+        recipe: Recipe,
+        views: int,
+        scale_range: tuple[float, float],
+    ):
+        self.net, self.samples, self.base_views = net, samples, base_views
+        self.recipe, self.dtype = recipe, keeper.dtype
+        augmented = SegmentationDataset(samples.ids, samples, Augmentation(size, scale_range))
+        drawn = DrawnViews(augmented, support_positions(samples, views), recipe.seed)
+        self.views = keeper.keep(drawn, 'support view', size, whole=True)
+        label_rest(self.views, base)
+        whole = SegmentationDataset(samples.ids, samples, fit_size=size, resize_mask=True)
+        self.photographs = keeper.keep(whole, 'photograph', size, whole=True)
+        self.start = novel_state(net)
+
+    def learn(self, without: Collection[str] = ()):
+        """Train from the start, without the images that have these ids."""
+        self.net.load_state_dict(self.net.state_dict() | self.start)
+        rows = [row for row, known in self.views.rows.items() if known['id'] not in without]
+        learn(self.net, self.views.part(rows), self.base_views, self.recipe, self.dtype)
+
+    def segment(self, ids: Collection[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Segment some of the photographs.
+
+        Returns:
+            Confusion matrix, int64 [K, K], row = truth; and image id -> labels uint8 [H, W].
+        """
+        found = {}
+        rows = [row for row, known in self.photographs.rows.items() if known['id'] in ids]
+        confusion = evaluate(
+            self.net, self.photographs.part(rows), self.net.base_emb.device, self.dtype,
+            lambda image_id, prediction, truth: found.update({image_id: prediction.byte().cpu().numpy()}),
+        )  # fmt: skip
+        return confusion, found
+
+    def left_out(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """As `segment`, of the photographs that can be left out, each by a network that was trained without it.
+
+        One training leaves out one photograph of each class that has several, and all photographs take turns; with
+        more than `TURNS` in a class, a training leaves out several of it. The network is another one afterwards.
+        """
+        total, found = 0, {}
+        for ids in self.turns():
+            self.learn(without=ids)
+            confusion, predictions = self.segment(ids)
+            total, found = total + confusion, found | predictions
+        return total, found
+
+    def turns(self) -> list[set[str]]:
+        """Ids of the photographs that each training leaves out."""
+        by_class = {}
+        for image_id in self.samples.ids:
+            by_class.setdefault(self.samples.label(image_id), []).append(image_id)
+        several = [ids for ids in by_class.values() if len(ids) > 1]
+        count = min(max(map(len, several), default=0), TURNS)
+        return [{image_id for ids in several for image_id in ids[turn::count]} for turn in range(count)]

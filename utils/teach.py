@@ -1,0 +1,285 @@
+"""Teach a trained network classes of your own from a few photographs, in seconds.
+
+    python -m utils.teach --restore-from runs/voc_base --support my_photos --out runs/scooter
+    python -m utils.teach --restore-from runs/scooter --support more_photos --out runs/scooter_and_bin --forget scooter
+
+--support has a folder for each class, named after it: my_photos/scooter/IMG_1.jpg with its mask IMG_1.png, in which
+any pixel that is not zero is the class. The base network is one of stage 1, or one that was taught before: its classes
+stay, and all are trained together. Base data need not be at hand if memory.pt is beside the checkpoint
+(train_base.py and utils.memory write it).
+
+Writes to --out: best.pth, which utils.predict takes; memory.pt, from which it can be taught more; teach.json; and
+panels/*.png, the photographs with what the network says of them.
+"""
+
+import argparse
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from core.errors import InputError, exits_cleanly, some
+from core.files import check_writable
+from core.ranks import world_size
+from dataset import DATASETS, FoldData
+from dataset.legend import Legend
+from dataset.own_classes import SupportImage, SupportSamples, extend_legend, find_support, read_support
+from engine.checkpoint import Checkpoint, read_checkpoint, resolve_checkpoint, save_checkpoint
+from engine.described import described_network
+from engine.distributed import process_group
+from engine.evaluation import evaluate
+from engine.feature_store import digest
+from engine.features import FeatureKeeper, KeptFeatures
+from engine.memory import LIMIT_MB, NAME, Memory, keeper_in_memory, look_at_base, read_memory, write_memory
+from engine.metrics import iou_per_class, summarize
+from engine.precision import name_of, precision
+from engine.teaching import Recipe, Teacher
+from engine.weights import SUFFIXES
+from model import POP, build_model
+from report.teaching import draw_panel, teaching_table, write_teaching
+from utils import cli
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = cli.make_parser(__doc__)
+    parser.add_argument('--restore-from', required=True, help='the network: a checkpoint or the folder of a run')
+    parser.add_argument('--support', type=Path, help='photographs with masks, a sub-folder for each class')
+    parser.add_argument('--forget', nargs='+', default=[], metavar='NAME', help='classes taught before, to be removed')
+    parser.add_argument('--out', type=Path, required=True, help='folder of the results')
+    parser.add_argument('--overwrite', action='store_true', help='replace what an earlier run wrote to --out')
+    group = parser.add_argument_group('base data')
+    group.add_argument('--memory', type=Path, help='memory of the network (default: memory.pt beside the checkpoint)')
+    group.add_argument('--data-dir', type=Path, help='base data, used instead of the base views in the memory')
+    group.add_argument('--train-list', type=Path, help="with --data-dir: training ids (default: the data set's)")
+    group.add_argument(
+        '--memory-mb', type=cli.rate, default=LIMIT_MB,
+        help='with --data-dir: size of the base views (default: 300)',
+    )  # fmt: skip
+    group = parser.add_argument_group('training')
+    group.add_argument('--views', type=cli.positive, default=50, help='views of each class (default: 50)')
+    group.add_argument(
+        '--scale-range', type=cli.parse_range, default=(0.5, 2.0), metavar='LO,HI',
+        help='random resize factor of the views, relative to the size that fits (default: 0.5,2)',
+    )  # fmt: skip
+    group.add_argument('--steps', type=cli.positive, default=300, help='default: 300')
+    group.add_argument(
+        '--learning-rate', type=cli.rate, default=1e-3, help='the head has ten times this rate (default: 1e-3)'
+    )
+    group.add_argument('--batch-size', type=cli.positive, default=1, help='pairs of views per step (default: 1)')
+    group.add_argument('--seed', type=cli.not_negative, default=123, help='of all random draws (default: 123)')
+    group.add_argument(
+        '--leave-out', action=argparse.BooleanOptionalAction, default=True,
+        help='measure the IoU on photographs that are left out in turn (default: on)',
+    )  # fmt: skip
+    cli.add_device_flags(parser)
+    args = parser.parse_args(argv)
+    if world_size() > 1:
+        parser.error('it runs in one process; start it without torchrun')
+    source = Path(args.restore_from)
+    if args.out.resolve() in (source.resolve(), source.resolve().parent):
+        parser.error(f'--out {args.out} is the folder of --restore-from; give another one')
+    if not args.support and not args.forget:
+        parser.error('give --support, --forget, or both')
+    return args
+
+
+@dataclass(kw_only=True)
+class Lesson:
+    """What is taught to which network.
+
+    Attributes:
+        checkpoint: of the network; it may have classes that were taught before.
+        base: the network without them.
+        legend: names and colours of all labels: base classes, classes taught before that stay, new classes.
+        support: class name -> images of all novel classes, in the order of their labels.
+        new: names of those that are taught now.
+        size: (H, W) of the views.
+        base_views: of the memory; or
+        data: the base data that they are drawn from.
+    """
+
+    checkpoint: Checkpoint
+    base: POP
+    legend: Legend
+    support: dict[str, list[SupportImage]]
+    new: list[str]
+    size: tuple[int, int]
+    base_views: KeptFeatures | None = None
+    data: FoldData | None = None
+
+
+def read_lesson(args: argparse.Namespace, device: torch.device) -> Lesson:
+    """Read network, memory and photographs. Raises InputError for what is wrong with them, and writes nothing."""
+    checkpoint = read_checkpoint(resolve_checkpoint(args.restore_from))
+    base, legend = described_network(checkpoint, base_only=True)
+    before = taught_before(checkpoint)
+    if unknown := [name for name in args.forget if name not in before]:
+        raise InputError(f'--forget {some(unknown)}: {checkpoint.path} was taught {some(before) or "no class"}')
+    stay = {name: class_id for name, class_id in before.items() if name not in args.forget}
+    found, others = find_support(args.support) if args.support else ({}, [])
+    if others:
+        print(f'left out: {some(others)}')
+    if not stay and not found:
+        raise InputError(f'without {some(args.forget)}, nothing is left but the base network; use its own checkpoint')
+    legend = Legend((*legend.names, *stay), (*legend.class_ids, *stay.values()), legend.num_base, legend.palette)
+    legend = extend_legend(legend, list(found), checkpoint.config['dataset'])
+    data = base_data(args, checkpoint.config) if args.data_dir else None
+    memory, size = None, tuple(checkpoint.config.get('base_size', cli.BASE_SIZE))
+    if before or not data:
+        path = args.memory or Path(checkpoint.path).parent / NAME
+        memory = read_memory(path, base, digest(base.state_dict()), device)
+        if missing := [name for name in stay if name not in memory.support]:
+            raise InputError(f'{path} has no photographs of {some(missing)}; --forget them, and teach them again')
+    if not data:
+        size = tuple(memory.base.masks.shape[1:])
+    support = {name: memory.support[name] for name in stay}
+    support |= {name: [read_support(*pair, size) for pair in pairs] for name, pairs in found.items()}
+    return Lesson(
+        checkpoint=checkpoint, base=base.to(device, memory_format=torch.channels_last), legend=legend, support=support,
+        new=list(found), size=size, base_views=None if data else memory.base, data=data,
+    )  # fmt: skip
+
+
+def taught_before(checkpoint: Checkpoint) -> dict[str, int]:
+    """Class name -> class id of the novel classes of a checkpoint, in the order of their labels.
+
+    Raises:
+        InputError: ft_pop.py trained them, so that no memory has their photographs.
+    """
+    num_base, num_novel = checkpoint.class_counts
+    if num_novel and 'taught' not in checkpoint.config:
+        raise InputError(
+            f'{checkpoint.path} has novel classes of ft_pop.py, whose images are in no memory; give its base network '
+            '(of train_base.py), or a network that utils.teach has taught'
+        )
+    classes = checkpoint.config.get('classes', ())[num_base : num_base + num_novel]
+    return {name: class_id for class_id, name in classes}
+
+
+def base_data(args: argparse.Namespace, config: dict) -> FoldData:
+    """The base network's data in --data-dir; makes missing lists."""
+    if config['dataset'] not in DATASETS:
+        raise InputError(
+            f'--data-dir: the data set {config["dataset"]!r} of the network has no row in dataset/classes.py; '
+            f'expected one of {", ".join(DATASETS)}'
+        )
+    spec = DATASETS[config['dataset']]
+    cli.fill_lists(args, spec)
+    data = FoldData(spec, args.data_dir, config['fold'], args.train_list, args.val_list)
+    for note in data.ensure_lists():
+        print(f'note: {note}')
+    return data
+
+
+def build_network(lesson: Lesson, seed: int) -> POP:
+    """The network to train: new classes start as in stage 2, those taught before from what they were."""
+    config = lesson.checkpoint.config
+    torch.manual_seed(seed)
+    net = build_model(config['backbone'], lesson.base.num_base, len(lesson.support), config['os'])
+    net.start_from(lesson.base)
+    before = list(taught_before(lesson.checkpoint))
+    if before:
+        state = lesson.checkpoint.state
+        parts = {name: value for name, value in state.items() if name.startswith('classifier_n.')}
+        stay = [name for name in before if name in lesson.support and name not in lesson.new]
+        prototypes = net.novel_emb.detach().clone()
+        prototypes[: len(stay)] = state['novel_emb'][[before.index(name) for name in stay]]
+        net.load_state_dict(net.state_dict() | parts | {'novel_emb': prototypes})
+    return net.to(lesson.base.base_emb.device, memory_format=torch.channels_last)
+
+
+def train(args: argparse.Namespace, lesson: Lesson, keeper: FeatureKeeper) -> Teacher:
+    """Teach what there is to learn; where classes are forgotten only, the others stay as they are."""
+    labels = dict(zip(lesson.support, lesson.legend.novel_labels, strict=True))
+    recipe = Recipe(args.steps, args.batch_size, args.learning_rate, seed=args.seed)
+    teacher = Teacher(
+        build_network(lesson, args.seed), lesson.base, SupportSamples(lesson.support, labels), lesson.base_views,
+        keeper=keeper, size=lesson.size, recipe=recipe, views=args.views, scale_range=args.scale_range,
+    )  # fmt: skip
+    if lesson.new:
+        teacher.learn()
+    return teacher
+
+
+def save(args: argparse.Namespace, lesson: Lesson, net: POP, network: str, base_miou: float):
+    """Write memory.pt, then best.pth, which needs it to be taught more."""
+    write_memory(args.out / NAME, Memory(network, lesson.base_views, lesson.support))
+    counts = {name: len(images) for name, images in lesson.support.items()}
+    config = {key: lesson.checkpoint.config[key] for key in ('dataset', 'fold', 'backbone', 'os')}
+    config |= {'classes': lesson.legend.classes, 'base_size': list(lesson.size), 'taught': counts}
+    save_checkpoint(args.out / 'best.pth', net, config, 0, {'base': base_miou})
+
+
+def report(args: argparse.Namespace, lesson: Lesson, teacher: Teacher) -> dict[str, dict]:
+    """Draw the photographs; returns what is known of each class, as `teaching_table` takes it."""
+    samples, legend = teacher.samples, lesson.legend
+    trained, predictions = teacher.segment(samples.ids)
+    left_out, found = teacher.left_out() if args.leave_out and lesson.new else (0 * trained, {})
+    predictions |= found
+    classes = {}
+    for name, label in zip(lesson.support, legend.novel_labels, strict=True):
+        ids = [image_id for image_id in samples.ids if samples.label(image_id) == label]
+        classes[name] = {
+            'class_id': legend.class_ids[label], 'photographs': len(ids), 'new': name in lesson.new,
+            'left_out_iou': iou_per_class(left_out)[label] if set(ids) <= set(found) else None,
+            'trained_iou': iou_per_class(trained)[label],
+        }  # fmt: skip
+        rows = [
+            (image_id.partition('/')[2], *samples.read(image_id), predictions[image_id], image_id in found)
+            for image_id in ids
+        ]
+        draw_panel(args.out / 'panels' / f'{name}.png', name, rows, legend)
+    return classes
+
+
+@exits_cleanly
+def main(args: argparse.Namespace):
+    began = time.perf_counter()
+    with process_group(args.device) as device:
+        check_empty(args.out, args.overwrite)
+        lesson = read_lesson(args, device)
+        check_writable(args.out)
+        dtype = precision(device, args.fp16)
+        keeper = keeper_in_memory(lesson.base, device, dtype, print)
+        if lesson.data:
+            lesson.base_views = look_at_base(keeper, lesson.data, lesson.size, args.memory_mb).base
+        teacher = train(args, lesson, keeper)
+        before, after = (
+            summarize(evaluate(net, lesson.base_views, device, dtype), lesson.base.num_base)['base']
+            for net in (lesson.base, teacher.net)
+        )
+        save(args, lesson, teacher.net, keeper.network, after)
+        seconds = time.perf_counter() - began
+        print(f'{args.out / "best.pth"} is written, after {seconds:.0f} s')
+        classes = report(args, lesson, teacher)
+        write_teaching(args.out, {
+            'checkpoint': str(lesson.checkpoint.path), 'forgotten': args.forget, 'classes': classes,
+            'base_miou': {'before': before, 'after': after}, 'base_views': len(lesson.base_views.rows),
+            'steps': args.steps, 'views': args.views, 'seed': args.seed, 'precision': name_of(dtype),
+            'seconds': seconds,
+        })  # fmt: skip
+        print(f'\n{teaching_table(classes)}\n')
+        print(
+            f'base mIoU on the {len(lesson.base_views.rows)} base views: {before:.1f} % before, {after:.1f} % now\n'
+            f'pictures of the photographs: {args.out / "panels"}\n'
+            'to segment a folder of photographs:\n  '
+            + shlex.join(['python', '-m', 'utils.predict', '--restore-from', str(args.out), '--images', 'FOLDER',
+                          '--save-path', 'segmented'])
+        )  # fmt: skip
+
+
+def check_empty(out: Path, overwrite: bool):
+    """InputError where --out holds checkpoints, unless they are to be replaced."""
+    present = sorted(path.name for path in out.glob('*') if path.suffix in SUFFIXES)
+    if present and not (overwrite and set(present) <= {'best.pth', NAME}):
+        raise InputError(
+            f'--out {out} holds {some(present)} already; give another folder'
+            + ('' if overwrite else ', or --overwrite to replace what utils.teach has written')
+        )
+
+
+if __name__ == '__main__':
+    main(parse_args())
