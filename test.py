@@ -4,7 +4,8 @@
     torchrun --nproc_per_node=4 test.py --dataset coco --data-dir COCO --fold 0 --shot 5 --restore-from runs/coco_5shot
 
 --restore-from DIR evaluates DIR/best_{seed}.pth of each seed (DIR/last_{seed}.pth with --select last), as does
-DIR/best.pth. A stage-1 checkpoint is evaluated on the base classes; novel pixels then count as background.
+DIR/best.pth. A stage-1 checkpoint is evaluated on the base classes; novel pixels then count as background. A network
+that utils.teach has taught is evaluated on the classes that it knows, if --dataset has them.
 
 Writes to --save-path (default: the checkpoint's folder):
     results.md, results.json    means and IoU of each class, in percent, of each seed and over seeds; on how many images
@@ -15,6 +16,8 @@ Writes to --save-path (default: the checkpoint's folder):
 """
 
 import argparse
+import dataclasses
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +29,7 @@ from core.files import atomic_write, check_writable
 from core.ranks import is_main
 from dataset import FoldData
 from engine.checkpoint import imagenet_checkpoint, read_checkpoint, resolve_checkpoint
+from engine.described import taught_classes
 from engine.distributed import main_first, process_group
 from engine.evaluation import Counted
 from engine.inference import Segmenter
@@ -101,6 +105,27 @@ def load_network(args: argparse.Namespace, data: FoldData, seed: int) -> tuple[P
     return net, checkpoint.path
 
 
+def taught_data(args: argparse.Namespace, data: FoldData) -> FoldData:
+    """The fold with those novel classes that utils.teach has taught the network, where it has."""
+    if args.restore_from in UNTRAINED:
+        return data
+    checkpoint = read_checkpoint(resolve_checkpoint(args.restore_from, args.select, args.random_seed[0]))
+    taught = taught_classes(checkpoint)
+    if taught is None:
+        return data
+    known = dict(enumerate(data.spec.class_names, 1))
+    if unknown := [name for name, class_id in taught.items() if known.get(class_id) != name]:
+        raise InputError(
+            f'{checkpoint.path} was taught {some(unknown)}, no class of {args.dataset!r}. To see what it does: '
+            f'python -m utils.predict --restore-from {shlex.quote(args.restore_from)} '
+            '--images FOLDER --save-path segmented'
+        )
+    others = [known[class_id] for class_id in data.novel_ids if class_id not in taught.values()]
+    if others and is_main():
+        print(f'note: {checkpoint.path} was taught {some(taught)}; {some(others)} count as background')
+    return dataclasses.replace(data, taught=tuple(taught.values()))
+
+
 def refuse_one_file_for_several_seeds(args: argparse.Namespace):
     """Raise InputError where several seeds share a file: its rows would look like independent runs."""
     if args.restore_from in UNTRAINED:
@@ -145,7 +170,7 @@ def evaluate_seed(
 @exits_cleanly
 def main(args: argparse.Namespace):
     with process_group(args.device, args.timeout_minutes, args.deterministic) as device:
-        data = from_flags.fold_data(args)
+        data = taught_data(args, from_flags.fold_data(args))
         refuse_one_file_for_several_seeds(args)
         main_first(data.ensure_images)
         source = Path(args.restore_from)
@@ -159,8 +184,8 @@ def main(args: argparse.Namespace):
         if is_main():
             num_logits = len(next(iter(seeds.values()))['iou'])
             results = Results(
-                seeds=seeds, legend=data.legend.cut(num_logits), dataset=args.dataset, fold=args.fold, shot=args.shot,
-                precision=name_of(dtype),
+                seeds=seeds, legend=data.legend.cut(num_logits), dataset=args.dataset, fold=args.fold,
+                shot=args.shot if data.taught is None else None, precision=name_of(dtype),
             )  # fmt: skip
             print(f'\n{results.tables()}')
             results.write(folder)

@@ -5,7 +5,8 @@
         --snapshot-dir runs/coco_base
 
 Writes to the snapshot folder: best.pth (highest base mIoU on the validation list, background included), last.pth,
-epoch_N.pth with --save-pred-every, args.json, log.txt, metrics.jsonl, tb/.
+epoch_N.pth with --save-pred-every, args.json, log.txt, metrics.jsonl, tb/; memory.pt, from which utils.teach teaches
+best.pth more classes without the data.
 """
 
 import argparse
@@ -14,9 +15,11 @@ import torch
 
 from core.errors import InputError, exits_cleanly
 from core.ranks import world_size
-from dataset import Augmentation
+from dataset import Augmentation, FoldData
+from engine import memory
 from engine.checkpoint import imagenet_checkpoint, read_checkpoint, resolve_checkpoint
-from engine.distributed import main_first, wrap_ddp
+from engine.distributed import main_first, on_main, wrap_ddp
+from engine.feature_store import digest
 from engine.loaders import evaluation_loader, training_loader
 from engine.precision import autocast, compile_features, name_of, precision, to_device
 from engine.resume import run_arguments
@@ -38,6 +41,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--sync-bn', action=argparse.BooleanOptionalAction, default=True,
         help='batch statistics over all GPUs (default: on; not available on CPUs)',
+    )  # fmt: skip
+    parser.add_argument(
+        '--memory', action=argparse.BooleanOptionalAction, default=True,
+        help='at the end, write memory.pt for utils.teach: views of each base class, at most 300 MB (default: on)',
     )  # fmt: skip
     args = cli.check(parser, parser.parse_args(argv))
     on_gpus = args.device == 'cuda' or (args.device == 'auto' and torch.cuda.is_available())
@@ -95,6 +102,19 @@ def restore(net: POP, args: argparse.Namespace, config: dict):
         checkpoint.load_backbone_into(net)
 
 
+def keep_memory(args: argparse.Namespace, data: FoldData, stage: BaseStage, run: Run):
+    """Write memory.pt for best.pth, unless it is there; the training is done, so what prevents it is a note."""
+    net, path = stage.net, run.folder.path() / memory.NAME
+    read_checkpoint(run.folder.path('best')).load_into(net, stage.config)
+    if on_main(lambda: memory.is_memory_of(path, digest(net.state_dict()))):
+        return
+    keeper = memory.keeper_in_memory(net, stage.device, stage.dtype, run.logger.info, args.num_workers)
+    try:
+        memory.write_memory(path, memory.look_at_base(keeper, data, args.base_size))
+    except InputError as error:
+        run.logger.info(f'note: no {path}: {error}')
+
+
 @exits_cleanly
 def main(args: argparse.Namespace):
     with from_flags.training_process(args) as device:
@@ -127,6 +147,8 @@ def main(args: argparse.Namespace):
             listed=len(data.ids('val')),
         )  # fmt: skip
         from_flags.trainer(args, stage, loader, run).fit()
+        if args.memory:
+            keep_memory(args, data, stage, run)
         run.logger.close()
 
 

@@ -92,15 +92,11 @@ class DatasetSpec:
         novel = self.novel_ids(fold)
         return tuple(c for c in range(1, self.num_classes + 1) if c not in novel)
 
-    def logit_names(self, fold: int) -> tuple[str, ...]:
-        """Class names in the order of the labels: background, base, novel."""
-        ids = self.base_ids(fold) + self.novel_ids(fold)
-        return ('background', *(self.class_names[c - 1] for c in ids))
-
-    def legend(self, fold: int) -> Legend:
-        """Names and colours of a fold's labels."""
-        base_ids, novel_ids = self.base_ids(fold), self.novel_ids(fold)
-        return Legend(self.logit_names(fold), (0, *base_ids, *novel_ids), len(base_ids), self.palette)
+    def legend(self, fold: int, novel_ids: tuple[int, ...] | None = None) -> Legend:
+        """Names and colours of a fold's labels: background, base and novel classes, or other novel classes."""
+        base_ids = self.base_ids(fold)
+        ids = base_ids + (self.novel_ids(fold) if novel_ids is None else novel_ids)
+        return Legend(('background', *(self.class_names[c - 1] for c in ids)), (0, *ids), len(base_ids), self.palette)
 
     @property
     def class_colors(self) -> dict[bytes, int]:

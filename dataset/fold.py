@@ -33,6 +33,8 @@ class FoldData:
         train_list, val_list: lists of image ids; the fold's own lists are beside the train list.
         filter_novel: omit training images that contain novel classes.
         skip_bad: an image that cannot be read is not an error, unless it is a support image.
+        taught: class ids of the novel classes that a network has learned, in the order of its labels, where these are
+            not those of the fold (`utils.teach`); the others count as background.
     """
 
     spec: DatasetSpec
@@ -42,6 +44,7 @@ class FoldData:
     val_list: Path
     filter_novel: bool = False
     skip_bad: bool = False
+    taught: tuple[int, ...] | None = None
 
     @property
     def base_ids(self) -> tuple[int, ...]:
@@ -50,13 +53,13 @@ class FoldData:
 
     @property
     def novel_ids(self) -> tuple[int, ...]:
-        """Novel class ids, ascending."""
-        return self.spec.novel_ids(self.fold)
+        """Novel class ids, ascending, or in the order in which they were taught."""
+        return self.spec.novel_ids(self.fold) if self.taught is None else self.taught
 
     @property
     def legend(self) -> Legend:
         """Names and colours of the labels."""
-        return self.spec.legend(self.fold)
+        return self.spec.legend(self.fold, self.taught)
 
     @property
     def lists(self) -> FoldLists:
@@ -230,6 +233,7 @@ class FoldData:
             if ids:
                 _check_present(folder, suffix, ids)
         table = label_table(self.base_ids, self.novel_ids, novel_as_background)
+        table[[c for c in self.spec.novel_ids(self.fold) if c not in self.novel_ids]] = 0
         return Samples(images, masks, table, self.spec.class_colors)
 
 

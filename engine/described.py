@@ -39,6 +39,14 @@ def described_network(checkpoint: Checkpoint, base_only: bool = False) -> tuple[
     return net, legend.cut(net.num_logits)
 
 
+def taught_classes(checkpoint: Checkpoint) -> dict[str, int] | None:
+    """Class name -> class id of what `utils.teach` has taught a network, by label; None where it has taught nothing."""
+    if 'taught' not in checkpoint.config:
+        return None
+    num_base, num_novel = checkpoint.class_counts
+    return {name: class_id for class_id, name in checkpoint.config['classes'][num_base : num_base + num_novel]}
+
+
 def _legend(checkpoint, num_base, num_novel):
     """Names and colours of at least the labels of a checkpoint: of its own classes, or of the row of its data set."""
     path, config = checkpoint.path, checkpoint.config

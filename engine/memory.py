@@ -4,6 +4,7 @@ Features and labels of a few views of each base class in half precision, and the
 (`utils.teach`), at the network's size. A memory belongs to one base network: features of another one mean nothing.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,8 +54,8 @@ def views_per_class(net: POP, size: tuple[int, int], limit_mb: float) -> int:
     need = net.num_base * kept_bytes(net, size) / 1e6  # of one view per class
     if need > limit_mb:
         raise InputError(
-            f'one view of each of {net.num_base} base classes takes {need:.0f} MB, more than the {limit_mb:g} MB of '
-            f'the memory; raise --memory-mb to at least {need:.0f}'
+            f'one view of each of {net.num_base} base classes takes {need:.2f} MB, more than the {limit_mb:g} MB of '
+            f'the memory; raise --memory-mb to at least {math.ceil(need)}'
         )
     return min(MOST_VIEWS, int(limit_mb / need))
 

@@ -27,7 +27,7 @@ from engine.precision import name_of
 # from batch statistics of micro-batches, the half precision of kept features, and skipped images.
 EXECUTION_FLAGS = {
     'accumulate', 'compile', 'data_dir', 'device', 'features', 'features_disk_gb', 'features_gb', 'fp16',
-    'num_workers', 'overwrite', 'print_frequency', 'resume', 'save_every_minutes', 'save_every_steps',
+    'memory', 'num_workers', 'overwrite', 'print_frequency', 'resume', 'save_every_minutes', 'save_every_steps',
     'save_pred_every', 'select', 'skip_bad_images', 'snapshot_dir', 'test_batch_size', 'timeout_minutes',
     'train_list', 'val_list',
 }  # fmt: skip
@@ -39,7 +39,7 @@ FIXED_FLAGS = (
 CHECKPOINTS = ('last', 'previous', 'best')  # stage 2 appends the seed
 RUN_FILES = (
     'last*.pth', 'last*.damaged', 'previous*.pth', 'best*.pth', 'epoch_*.pth', 'metrics.jsonl', 'log.txt', 'args.json',
-    'tb', 'features',
+    'tb', 'features', 'memory.pt',
 )  # fmt: skip
 
 

@@ -31,7 +31,8 @@ class Recipe:
     Attributes:
         steps: number of optimisation steps.
         batch_size: pairs of a support view and a base view per step.
-        learning_rate: of the backbone, as in stage 2; the head has ten times this rate, which stays constant.
+        learning_rate: at the start, of the backbone, as in stage 2; the head has ten times this rate.
+        power: of the poly schedule (`optim.Optimization`).
         momentum, weight_decay: of SGD.
         seed: of all random draws.
     """
@@ -39,6 +40,7 @@ class Recipe:
     steps: int
     batch_size: int = 1
     learning_rate: float = 1e-3
+    power: float = 0.9
     momentum: float = 0.9
     weight_decay: float = 1e-4
     seed: int = 123
@@ -67,8 +69,8 @@ def learn(net: POP, support: KeptFeatures, base: KeptFeatures, recipe: Recipe, d
     pairs = KeptPairs(support, base, net.num_base, (), shot=per_class, seed=recipe.seed)
     loader = training_loader(pairs, recipe.batch_size, recipe.seed, num_workers=0, device=device, fill_last=True)
     optimization = Optimization(
-        net, recipe.learning_rate, recipe.momentum, recipe.weight_decay, total_steps=recipe.steps, power=0,
-        fp16=dtype == torch.float16,
+        net, recipe.learning_rate, recipe.momentum, recipe.weight_decay, total_steps=recipe.steps,
+        power=recipe.power, fp16=dtype == torch.float16,
     )  # fmt: skip
     for step, batch in zip(range(recipe.steps), _epochs(loader), strict=False):
         halves = [(support, batch['support']), (base, batch['base'])]

@@ -58,7 +58,8 @@ class Results:
     Attributes:
         seeds: seed -> `seed_result`.
         legend: names and colours of the labels that the networks predict.
-        dataset, fold, shot: what was evaluated; `shot` is not reported if there are no novel classes.
+        dataset, fold, shot: what was evaluated; `shot` is not reported if there are no novel classes, and None for
+            classes of `utils.teach`.
         precision: name of the type that the networks ran in.
     """
 
@@ -66,7 +67,7 @@ class Results:
     legend: Legend
     dataset: str
     fold: int
-    shot: int
+    shot: int | None
     precision: str
 
     @property
@@ -77,7 +78,8 @@ class Results:
 
     @property
     def title(self) -> str:
-        shots = f'{self.shot}-shot' if self.legend.novel_labels else 'base classes only'
+        shots = 'taught' if self.shot is None else f'{self.shot}-shot'
+        shots = shots if self.legend.novel_labels else 'base classes only'
         return f'{self.dataset} fold {self.fold}, {shots}, weights "{self.weights}"'
 
     def columns(self) -> dict[str, list[float]]:
@@ -127,7 +129,7 @@ def draw_seed(
 ):
     """Draw the figures of one seed: confusion matrix, similarity of prototypes and, in stage 2, the support images."""
     figures = {'confusion': confusion_figure(confusion, legend), 'prototypes': similarity_figure(prototypes, legend)}
-    if legend.novel_labels:
+    if legend.novel_labels and data.taught is None:
         try:
             ids = data.support_ids(shot, seed)
             samples = data.samples('train', ids, novel_as_background=False)

@@ -132,7 +132,7 @@ def stage_1(shapes, folder, *flags):
     """A command of stage 1 that saves within its two epochs."""
     return (
         'train_base.py', *TINY, *TINY_TRAINING, '--data-dir', shapes, '--restore-from', 'none', '--snapshot-dir',
-        folder, '--num-epoch', 2, '--batch-size', 24, '--save-every-steps', 3, *flags,
+        folder, '--num-epoch', 2, '--batch-size', 24, '--save-every-steps', 3, '--no-memory', *flags,
     )  # fmt: skip
 
 

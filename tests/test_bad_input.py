@@ -27,7 +27,7 @@ def train(run_script, tmp_path):
     def run(data_dir, *flags):
         code, output = run_script(
             'train_base.py', *TINY, *TINY_TRAINING, '--data-dir', data_dir, '--restore-from', 'none',
-            '--snapshot-dir', tmp_path / 'run', '--num-epoch', 1, '--batch-size', 40, *flags,
+            '--snapshot-dir', tmp_path / 'run', '--num-epoch', 1, '--batch-size', 40, '--no-memory', *flags,
         )  # fmt: skip
         return code, output, (tmp_path / 'run' / 'last.pth').exists()
 

@@ -33,6 +33,7 @@ def test_stage_1_writes_the_documented_files(base_run):
         'log.txt',
         'metrics.jsonl',
         'tb',
+        'memory.pt',
         '.lock',
         'last.pth',
         'previous.pth',
@@ -207,7 +208,7 @@ def test_same_seed_gives_the_same_weights_with_any_number_of_workers(shapes, tmp
         code, output = run_process(
             sys.executable, 'train_base.py', *TINY[:-1], workers, *TINY_TRAINING, '--data-dir', shapes,
             '--restore-from', 'none', '--snapshot-dir', tmp_path / name, '--num-epoch', 1, '--batch-size', 40,
-            '--deterministic',
+            '--deterministic', '--no-memory',
         )  # fmt: skip
         assert code == 0, output
     a, b = weights(tmp_path / 'a' / 'last.pth'), weights(tmp_path / 'b' / 'last.pth')
@@ -217,7 +218,7 @@ def test_same_seed_gives_the_same_weights_with_any_number_of_workers(shapes, tmp
 def test_start_epoch_continues_schedule_and_draws(run_script, shapes, base_run, tmp_path):
     code, output = run_script(
         'train_base.py', *TINY, *TINY_TRAINING, '--data-dir', shapes, '--restore-from', base_run / 'epoch_1.pth',
-        '--snapshot-dir', tmp_path, '--num-epoch', 2, '--start-epoch', 1, '--batch-size', 32,
+        '--snapshot-dir', tmp_path, '--num-epoch', 2, '--start-epoch', 1, '--batch-size', 32, '--no-memory',
     )  # fmt: skip
     assert code == 0, output
     first, whole = records(tmp_path, 'train')[0], records(base_run, 'train')
@@ -232,7 +233,7 @@ def test_freezing_flags_freeze_what_they_name(run_script, shapes, base_run, tmp_
     for flag in ('--freeze-backbone', '--fix-bn', '--fix-lr'):
         code, output = run_script(
             'train_base.py', *TINY, *TINY_TRAINING, '--data-dir', shapes, '--restore-from', base_run / 'last.pth',
-            '--snapshot-dir', tmp_path / flag, '--num-epoch', 1, '--batch-size', 50, flag,
+            '--snapshot-dir', tmp_path / flag, '--num-epoch', 1, '--batch-size', 50, '--no-memory', flag,
         )  # fmt: skip
         assert code == 0, output
         after = weights(tmp_path / flag / 'last.pth')
@@ -251,7 +252,7 @@ def test_freezing_flags_freeze_what_they_name(run_script, shapes, base_run, tmp_
 def test_filter_novel_trains_on_fewer_images(run_script, shapes, tmp_path):
     code, output = run_script(
         'train_base.py', *TINY, *TINY_TRAINING, '--data-dir', shapes, '--restore-from', 'none', '--filter-novel',
-        '--snapshot-dir', tmp_path, '--num-epoch', 1, '--batch-size', 30,
+        '--snapshot-dir', tmp_path, '--num-epoch', 1, '--batch-size', 30, '--no-memory',
     )  # fmt: skip
     assert code == 0, output
     filtered = (shapes / 'list/fold0_filter/train_fold0.txt').read_text().split()

@@ -7,12 +7,16 @@ import dataclasses
 import torch
 from torch.utils.data import DataLoader
 
+from core.errors import InputError
+from core.ranks import is_main
 from dataset import DATASETS, FoldData
 from engine import run
+from engine.distributed import main_first
 from engine.optim import Optimization
 from engine.resume import RunFolder
 from engine.stage import Plan, Stage
 from engine.trainer import Trainer
+from utils import cli
 
 
 def fold_data(args: argparse.Namespace) -> FoldData:
@@ -21,6 +25,26 @@ def fold_data(args: argparse.Namespace) -> FoldData:
         DATASETS[args.dataset], args.data_dir, args.fold, args.train_list, args.val_list,
         filter_novel=args.filter_novel, skip_bad=args.skip_bad_images,
     )  # fmt: skip
+
+
+def described_data(args: argparse.Namespace, config: dict) -> FoldData:
+    """The data in --data-dir, with its lists, that a network with this `network_config` was trained on.
+
+    Raises:
+        InputError: its data set has no row, or a file is missing or wrong.
+    """
+    if config['dataset'] not in DATASETS:
+        raise InputError(
+            f'--data-dir: the data set {config["dataset"]!r} of the network has no row in dataset/classes.py; '
+            f'expected one of {", ".join(DATASETS)}'
+        )
+    spec = DATASETS[config['dataset']]
+    cli.fill_lists(args, spec)
+    data = FoldData(spec, args.data_dir, config['fold'], args.train_list, args.val_list)
+    for note in main_first(data.ensure_lists):
+        if is_main():
+            print(f'note: {note}')
+    return data
 
 
 def network_config(args: argparse.Namespace, data: FoldData, seed: int | None = None) -> dict:

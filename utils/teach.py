@@ -24,11 +24,11 @@ import torch
 from core.errors import InputError, exits_cleanly, some
 from core.files import check_writable
 from core.ranks import world_size
-from dataset import DATASETS, FoldData
+from dataset import FoldData
 from dataset.legend import Legend
 from dataset.own_classes import SupportImage, SupportSamples, extend_legend, find_support, read_support
 from engine.checkpoint import Checkpoint, read_checkpoint, resolve_checkpoint, save_checkpoint
-from engine.described import described_network
+from engine.described import described_network, taught_classes
 from engine.distributed import process_group
 from engine.evaluation import evaluate
 from engine.feature_store import digest
@@ -40,7 +40,7 @@ from engine.teaching import Recipe, Teacher
 from engine.weights import SUFFIXES
 from model import POP, build_model
 from report.teaching import draw_panel, teaching_table, write_teaching
-from utils import cli
+from utils import cli, from_flags
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -126,7 +126,7 @@ def read_lesson(args: argparse.Namespace, device: torch.device) -> Lesson:
         raise InputError(f'without {some(args.forget)}, nothing is left but the base network; use its own checkpoint')
     legend = Legend((*legend.names, *stay), (*legend.class_ids, *stay.values()), legend.num_base, legend.palette)
     legend = extend_legend(legend, list(found), checkpoint.config['dataset'])
-    data = base_data(args, checkpoint.config) if args.data_dir else None
+    data = from_flags.described_data(args, checkpoint.config) if args.data_dir else None
     memory, size = None, tuple(checkpoint.config.get('base_size', cli.BASE_SIZE))
     if before or not data:
         path = args.memory or Path(checkpoint.path).parent / NAME
@@ -144,34 +144,14 @@ def read_lesson(args: argparse.Namespace, device: torch.device) -> Lesson:
 
 
 def taught_before(checkpoint: Checkpoint) -> dict[str, int]:
-    """Class name -> class id of the novel classes of a checkpoint, in the order of their labels.
-
-    Raises:
-        InputError: ft_pop.py trained them, so that no memory has their photographs.
-    """
-    num_base, num_novel = checkpoint.class_counts
-    if num_novel and 'taught' not in checkpoint.config:
+    """As `taught_classes`. Raises InputError for classes that ft_pop.py has taught: no memory has their images."""
+    taught = taught_classes(checkpoint)
+    if taught is None and checkpoint.class_counts[1]:
         raise InputError(
             f'{checkpoint.path} has novel classes of ft_pop.py, whose images are in no memory; give its base network '
             '(of train_base.py), or a network that utils.teach has taught'
         )
-    classes = checkpoint.config.get('classes', ())[num_base : num_base + num_novel]
-    return {name: class_id for class_id, name in classes}
-
-
-def base_data(args: argparse.Namespace, config: dict) -> FoldData:
-    """The base network's data in --data-dir; makes missing lists."""
-    if config['dataset'] not in DATASETS:
-        raise InputError(
-            f'--data-dir: the data set {config["dataset"]!r} of the network has no row in dataset/classes.py; '
-            f'expected one of {", ".join(DATASETS)}'
-        )
-    spec = DATASETS[config['dataset']]
-    cli.fill_lists(args, spec)
-    data = FoldData(spec, args.data_dir, config['fold'], args.train_list, args.val_list)
-    for note in data.ensure_lists():
-        print(f'note: {note}')
-    return data
+    return taught or {}
 
 
 def build_network(lesson: Lesson, seed: int) -> POP:

@@ -1,0 +1,325 @@
+"""Classes of one's own: what is read, what is learned from it, the memory, and the commands."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from PIL import Image
+from torch import nn
+
+from core.errors import InputError
+from dataset.masks import read_binary_mask, read_mask
+from dataset.own_classes import SupportImage, SupportSamples, find_support, read_support, support_positions
+from engine.features import KeptFeatures
+from engine.memory import views_per_class
+from engine.teaching import Recipe, label_rest, learn
+from model import POP, build_model
+
+FAST = ('--steps', 3, '--views', 4)
+
+
+@pytest.fixture
+def photographs(shapes, tmp_path):
+    """Fold 0's novel classes 1 and 2 under names of one's own: three JPEGs, and a PNG with its mask."""
+    ids = (shapes / 'list/trainaug.txt').read_text().split()
+    folder = tmp_path / 'photographs'
+    (folder / 'scooter').mkdir(parents=True)
+    (folder / 'bin').mkdir()
+    for image_id in ids[0:60:20]:  # the first classes of the images take turns
+        shutil.copy(shapes / f'JPEGImages/{image_id}.jpg', folder / 'scooter')
+        shown = read_mask(shapes / f'SegmentationClassAug/{image_id}.png') == 1
+        Image.fromarray(shown).save(folder / f'scooter/{image_id}.png')  # of one bit
+    image_id = ids[1]
+    Image.open(shapes / f'JPEGImages/{image_id}.jpg').save(folder / 'bin/photo.png')
+    shown = read_mask(shapes / f'SegmentationClassAug/{image_id}.png') == 2
+    Image.fromarray((shown * 7).astype(np.uint8)).save(folder / 'bin/photo_mask.png')
+    (folder / 'notes.txt').write_text('no photograph')
+    (folder / 'bin/.DS_Store').write_bytes(b'\0')
+    return folder
+
+
+@pytest.fixture
+def teach(run_script, tmp_path):
+    """Run utils.teach with few steps; returns (exit code, output, folder)."""
+
+    def run(source, out, *flags):
+        out = tmp_path / out
+        code, output = run_script(
+            'utils/teach.py', '--restore-from', source, '--out', out, '--device', 'cpu', *FAST, *flags
+        )
+        return code, output, out
+
+    return run
+
+
+def checkpoint(folder):
+    return torch.load(folder / 'best.pth', weights_only=True)
+
+
+def test_teaches_again_and_again_and_forgets(teach, run_script, shapes, base_run, photographs, tmp_path):
+    code, output, first = teach(base_run, 'first', '--support', photographs)
+    assert code == 0 and 'left out: notes.txt' in output and 'base mIoU on the ' in output, output
+    assert f'python -m utils.predict --restore-from {first} ' in output
+    assert {path.name for path in first.iterdir()} == {'best.pth', 'memory.pt', 'teach.json', 'panels'}
+    assert {path.name for path in (first / 'panels').iterdir()} == {'scooter.png', 'bin.png'}
+    told = json.loads((first / 'teach.json').read_text())['classes']
+    assert {name: (each['photographs'], each['class_id']) for name, each in told.items()} == {
+        'bin': (1, 21), 'scooter': (3, 22)
+    }  # fmt: skip
+    assert told['bin']['left_out_iou'] is None and 0 <= told['scooter']['left_out_iou'] <= 100
+    base, taught = checkpoint(base_run), checkpoint(first)
+    assert taught['config']['classes'] == [*base['config']['classes'][:15], [21, 'bin'], [22, 'scooter']]
+    assert all(torch.equal(value, taught['model'][key]) for key, value in base['model'].items())
+
+    code, output = run_script(
+        'utils/predict.py', '--restore-from', first, '--images', next(photographs.glob('scooter/*.jpg')), '--save-path',
+        tmp_path / 'segmented', '--num-workers', 0,
+    )  # fmt: skip
+    assert code == 0 and 'scooter' in (tmp_path / 'segmented/legend.svg').read_text(), output
+    code, output = run_script('test.py', *TINY, '--data-dir', shapes, '--restore-from', first)
+    assert code == 1 and 'was taught bin, scooter, no class of' in output and 'utils.predict' in output, output
+
+    (photographs / 'scooter').rename(tmp_path / 'aside')
+    (photographs / 'bin').rename(photographs / 'lamp')
+    code, output, second = teach(first, 'second', '--support', photographs, '--forget', 'bin')
+    assert code == 0, output
+    taught, again = taught['model'], checkpoint(second)
+    assert again['config']['classes'][15:] == [[22, 'scooter'], [23, 'lamp']]
+    told = json.loads((second / 'teach.json').read_text())['classes']
+    assert {name: (each['photographs'], each['new']) for name, each in told.items()} == {
+        'scooter': (3, False), 'lamp': (1, True)
+    }  # fmt: skip
+    start, now = taught['novel_emb'][1], again['model']['novel_emb'][0]
+    assert 0 < (start - now).norm() < 0.5 * start.norm()  # trained on, from where it was
+
+    code, output, third = teach(second, 'third', '--forget', 'scooter')
+    assert code == 0, output
+    assert torch.equal(checkpoint(third)['model']['novel_emb'], again['model']['novel_emb'][1:])
+    code, output, _ = teach(third, 'fourth', '--forget', 'lamp')
+    assert code == 1 and 'nothing is left but the base network' in output
+    code, output, _ = teach(third, 'fourth', '--forget', 'scooter')
+    assert code == 1 and 'was taught lamp' in output
+
+
+def test_the_same_seed_gives_the_same_weights_from_memory_and_from_data(
+    teach, run_script, shapes, base_run, photographs, tmp_path
+):
+    runs = {}
+    data = ('--data-dir', shapes, '--memory-mb', 1)
+    memory = ('--memory', tmp_path / 'small.pt')
+    code, output = run_script('utils/memory.py', '--restore-from', base_run, *data, '--out', memory[1])
+    assert code == 0, output
+    for name, flags in (('a', memory), ('b', data), ('c', (*memory, '--seed', 5))):
+        code, output, out = teach(base_run, name, '--support', photographs, '--no-leave-out', *flags)
+        assert code == 0, output
+        runs[name] = checkpoint(out)['model']
+    assert all(torch.equal(runs['a'][key], runs['b'][key]) for key in runs['a'])
+    assert not torch.equal(runs['a']['novel_emb'], runs['c']['novel_emb'])
+
+    small, whole = (torch.load(path, weights_only=True) for path in (memory[1], base_run / 'memory.pt'))
+    assert small['network'] == whole['network'] and memory[1].stat().st_size < 1.2e6
+    assert len(whole['rows']) == 15 * 20 > len(small['rows']) == 15 * (len(small['rows']) // 15) > 0
+    code, output = run_script('utils/memory.py', '--restore-from', base_run, *data[:2], '--memory-mb', 0.01)
+    assert code == 1 and 'raise --memory-mb to at least 1' in output
+
+
+def test_classes_of_the_data_set_are_evaluated(teach, run_script, shapes, base_run, photographs, tmp_path):
+    (photographs / 'scooter').rename(photographs / 'plain disc')
+    shutil.rmtree(photographs / 'bin')
+    code, output, out = teach(base_run, 'out', '--support', photographs, '--no-leave-out')
+    assert code == 0 and checkpoint(out)['config']['classes'][15:] == [[1, 'plain disc']], output
+    code, output = run_script('test.py', *TINY, '--data-dir', shapes, '--restore-from', out)
+    assert code == 0 and 'pinstriped disc, striped disc' in output and 'count as background' in output, output
+    assert 'shapes fold 0, taught' in output
+    confusion = np.load(out / 'confusion_123.npy')
+    masks = [read_mask(shapes / f'SegmentationClassAug/{i}.png') for i in (shapes / 'list/val.txt').read_text().split()]
+    counts = sum(np.bincount(mask.flatten(), minlength=256) for mask in masks)
+    assert confusion.sum(axis=1).tolist() == [counts[0] + counts[2:6].sum(), *counts[6:21], counts[1]]
+
+
+def test_a_memory_belongs_to_its_network(teach, run_script, shapes, base_run, photographs, tmp_path):
+    memory = (base_run / 'memory.pt').read_bytes()
+    assert len(memory) < 300e6
+    shutil.copy(base_run / 'best.pth', tmp_path / 'best.pth')
+    code, output, out = teach(tmp_path, 'out', '--support', photographs)
+    assert code == 1 and 'there is no' in output and 'utils.memory' in output
+    other = tmp_path / 'memory.pt'
+    changed = torch.load(base_run / 'memory.pt', weights_only=True)
+    for content, message in (
+        (memory[: len(memory) // 2], 'is damaged'),
+        (memory[:999] + bytes([memory[999] ^ 1]) + memory[1000:], 'is damaged'),
+        ((base_run / 'best.pth').read_bytes(), 'is no memory of a network'),
+        (changed | {'version': 0}, 'is of version 0'),
+        (changed | {'network': 'another'}, 'memory of another network'),
+        (changed | {'arrays': {name: array[:, :2] for name, array in changed['arrays'].items()}}, 'is damaged'),
+        (changed | {'support': {'scooter': [('a.jpg', 3, 4)]}}, 'is damaged'),
+    ):
+        if isinstance(content, bytes):
+            other.write_bytes(content)
+        else:
+            torch.save(content, other)
+        code, output, out = teach(tmp_path, 'out', '--support', photographs)
+        assert code == 1 and message in output, output
+        assert not out.exists()
+
+
+def test_a_memory_has_a_size_limit():
+    net = build_model('resnet18', 15, output_stride=8)
+    each = 60 * 60 * 2 * (15 + 512) + 473 * 473
+    assert views_per_class(net, (473, 473), 300) == 300_000_000 // (15 * each) == 4
+    assert views_per_class(net, (65, 65), 300) == 20
+    with pytest.raises(InputError, match='at least 61'):
+        views_per_class(net, (473, 473), 50)
+
+
+def save(path, *size, value=200, mode='L', **options):
+    Image.new(mode, size, value).save(path, **options)
+
+
+def turned(folder):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new('RGB', (40, 20)).save(folder / 'scooter/turned.jpg', exif=exif)
+    save(folder / 'scooter/turned.png', 40, 20)
+
+
+def tiny_object(folder):
+    Image.new('RGB', (4000, 3000)).save(folder / 'scooter/large.jpg')
+    mask = Image.new('L', (4000, 3000))
+    mask.putpixel((1, 1), 255)
+    mask.save(folder / 'scooter/large.png')
+
+
+MISTAKES = (
+    ('photograph .*new.jpg has no mask; expected .*new.png or', lambda f: save(f / 'scooter/new.jpg', 40, 20)),
+    ('new.png is alone', lambda f: save(f / 'scooter/new.png', 40, 20)),
+    ('mask .*photo_mask.png is empty', lambda f: save(f / 'bin/photo_mask.png', *Image.open(f / 'bin/photo.png').size,
+                                                      value=0)),
+    ('photo_mask.png is 40x20, its image .*photo.png is', lambda f: save(f / 'bin/photo_mask.png', 40, 20)),
+    ('displayed rotated by 90 degrees', turned),
+    ('1 pixels, of which none is left', tiny_object),
+    ('photo.png cannot be decoded: .*web page', lambda f: (f / 'bin/photo.png').write_text('<html>404')),
+    ('photo_mask.png is a JPEG file', lambda f: save(f / 'bin/photo_mask.png', 9, 9, format='JPEG')),
+    ('differ by their suffix only', lambda f: save(f / 'bin/photo.webp', 9, 9)),
+    ("'Pinstriped Star': the network has the class 'pinstriped star' already; rename the folder",
+     lambda f: (f / 'bin').rename(f / 'Pinstriped Star')),
+    ('holds no photograph', lambda f: (f / 'empty').mkdir()),
+    ('holds no folder of a class, but photo.jpg', lambda f: [shutil.rmtree(f), f.mkdir(), save(f / 'photo.jpg', 9, 9)]),
+    ('No such file or directory; expected FOLDER/CLASS/IMG.jpg', shutil.rmtree),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(('message', 'mistake'), MISTAKES)
+def test_mistakes_are_named_and_nothing_is_written(photographs, teach, base_run, message, mistake):
+    mistake(photographs)
+    code, output, out = teach(base_run, 'out', '--support', photographs)
+    assert code == 1 and 'error: ' in output, output
+    assert re.search(message, output), output
+    assert not out.exists()
+
+
+def test_masks_of_any_kind(tmp_path):
+    path, shown = tmp_path / 'mask.png', np.zeros((4, 6), bool)
+    shown[1:3, 2:5] = True
+    grey = shown * np.uint8(1)
+    white_first = Image.fromarray(1 - grey)
+    white_first.putpalette([0, 0, 0, 255, 255, 255][::-1])  # 0 is white, 1 is black
+    transparent = np.stack([np.full((4, 6), 255, np.uint8)] * 3 + [grey * 255], axis=2)
+    for picture in (
+        Image.fromarray(grey), Image.fromarray(shown), Image.fromarray(grey * 255), white_first.convert('RGB'),
+        Image.fromarray(grey.astype(np.uint16) * 256), Image.fromarray(transparent),
+        Image.fromarray(grey * 9).convert('LA'),
+    ):  # fmt: skip
+        picture.save(path)
+        assert np.array_equal(read_binary_mask(path), shown), picture.mode
+    reordered = Image.fromarray(1 - grey)
+    reordered.putpalette([250, 250, 250, 0, 0, 0])
+    reordered.save(path)
+    assert np.array_equal(read_binary_mask(path), shown)
+
+
+def test_photographs_are_read_as_they_are_displayed(tmp_path):
+    """A phone's photograph of 12 megapixels, stored on its side; its mask is as it is displayed."""
+    folder = tmp_path / 'support/scooter'
+    folder.mkdir(parents=True)
+    stored = np.zeros((3000, 4000, 3), np.uint8)
+    stored[:1500] = (250, 0, 0)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise: the upper half is displayed on the right
+    Image.fromarray(stored).save(folder / 'IMG_1.JPG', exif=exif)
+    mask = np.zeros((4000, 3000), np.uint8)
+    mask[:, 1500:] = 255
+    Image.fromarray(mask).save(folder / 'IMG_1.png')
+    classes, _ = find_support(tmp_path / 'support')
+    support = read_support(*classes['scooter'][0], (80, 80))
+    assert support.image.shape == (80, 60, 3) and support.name == 'IMG_1.JPG'
+    assert support.mask[:, 31:].all() and not support.mask[:, :29].any()
+    assert (support.image[:, 31:, 0] > 200).all() and (support.image[:, :29, 0] < 50).all()
+
+
+def images(count):
+    return [SupportImage(f'{i}.jpg', np.zeros((4, 4, 3), np.uint8), np.eye(4, dtype=np.uint8)) for i in range(count)]
+
+
+def test_each_class_has_as_many_views():
+    samples = SupportSamples({'a': images(1), 'b': images(3)}, {'a': 16, 'b': 17})
+    labels = [samples.label(samples.ids[position]) for position in support_positions(samples, 5)]
+    assert labels == [16] * 5 + [17] * 5
+    assert support_positions(samples, 2) == [0, 0, 1, 2, 3]  # every image once at least
+    assert samples.read('b/2.jpg')[1].tolist() == (17 * np.eye(4, dtype=int)).tolist()
+
+
+def kept(net, labels, directions):
+    """Views of 8x8 features whose right halves show a class: all labels have directions of their own."""
+    generator = torch.Generator().manual_seed(0)
+    count = len(labels)
+    features = 0.1 * torch.randn(count, 16, 8, 8, generator=generator)
+    masks = torch.zeros(count, 8, 8, dtype=torch.uint8)
+    for i, label in enumerate(labels):
+        features[i, :, :, :4] += directions[0][:, None, None]
+        features[i, :, :, 4:] += directions[label][:, None, None]
+        masks[i, :, 4:] = label
+    with torch.no_grad():
+        maps = net.decompose(features)
+    arrays = {name: array.permute(0, 2, 3, 1).half().contiguous() for name, array in maps.items()} | {'mask': masks}
+    rows = {i: {'id': str(i), 'shape': (8, 8), 'canvas': (8, 8)} for i in range(count)}
+    return KeptFeatures(arrays, rows, range(count), torch.device('cpu'))
+
+
+def test_learns_a_direction_and_leaves_the_base_as_it_is():
+    torch.manual_seed(0)
+    decoder = nn.Identity()
+    decoder.out_channels = 16
+    net = POP(nn.Identity(), decoder, num_base=2, num_novel=1)
+    directions = dict(enumerate(nn.init.orthogonal_(torch.empty(4, 16))))
+    with torch.no_grad():
+        net.base_emb.copy_(torch.stack([directions[1], directions[2]]))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    support, base = kept(net, [3] * 4, directions), kept(net, [1, 1, 2, 2], directions)
+    learn(net, support, base, Recipe(steps=150, batch_size=2, learning_rate=0.03), torch.float32)
+    after = net.state_dict()
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert changed == {'novel_emb', *(name for name in after if name.startswith('classifier_n.'))}
+    with torch.no_grad():
+        logits = net.classify(kept(net, [3, 3], directions).take(slice(0, 2)))
+    assert (logits.argmax(dim=1)[:, :, 4:] == 3).float().mean() > 0.95
+    assert (logits.argmax(dim=1)[:, :, :4] == 3).float().mean() < 0.05
+
+
+def test_what_a_mask_does_not_show_is_what_the_base_network_says():
+    torch.manual_seed(0)
+    decoder = nn.Identity()
+    decoder.out_channels = 16
+    base = POP(nn.Identity(), decoder, num_base=2)
+    views = kept(base, [0, 3], dict(enumerate(torch.eye(16))))
+    views.masks[0, 0] = 255
+    before = views.masks.clone()
+    with torch.no_grad():
+        said = base.classify(views.take(slice(0, 2))).argmax(dim=1)
+    label_rest(views, base)
+    assert torch.equal(views.masks.long(), torch.where(before == 0, said, before.long()))
+    assert len(said[before == 0].unique()) > 1

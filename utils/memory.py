@@ -1,0 +1,56 @@
+"""Write memory.pt beside a network: what utils.teach needs in place of the data that the network was trained on.
+
+    python -m utils.memory --restore-from runs/voc_base --data-dir VOC2012
+
+train_base.py writes it at its end. This command makes it for networks that were trained without it, or with another
+size. It holds features and labels of a few views of each base class, in half precision.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from core.errors import InputError, exits_cleanly
+from core.files import check_writable
+from engine.checkpoint import read_checkpoint, resolve_checkpoint
+from engine.described import described_network
+from engine.distributed import process_group
+from engine.memory import LIMIT_MB, NAME, keeper_in_memory, look_at_base, write_memory
+from engine.precision import precision
+from utils import cli, from_flags
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = cli.make_parser(__doc__)
+    parser.add_argument('--restore-from', required=True, help='the network: a checkpoint of stage 1, or its folder')
+    parser.add_argument('--data-dir', type=Path, required=True, help='the data that it was trained on')
+    parser.add_argument('--train-list', type=Path, help="training ids (default: the data set's)")
+    parser.add_argument('--out', type=Path, help='the file to write (default: memory.pt beside the checkpoint)')
+    parser.add_argument('--memory-mb', type=cli.rate, default=LIMIT_MB, help='size at most (default: 300)')
+    parser.add_argument('--num-workers', type=cli.not_negative, default=0, help='loader processes (default: 0)')
+    cli.add_device_flags(parser)
+    return parser.parse_args(argv)
+
+
+@exits_cleanly
+def main(args: argparse.Namespace):
+    with process_group(args.device) as device:
+        checkpoint = read_checkpoint(resolve_checkpoint(args.restore_from))
+        if checkpoint.class_counts[1]:
+            raise InputError(
+                f'{checkpoint.path} has novel classes, whose photographs are in the memory of utils.teach; give '
+                'the base network (of train_base.py)'
+            )
+        net, _ = described_network(checkpoint)
+        out = args.out or Path(checkpoint.path).parent / NAME
+        data = from_flags.described_data(args, checkpoint.config)
+        check_writable(out.parent)
+        keeper = keeper_in_memory(net.to(device), device, precision(device, args.fp16), print, args.num_workers)
+        size = tuple(checkpoint.config.get('base_size', cli.BASE_SIZE))
+        memory = look_at_base(keeper, data, size, args.memory_mb)
+        write_memory(out, memory)
+        print(f'{len(memory.base.rows)} views of {net.num_base} base classes, {out.stat().st_size / 1e6:.0f} MB: {out}')
+
+
+if __name__ == '__main__':
+    main(parse_args())
