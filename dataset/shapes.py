@@ -6,6 +6,7 @@ are dark and light on backgrounds of medium brightness, so that a network withou
 within minutes.
 
     python -m dataset.shapes --data-dir data/shapes
+    python -m dataset.shapes --support photographs --class-name "plain disc"     # for utils.teach
 """
 
 import argparse
@@ -50,6 +51,23 @@ def ensure_shapes(data_dir: str | Path):
     spec = DATASETS['shapes']
     if not (spec.list_root(data_dir) / spec.train_list).is_file():
         make_shapes(data_dir)
+
+
+def make_support(folder: Path, class_name: str, count: int = 5, seed: int = 1):
+    """Write photographs of one class with masks, as for `own_classes.find_support`.
+
+    Args:
+        folder: gets a folder with the name of the class.
+        class_name: one of the data set's.
+        count: number of photographs.
+        seed: the same seed gives the same files.
+    """
+    class_id = DATASETS['shapes'].class_names.index(class_name) + 1
+    (folder / class_name).mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        image, mask = draw_scene(np.random.default_rng((seed, i)), class_id)
+        cv2.imwrite(str(folder / class_name / f'{i}.jpg'), image[:, :, ::-1])
+        cv2.imwrite(str(folder / class_name / f'{i}.png'), (mask == class_id) * np.uint8(255))
 
 
 def draw_scene(rng: np.random.Generator, first_class: int) -> tuple[np.ndarray, np.ndarray]:
@@ -133,11 +151,19 @@ def _outline(name, angle, radius):
 @exits_cleanly
 def main():
     parser = argparse.ArgumentParser(description='Make the embedded data set.')
-    parser.add_argument('--data-dir', type=Path, required=True, help='folder to make')
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument('--data-dir', type=Path, help='folder to make')
+    what.add_argument('--support', type=Path, help='folder to make for utils.teach')
+    names = DATASETS['shapes'].class_names
+    parser.add_argument('--class-name', choices=names, default=names[0], help='with --support: the class')
     parser.add_argument('--seed', type=int, default=0, help='seed of all random choices (default: 0)')
     args = parser.parse_args()
-    make_shapes(args.data_dir, args.seed)
-    print(f'{TRAIN_IMAGES} training and {VAL_IMAGES} validation images in {args.data_dir}')
+    if args.support:
+        make_support(args.support, args.class_name, seed=args.seed + 1)  # other scenes than the data set has
+        print(f'photographs of {args.class_name} with masks in {args.support}')
+    else:
+        make_shapes(args.data_dir, args.seed)
+        print(f'{TRAIN_IMAGES} training and {VAL_IMAGES} validation images in {args.data_dir}')
 
 
 if __name__ == '__main__':

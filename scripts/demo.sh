@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Run both stages and the evaluation on embedded data; minutes on a CPU. Prints a table and writes pictures.
+# Run both stages and the evaluation on embedded data, then teach one more class; minutes on a CPU. Prints tables and
+# writes pictures.
 #   bash scripts/demo.sh
 set -euo pipefail
 if [ $# -gt 0 ]; then
@@ -25,3 +26,8 @@ python ft_pop.py "${data[@]}" "${network[@]}" "${training[@]}" --restore-from "$
     --shot 5 --random-seed 123,234 --batch-size 4 --num-epoch 6 --val-every 2 --fix-lr --update-base
 echo "== evaluation"
 python test.py "${data[@]}" "${network[@]}" --restore-from "$run/5shot" --shot 5 --random-seed 123,234 --overlay 4
+echo "== a class of one's own, from five photographs with masks"
+python -m dataset.shapes --support "$run/photographs" --class-name "plain disc"
+python -m utils.teach --restore-from "$run/base" --support "$run/photographs" --out "$run/taught" --fp16
+python -m utils.predict --restore-from "$run/taught" --images data/shapes/JPEGImages/val_0000.jpg \
+    --save-path "$run/segmented"
