@@ -18,7 +18,6 @@ from dataset.labels import label_table
 from dataset.legend import Legend
 from dataset.lists import CACHE_NAME, ClassIndex, FoldLists, ensure_class_lists, read_ids
 from dataset.segmentation import SegmentationDataset
-from dataset.shapes import ensure_shapes
 from dataset.transforms import Augmentation
 
 
@@ -78,6 +77,8 @@ class FoldData:
     def ensure_images(self):
         """Make the embedded data set if it is asked for and missing."""
         if self.spec.name == 'shapes':
+            from dataset.shapes import ensure_shapes  # here: it is a command too, which a package should not import
+
             ensure_shapes(self.data_dir)
 
     def prepare(self) -> list[str]:
