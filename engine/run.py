@@ -21,9 +21,7 @@ from engine.stage import Stage
 
 
 @contextlib.contextmanager
-def training_process(
-    folder: Path, device: str, timeout_minutes: float, deterministic: bool
-) -> Iterator[torch.device]:
+def training_process(folder: Path, device: str, timeout_minutes: float, deterministic: bool) -> Iterator[torch.device]:
     """Join the processes of a training run, lock its folder, and make SIGTERM and SIGINT save before they end it.
 
     Args:
