@@ -42,6 +42,8 @@ from model import POP, build_model
 from report.teaching import draw_panel, teaching_table, write_teaching
 from utils import cli, from_flags
 
+STEPS = 150
+
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
@@ -64,7 +66,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         '--scale-range', type=cli.parse_range, default=(0.5, 2.0), metavar='LO,HI',
         help='random resize factor of the views, relative to the size that fits (default: 0.5,2)',
     )  # fmt: skip
-    group.add_argument('--steps', type=cli.positive, default=300, help='default: 300')
+    group.add_argument(
+        '--steps', type=cli.positive, help=f'default: {STEPS} and as many for each novel class, so {2 * STEPS} for one'
+    )
     group.add_argument(
         '--learning-rate', type=cli.rate, default=1e-3, help='the head has ten times this rate (default: 1e-3)'
     )
@@ -126,17 +130,17 @@ def read_lesson(args: argparse.Namespace, device: torch.device) -> Lesson:
         raise InputError(f'without {some(args.forget)}, nothing is left but the base network; use its own checkpoint')
     legend = Legend((*legend.names, *stay), (*legend.class_ids, *stay.values()), legend.num_base, legend.palette)
     legend = extend_legend(legend, list(found), checkpoint.config['dataset'])
-    data = from_flags.described_data(args, checkpoint.config) if args.data_dir else None
     memory, size = None, tuple(checkpoint.config.get('base_size', cli.BASE_SIZE))
-    if before or not data:
+    if before or not args.data_dir:
         path = args.memory or Path(checkpoint.path).parent / NAME
         memory = read_memory(path, base, digest(base.state_dict()), device)
         if missing := [name for name in stay if name not in memory.support]:
             raise InputError(f'{path} has no photographs of {some(missing)}; --forget them, and teach them again')
-    if not data:
+    if not args.data_dir:
         size = tuple(memory.base.masks.shape[1:])
     support = {name: memory.support[name] for name in stay}
     support |= {name: [read_support(*pair, size) for pair in pairs] for name, pairs in found.items()}
+    data = from_flags.described_data(args, checkpoint.config) if args.data_dir else None
     return Lesson(
         checkpoint=checkpoint, base=base.to(device, memory_format=torch.channels_last), legend=legend, support=support,
         new=list(found), size=size, base_views=None if data else memory.base, data=data,
@@ -174,6 +178,7 @@ def build_network(lesson: Lesson, seed: int) -> POP:
 def train(args: argparse.Namespace, lesson: Lesson, keeper: FeatureKeeper) -> Teacher:
     """Teach what there is to learn; where classes are forgotten only, the others stay as they are."""
     labels = dict(zip(lesson.support, lesson.legend.novel_labels, strict=True))
+    args.steps = args.steps or STEPS * (1 + len(labels))
     recipe = Recipe(args.steps, args.batch_size, args.learning_rate, seed=args.seed)
     teacher = Teacher(
         build_network(lesson, args.seed), lesson.base, SupportSamples(lesson.support, labels), lesson.base_views,
