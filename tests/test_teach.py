@@ -18,6 +18,7 @@ from engine.features import KeptFeatures
 from engine.memory import views_per_class
 from engine.teaching import Recipe, label_rest, learn
 from model import POP, build_model
+from utils import memory
 
 FAST = ('--steps', 3, '--views', 4)
 
@@ -42,6 +43,16 @@ def photographs(shapes, tmp_path):
     return folder
 
 
+@pytest.fixture(scope='module')
+def base(shapes, base_run, tmp_path_factory):
+    """The base network with a small memory, which `utils.memory` made."""
+    folder = tmp_path_factory.mktemp('base')
+    shutil.copy(base_run / 'best.pth', folder)
+    args = ('--restore-from', folder, '--data-dir', shapes, '--memory-mb', 1)
+    memory.main(memory.parse_args([str(arg) for arg in args]))
+    return folder
+
+
 @pytest.fixture
 def teach(run_script, tmp_path):
     """Run utils.teach with few steps; returns (exit code, output, folder)."""
@@ -60,8 +71,8 @@ def checkpoint(folder):
     return torch.load(folder / 'best.pth', weights_only=True)
 
 
-def test_teaches_again_and_again_and_forgets(teach, run_script, shapes, base_run, photographs, tmp_path):
-    code, output, first = teach(base_run, 'first', '--support', photographs)
+def test_teaches_again_and_again_and_forgets(teach, run_script, shapes, base, photographs, tmp_path):
+    code, output, first = teach(base, 'first', '--support', photographs)
     assert code == 0 and 'left out: notes.txt' in output and 'base mIoU on the ' in output, output
     assert f'python -m utils.predict --restore-from {first} ' in output
     assert {path.name for path in first.iterdir()} == {'best.pth', 'memory.pt', 'teach.json', 'panels'}
@@ -71,9 +82,9 @@ def test_teaches_again_and_again_and_forgets(teach, run_script, shapes, base_run
         'bin': (1, 21), 'scooter': (3, 22)
     }  # fmt: skip
     assert told['bin']['left_out_iou'] is None and 0 <= told['scooter']['left_out_iou'] <= 100
-    base, taught = checkpoint(base_run), checkpoint(first)
-    assert taught['config']['classes'] == [*base['config']['classes'][:15], [21, 'bin'], [22, 'scooter']]
-    assert all(torch.equal(value, taught['model'][key]) for key, value in base['model'].items())
+    before, taught = checkpoint(base), checkpoint(first)
+    assert taught['config']['classes'] == [*before['config']['classes'][:15], [21, 'bin'], [22, 'scooter']]
+    assert all(torch.equal(value, taught['model'][key]) for key, value in before['model'].items())
 
     code, output = run_script(
         'utils/predict.py', '--restore-from', first, '--images', next(photographs.glob('scooter/*.jpg')), '--save-path',
@@ -106,31 +117,30 @@ def test_teaches_again_and_again_and_forgets(teach, run_script, shapes, base_run
 
 
 def test_the_same_seed_gives_the_same_weights_from_memory_and_from_data(
-    teach, run_script, shapes, base_run, photographs, tmp_path
+    teach, run_script, shapes, base, base_run, photographs, tmp_path
 ):
     runs = {}
     data = ('--data-dir', shapes, '--memory-mb', 1)
-    memory = ('--memory', tmp_path / 'small.pt')
-    code, output = run_script('utils/memory.py', '--restore-from', base_run, *data, '--out', memory[1])
-    assert code == 0, output
-    for name, flags in (('a', memory), ('b', data), ('c', (*memory, '--seed', 5))):
-        code, output, out = teach(base_run, name, '--support', photographs, '--no-leave-out', *flags)
+    for name, flags in (('a', ()), ('b', data), ('c', ('--seed', 5))):
+        code, output, out = teach(base, name, '--support', photographs, '--no-leave-out', *flags)
         assert code == 0, output
         runs[name] = checkpoint(out)['model']
     assert all(torch.equal(runs['a'][key], runs['b'][key]) for key in runs['a'])
     assert not torch.equal(runs['a']['novel_emb'], runs['c']['novel_emb'])
 
-    small, whole = (torch.load(path, weights_only=True) for path in (memory[1], base_run / 'memory.pt'))
-    assert small['network'] == whole['network'] and memory[1].stat().st_size < 1.2e6
+    small, whole = (torch.load(folder / 'memory.pt', weights_only=True) for folder in (base, base_run))
+    assert small['network'] == whole['network'] and (base / 'memory.pt').stat().st_size < 1.2e6
     assert len(whole['rows']) == 15 * 20 > len(small['rows']) == 15 * (len(small['rows']) // 15) > 0
-    code, output = run_script('utils/memory.py', '--restore-from', base_run, *data[:2], '--memory-mb', 0.01)
+    code, output = run_script(
+        'utils/memory.py', '--restore-from', base, *data[:2], '--memory-mb', 0.01, '--out', tmp_path / 'memory.pt'
+    )
     assert code == 1 and 'raise --memory-mb to at least 1' in output
 
 
-def test_classes_of_the_data_set_are_evaluated(teach, run_script, shapes, base_run, photographs, tmp_path):
+def test_classes_of_the_data_set_are_evaluated(teach, run_script, shapes, base, photographs):
     (photographs / 'scooter').rename(photographs / 'plain disc')
     shutil.rmtree(photographs / 'bin')
-    code, output, out = teach(base_run, 'out', '--support', photographs, '--no-leave-out')
+    code, output, out = teach(base, 'out', '--support', photographs, '--no-leave-out')
     assert code == 0 and checkpoint(out)['config']['classes'][15:] == [[1, 'plain disc']], output
     code, output = run_script('test.py', *TINY, '--data-dir', shapes, '--restore-from', out)
     assert code == 0 and 'pinstriped disc, striped disc' in output and 'count as background' in output, output
@@ -141,18 +151,17 @@ def test_classes_of_the_data_set_are_evaluated(teach, run_script, shapes, base_r
     assert confusion.sum(axis=1).tolist() == [counts[0] + counts[2:6].sum(), *counts[6:21], counts[1]]
 
 
-def test_a_memory_belongs_to_its_network(teach, run_script, shapes, base_run, photographs, tmp_path):
-    memory = (base_run / 'memory.pt').read_bytes()
-    assert len(memory) < 300e6
-    shutil.copy(base_run / 'best.pth', tmp_path / 'best.pth')
+def test_a_memory_belongs_to_its_network(teach, base, photographs, tmp_path):
+    whole = (base / 'memory.pt').read_bytes()
+    shutil.copy(base / 'best.pth', tmp_path / 'best.pth')
     code, output, out = teach(tmp_path, 'out', '--support', photographs)
     assert code == 1 and 'there is no' in output and 'utils.memory' in output
     other = tmp_path / 'memory.pt'
-    changed = torch.load(base_run / 'memory.pt', weights_only=True)
+    changed = torch.load(base / 'memory.pt', weights_only=True)
     for content, message in (
-        (memory[: len(memory) // 2], 'is damaged'),
-        (memory[:999] + bytes([memory[999] ^ 1]) + memory[1000:], 'is damaged'),
-        ((base_run / 'best.pth').read_bytes(), 'is no memory of a network'),
+        (whole[: len(whole) // 2], 'is damaged'),
+        (whole[:999] + bytes([whole[999] ^ 1]) + whole[1000:], 'is damaged'),
+        ((base / 'best.pth').read_bytes(), 'is no memory of a network'),
         (changed | {'version': 0}, 'is of version 0'),
         (changed | {'network': 'another'}, 'memory of another network'),
         (changed | {'arrays': {name: array[:, :2] for name, array in changed['arrays'].items()}}, 'is damaged'),
@@ -214,9 +223,9 @@ MISTAKES = (
 
 
 @pytest.mark.parametrize(('message', 'mistake'), MISTAKES)
-def test_mistakes_are_named_and_nothing_is_written(photographs, teach, base_run, message, mistake):
+def test_mistakes_are_named_and_nothing_is_written(photographs, teach, base, message, mistake):
     mistake(photographs)
-    code, output, out = teach(base_run, 'out', '--support', photographs)
+    code, output, out = teach(base, 'out', '--support', photographs)
     assert code == 1 and 'error: ' in output, output
     assert re.search(message, output), output
     assert not out.exists()
