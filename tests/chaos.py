@@ -185,7 +185,8 @@ def damaged(place, kind):
     size = path.stat().st_size
     path.write_bytes(bytes(size) if kind == 'zeros' else path.read_bytes()[: size // 2])
     output, lost = place.finish(run)
-    check(f'{path} cannot be read' in output and 'previous.pth' in output, output)
+    said = 'is empty inside' if kind == 'zeros' else 'is damaged: it ends early'
+    check(f'{path} {said}' in output and 'previous.pth' in output, output)
     return 'the run named the file and resumed from previous.pth to the same weights', steps(lost)
 
 

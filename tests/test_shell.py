@@ -93,7 +93,7 @@ def test_the_whole_grid_starts_with_the_recipe(tmp_path):
     code, output = run()
     assert code == 1 and '7 commands, 0 of them done' in output, output  # base; lists, stage 2, evaluation of two shots
     assert f"--restore-from '{weights}'" in output and '--backbone resnet50v2' in output
-    assert 'folder' in output and 'does not exist' in output and '1 commands failed' in output
+    assert 'utils.coco_parse_script' in output and 'Traceback' not in output and '1 commands failed' in output
     code, output = run(EPOCHS='1')
     assert code == 2 and 'EPOCHS is set' in output
 
