@@ -6,6 +6,7 @@ maps of one MLP in a batch, as the published code does), the pyramid upsampled a
 Dimensions: B batch, Kb base classes, K logits.
 """
 
+import functools
 import re
 from collections.abc import Callable
 
@@ -90,6 +91,7 @@ def confusion(variant: Variant, num_labels: int) -> Callable:
 PATHS = {
     'stage1_step': (stage_1_step, ('Kb=15', 'Kb=60')),
     'stage2_step': (stage_2_step, ('15+5', '60+20')),
+    'kept_step': (functools.partial(stage_2_step, views_are_kept=True), ('15+5', '60+20')),
     'inference': (inference, ('15+5', '60+20')),
     'cached_validation': (cached_validation, ('15+5', '60+20')),
     'confusion_matrix': (confusion, ('81',)),

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from engine.features import KeptFeatures
 from engine.optim import Optimization
 from engine.precision import autocast, compile_features, to_device
 from engine.stage import Stage
@@ -81,8 +82,10 @@ def stage_1_step(variant: Variant, num_base: int, size: int = 2) -> Callable[[],
     return our_step(make_stage(BaseStage, variant, net, net), batch)
 
 
-def stage_2_step(variant: Variant, num_base: int, num_novel: int) -> Callable[[], torch.Tensor]:
-    """One step of stage 2 with a support image and a base image; returns the loss."""
+def stage_2_step(
+    variant: Variant, num_base: int, num_novel: int, views_are_kept: bool = False
+) -> Callable[[], torch.Tensor]:
+    """One step of stage 2 with a support image and a base image, or on kept features of them; returns the loss."""
     whole = network(variant, num_base, num_novel)
     net = whole.net if variant.plain else whole
     net.freeze_base()
@@ -102,7 +105,23 @@ def stage_2_step(variant: Variant, num_base: int, num_novel: int) -> Callable[[]
     halves = {
         name: {key: tensor[i : i + 1] for key, tensor in batch.items()} for i, name in enumerate(('support', 'base'))
     }
-    return our_step(make_stage(NovelStage, variant, net, Head(net), frozen=frozen), halves)
+    kept = {name: keep(frozen, half, variant) for name, half in halves.items()} if views_are_kept else None
+    for half in halves.values() if kept else ():
+        half['row'] = torch.zeros(1, dtype=torch.int64)
+    return our_step(make_stage(NovelStage, variant, net, Head(net), frozen=frozen, kept=kept), halves)
+
+
+@torch.no_grad()
+def keep(frozen: POP, batch: dict, variant: Variant) -> KeptFeatures:
+    """Features of a batch of one image as `FeatureKeeper` keeps them."""
+    images, mask = on_device(batch, variant.device)
+    with autocast(variant.device, variant.dtype):
+        maps = frozen.maps(to_device(images, variant.device))
+    arrays = {name: values.permute(0, 2, 3, 1).half().contiguous() for name, values in maps.items()}
+    size = tuple(mask.shape[1:])
+    return KeptFeatures(
+        arrays | {'mask': mask.byte()}, {0: {'id': '', 'shape': size, 'canvas': size}}, [0], variant.device
+    )
 
 
 def on_device(batch: dict, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,7 +28,7 @@ def test_both_sides_find_the_same(path):
         assert (ours - plain).abs().sum() <= 0.02 * plain.sum()
 
 
-@pytest.mark.parametrize('path', ('stage1_step', 'stage2_step'))
+@pytest.mark.parametrize('path', ('stage1_step', 'stage2_step', 'kept_step'))
 def test_steps_change_what_is_trained_by_the_same_losses(path, monkeypatch):
     nets, losses = [], []
     make = steps.network
@@ -39,7 +39,7 @@ def test_steps_change_what_is_trained_by_the_same_losses(path, monkeypatch):
         before = {name: p.detach().clone() for name, p in net.named_parameters()}
         losses.append(step().item())
         changed = {name for name, p in net.named_parameters() if not torch.equal(p, before[name])}
-        if path == 'stage2_step':
+        if path != 'stage1_step':
             assert changed == {'novel_emb', *(f'classifier_n.{i}.weight' for i in (0, 2, 4))}
         else:
             assert {'base_emb', 'backbone.conv1.weight', 'decoder.bottleneck.0.weight'} <= changed
@@ -63,16 +63,22 @@ def test_sides_take_turns_in_processes_of_their_own():
 
 
 def test_projections_add_up(capsys):
-    times = {'stage2_step': (36.0, 3.6), 'cached_validation': (7.2, 0.36), 'inference': (None, 3.6)}
+    times = {
+        'stage2_step': (36.0, 3.6), 'kept_step': (36.0, 0.36), 'cached_validation': (7.2, 0.36),
+        'inference': (None, 3.6),
+    }  # fmt: skip
     rows = [
         {'path': path, 'setting': setting, 'precision': side, 'plain_s': plain, 'ours_s': ours}
         for path, (plain, ours) in times.items()
         for setting in ('15+5', '60+20')
         for side in cases.SIDES[1:]
     ]
-    voc = run.project(rows)[0]
+    voc, validated_once = run.project(rows)[:2]
     assert voc['plain_h'] == pytest.approx(500 * (15 * 36 + 1449 * 7.2) / 3600)
     assert voc['ours_h'] == pytest.approx(1449 * 0.001 + 500 * (15 * 0.001 + 1449 * 0.0001))
+    assert voc['views_h'] == pytest.approx((1449 + 20 * 20) * 0.001 + 500 * (15 * 0.0001 + 1449 * 0.0001))
+    assert validated_once['views_h'] == pytest.approx((1449 + 20 * 20) * 0.001 + 500 * 15 * 0.0001 + 1449 * 0.0001)
+    assert [gain['ratio'] for gain in run.kept_gains(rows)] == pytest.approx([10] * len(cases.SIDES[1:]) * 2)
     assert 'VOC' in capsys.readouterr().out
 
 
