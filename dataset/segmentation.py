@@ -1,5 +1,6 @@
 """Images with labels, for training and evaluation."""
 
+import copy
 import dataclasses
 from collections.abc import Collection, Sequence
 
@@ -96,19 +97,34 @@ class SegmentationDataset(Dataset):
             else:
                 return {'image': image, 'mask': mask, 'id': image_id, 'skipped': skipped}
 
-    def _evaluation_item(self, index):
+    def chosen(self, image_ids: Collection[str]) -> 'SegmentationDataset':
+        """The same data set with these of its images only, in their order here."""
+        fewer = copy.copy(self)
+        fewer.image_ids = [image_id for image_id in self.image_ids if image_id in image_ids]
+        return fewer
+
+    def original(self, index: int) -> dict:
+        """An evaluation item as it is stored: 'image' RGB uint8 [H, W, 3] and 'mask', labels uint8 [H, W].
+
+        Returns:
+            Also 'id', 'index', and 'skipped', why it cannot be read, or ''; such an item has nothing else.
+        """
         image_id = self.image_ids[index]
         try:
-            original, labels = self.samples.read(image_id)
+            image, labels = self.samples.read(image_id)
         except InputError as error:
             if not self.skip_bad:
                 raise InputError(f'{error} Use --skip-bad-images to leave it out.') from error
             return {'skipped': str(error)}
-        fitted, mask = transforms.resize_to_fit(original, labels, self.fit_size)
+        return {'id': image_id, 'index': index, 'skipped': '', 'image': image, 'mask': labels}
+
+    def _evaluation_item(self, index):
+        item = self.original(index)
+        if item['skipped']:
+            return item
+        labels = item['mask']
+        fitted, mask = transforms.resize_to_fit(item['image'], labels, self.fit_size)
         image, _ = transforms.to_tensors(fitted, mask, self.fit_size)
-        item = {'id': image_id, 'index': index, 'skipped': ''}
         if self.resize_mask:
             return item | {'image': image, 'mask': mask, 'canvas': self.fit_size}
-        factor = transforms.fit_factor(labels.shape, self.fit_size)
-        canvas = tuple(round(side / factor) for side in self.fit_size)
-        return item | {'image': image, 'mask': labels, 'canvas': canvas}
+        return item | {'image': image, 'canvas': transforms.canvas_of(labels.shape, self.fit_size)}

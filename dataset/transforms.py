@@ -61,6 +61,12 @@ def fit_factor(shape: tuple[int, int], size: tuple[int, int]) -> float:
     return min(size[0] / shape[0], size[1] / shape[1])
 
 
+def canvas_of(shape: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """What an image of `shape` (h, w) that is resized to fit `size` (H, W) has to be padded to, to fill it: (h', w')."""
+    factor = fit_factor(shape, size)
+    return tuple(round(side / factor) for side in size)
+
+
 def resize(image: np.ndarray, mask: np.ndarray, factor: float) -> tuple[np.ndarray, np.ndarray]:
     """Scale each side to int(side * factor + 0.5), at least 1: the image bilinearly, the mask by nearest pixel."""
     height, width = (max(int(side * factor + 0.5), 1) for side in mask.shape)
@@ -80,8 +86,14 @@ def to_tensors(image: np.ndarray, mask: np.ndarray, size: tuple[int, int]) -> tu
         Image float32 [3, H, W], channels last in memory, and mask uint8 [H, W].
     """
     height, width = mask.shape
-    pixels = np.zeros((*size, 3), np.float32)
-    pixels[:height, :width] = cv2.LUT(np.ascontiguousarray(image), NORMALISED)
     labels = np.full(size, IGNORE_INDEX, np.uint8)
     labels[:height, :width] = mask
-    return torch.from_numpy(pixels).permute(2, 0, 1), torch.from_numpy(labels)
+    return image_tensor(image, size), torch.from_numpy(labels)
+
+
+def image_tensor(image: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
+    """The image of `to_tensors`."""
+    height, width = image.shape[:2]
+    pixels = np.zeros((*size, 3), np.float32)
+    pixels[:height, :width] = cv2.LUT(np.ascontiguousarray(image), NORMALISED)
+    return torch.from_numpy(pixels).permute(2, 0, 1)

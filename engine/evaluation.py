@@ -1,6 +1,7 @@
 """Evaluation: segment images and compare them with their masks."""
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from model.kernels import needed, predict
 
 # called with (image id, prediction, mask), integer tensors [h, w]
 OnPrediction = Callable[[str, torch.Tensor, torch.Tensor], None]
+COUNTED_AT_ONCE = 2**24  # pixels: counting takes several times their memory
 BATCHES_BETWEEN_EXCHANGES = 8  # of several processes, which stop together
 
 
@@ -24,24 +26,37 @@ class Counted:
     """Counts the images of an evaluation: those that could not be read (--skip-bad-images) have no prediction.
 
     Args:
-        on_prediction: gets the predictions.
+        writers: get the predictions, in turn; None is none.
     """
 
-    def __init__(self, on_prediction: OnPrediction | None = None):
-        self.on_prediction, self.images = on_prediction, 0
+    def __init__(self, *writers: OnPrediction | None):
+        self.writers, self.images = [write for write in writers if write], 0
 
     def __call__(self, image_id: str, prediction: torch.Tensor, truth: torch.Tensor):
         """Take one image's labels, integer [H, W]."""
         self.images += 1
-        if self.on_prediction:
-            self.on_prediction(image_id, prediction, truth)
+        for write in self.writers:
+            write(image_id, prediction, truth)
 
     def total(self) -> int:
         """Number of images of all processes."""
         return sum_over_processes(self.images)[0]
 
 
-@torch.no_grad()
+class Segmented(NamedTuple):
+    """Images that were segmented together.
+
+    Attributes:
+        ids, shapes: of each, image id and (h, w).
+        predictions, truth: labels, integer [B, H, W]; what is outside of an image's shape is not counted.
+    """
+
+    ids: list[str]
+    shapes: list[tuple[int, int]]
+    predictions: torch.Tensor
+    truth: torch.Tensor
+
+
 def evaluate(
     net: POP,
     batches: Iterable[dict],
@@ -49,7 +64,7 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     on_prediction: OnPrediction | None = None,
 ) -> np.ndarray:
-    """Segment images and compare them with their masks.
+    """Segment images in one pass each and compare them with their masks.
 
     Args:
         net: put into eval mode.
@@ -60,14 +75,42 @@ def evaluate(
     Returns:
         Confusion matrix of all processes' images, int64 [K, K], row = truth.
     """
+    return compare(one_pass(net, batches, device, dtype), net.num_logits, device, on_prediction)
+
+
+def compare(
+    images: Iterable[Segmented], num_logits: int, device: torch.device, on_prediction: OnPrediction | None = None
+) -> np.ndarray:
+    """Compare predictions with masks.
+
+    Args:
+        images: of this process.
+        num_logits: K.
+        device: of the predictions.
+        on_prediction: called with (id, prediction, mask) of each image, integer tensors [h, w].
+
+    Returns:
+        Confusion matrix of all processes' images, int64 [K, K], row = truth.
+    """
+    confusion = torch.zeros(num_logits, num_logits, dtype=torch.int64, device=device)
+    for ids, shapes, predictions, truth in images:
+        rows = max(COUNTED_AT_ONCE // truth[:, 0].numel(), 1)
+        for part in zip(truth.split(rows, dim=1), predictions.split(rows, dim=1), strict=True):
+            confusion += confusion_matrix(*part, num_logits)
+        if on_prediction:
+            for image_id, (h, w), prediction, mask in zip(ids, shapes, predictions, truth, strict=True):
+                on_prediction(image_id, prediction[:h, :w], mask[:h, :w])
+    return all_sum(confusion).cpu().numpy()
+
+
+@torch.no_grad()
+def one_pass(
+    net: POP, batches: Iterable[dict], device: torch.device, dtype: torch.dtype = torch.float32
+) -> Iterator[Segmented]:
+    """Segment images in one pass each; arguments as `evaluate`."""
     net.eval()
-    confusion = torch.zeros(net.num_logits, net.num_logits, dtype=torch.int64, device=device)
     scores = net.score_prototypes()
-    for batch in interruptible(tqdm(batches, 'evaluating', leave=False, disable=None if is_main() else True)):
-        for reason in batch['skipped']:
-            tqdm.write(f'skipped: {reason}')
-        if not batch['id']:
-            continue
+    for batch in readable(batches):
         if 'maps' in batch:
             maps = batch['maps']
         else:
@@ -77,16 +120,26 @@ def evaluate(
         for group in _groups(batch['canvas'], device):
             shapes = batch['shape'][group]
             height, width = map(max, zip(*shapes, strict=True))
-            truth = masks[group, :height, :width]
             shown = {name: values[group] for name, values in maps.items()}
             predictions = segment(net, shown, scores, batch['canvas'][group.start], (height, width), dtype)
-            confusion += confusion_matrix(truth, predictions, net.num_logits)
-            if on_prediction:
-                for image_id, (h, w), prediction, mask in zip(
-                    batch['id'][group], shapes, predictions, truth, strict=True
-                ):
-                    on_prediction(image_id, prediction[:h, :w], mask[:h, :w])
-    return all_sum(confusion).cpu().numpy()
+            yield Segmented(batch['id'][group], shapes, predictions, masks[group, :height, :width])
+
+
+def readable(batches: Iterable[dict], total: int | None = None) -> Iterator[dict]:
+    """Yield the batches that hold an image, with a progress bar, reasons for what is skipped, and a way to interrupt.
+
+    Args:
+        batches: of this process; 'skipped' is a list of reasons or a reason.
+        total: number of batches, where they do not have it.
+    """
+    bar = tqdm(batches, 'evaluating', total, leave=False, disable=None if is_main() else True)
+    for batch in interruptible(bar):
+        skipped = batch['skipped']
+        for reason in [skipped] if isinstance(skipped, str) else skipped:
+            if reason:
+                tqdm.write(f'skipped: {reason}')
+        if batch.get('id'):
+            yield batch
 
 
 def interruptible(batches: Iterable[dict]) -> Iterator[dict]:
@@ -131,13 +184,24 @@ def segment(
     Returns:
         int64 [B, H, W].
     """
+    return predict(visible_logits(net, maps, scores, canvas, shape, dtype), canvas, shape)
+
+
+def visible_logits(
+    net: POP,
+    maps: dict[str, torch.Tensor],
+    scores: tuple[torch.Tensor, torch.Tensor],
+    canvas: tuple[int, int],
+    shape: tuple[int, int],
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """What `segment` upsamples: logits [B, K, h, w], which are zero where they show only padding."""
     any_map = next(iter(maps.values()))
     sizes = any_map.shape[-2:]
     rows, columns = (needed(*sides) for sides in zip(shape, canvas, sizes, strict=True))
     with autocast(any_map.device, dtype):
         logits = net.classify({name: values[:, :, :rows, :columns] for name, values in maps.items()}, scores)
-    logits = F.pad(logits, (0, sizes[1] - columns, 0, sizes[0] - rows))
-    return predict(logits, canvas, shape)
+    return F.pad(logits, (0, sizes[1] - columns, 0, sizes[0] - rows))
 
 
 def _groups(canvases: list[tuple[int, int]], device: torch.device) -> Iterator[slice]:

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Subset
 
 from core.files import atomic_write
 from core.ranks import is_main
@@ -138,8 +137,7 @@ def draw_examples(segmenter: Segmenter, dataset: SegmentationDataset, scores: Im
     chosen = choose_examples(all_scores, count)
     on_main(lambda: _remove_pictures(folder))
     panels = PanelWriter(scores.legend, dataset.samples.read_image, folder, chosen, all_scores)
-    indices = {image_id: i for i, image_id in enumerate(dataset.image_ids)}
-    segmenter.run(Subset(dataset, [indices[image_id] for image_id in chosen]), panels)
+    segmenter.run(dataset.chosen(chosen), panels)
     if is_main():
         print(''.join(f'picture: {panels.path(image_id)}\n' for image_id in chosen), end='')
 

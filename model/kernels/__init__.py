@@ -16,7 +16,7 @@ from model.kernels.fusing import fuse
 from model.kernels.malloc import keep_freed_memory, return_freed_memory
 from model.kernels.pointwise import Conv1x1
 from model.kernels.sync_batch_norm import SyncBatchNorm2d
-from model.kernels.upsampling import needed, predict
+from model.kernels.upsampling import bands, cells_of, interpolation, needed, predict
 from model.kernels.winograd import Conv3x3, FunctionalConv3x3
 
 CONVOLUTIONS = (Conv3x3, Conv1x1, DilatedDepthwiseConv2d)
@@ -53,6 +53,6 @@ def _replace(module, kernels):
 
 
 __all__ = [
-    'accelerate', 'fuse', 'keep_freed_memory', 'needed', 'predict', 'return_freed_memory', 'share_batch_statistics',
-    'summed_cross_entropy'
+    'accelerate', 'bands', 'cells_of', 'fuse', 'interpolation', 'keep_freed_memory', 'needed', 'predict',
+    'return_freed_memory', 'share_batch_statistics', 'summed_cross_entropy'
 ]  # fmt: skip

@@ -30,9 +30,10 @@ def predict(logits: torch.Tensor, size: tuple[int, int], shape: tuple[int, int] 
     height, width = shape or size
     with torch.autocast(logits.device.type, enabled=False):
         wide = widened(logits, size[1])[..., :width]
-        bands = row_bands(logits, size, height)
         # max rather than argmax: several times faster over a dimension that is not the last
-        return torch.cat([(taps @ wide[:, :, cells]).max(dim=1).indices for _, cells, taps in bands], dim=1)
+        return torch.cat(
+            [(taps @ wide[:, :, cells]).max(dim=1).indices for _, cells, taps in row_bands(logits, size, height)], dim=1
+        )
 
 
 def widened(logits: torch.Tensor, width: int) -> torch.Tensor:
@@ -62,12 +63,22 @@ def row_bands(
     height = height or size[0]
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     matrix = interpolation(size[0], source, dtype, logits.device)
-    step = max(BAND_ELEMENTS[logits.device.type] // (batch * num_logits * size[1]), 1)
-    for top in range(0, height, step):
-        bottom = min(top + step, height)
-        first = max(top * (source - 1) // max(size[0] - 1, 1) - 1, 0)
-        cells = slice(first, needed(bottom, size[0], source))
+    for top, bottom in bands(height, batch * num_logits * size[1], logits.device):
+        cells = cells_of(top, bottom, size[0], source)
         yield slice(top, bottom), cells, matrix[top:bottom, cells]
+
+
+def bands(height: int, row_elements: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    """Cut rows of so many elements into bands: (first row, row after the last) of each."""
+    step = max(BAND_ELEMENTS[device.type] // row_elements, 1)
+    for top in range(0, height, step):
+        yield top, min(top + step, height)
+
+
+def cells_of(top: int, bottom: int, size: int, source: int) -> slice:
+    """Which of `source` values the upsampled values top..bottom-1 of `size` depend on; perhaps a few more."""
+    first = max(top * (source - 1) // max(size - 1, 1) - 1, 0)
+    return slice(first, needed(bottom, size, source))
 
 
 def needed(count: int, size: int, source: int) -> int:
