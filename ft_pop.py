@@ -37,7 +37,7 @@ from utils import cli, from_flags
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.training_parser(
-        __doc__, MODELS, BACKBONES, batch_size=1, num_epoch=500,
+        __doc__, tuple(MODELS), BACKBONES, batch_size=1, num_epoch=500,
         restore_help='base network: a stage-1 checkpoint or its folder; "imagenet" and "none" leave the rest random',
     )  # fmt: skip
     cli.add_seeds(parser, '--random-seed', 'seeds of the support draws, one run each, e.g. 123,234 (default: 123)')

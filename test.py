@@ -46,7 +46,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
     cli.add_data_flags(parser)
     cli.add_model_flags(
-        parser, MODELS, BACKBONES,
+        parser, tuple(MODELS), BACKBONES,
         'checkpoint or snapshot folder; "imagenet" and "none" evaluate an untrained network',
     )  # fmt: skip
     cli.add_process_flags(parser)

@@ -180,7 +180,7 @@ class Checkpoint:
         absent = [key for key in added if key not in self.state]
         _load_exactly(net, self.state, self.path, may_miss=added if len(absent) == len(added) else ())
         if absent:
-            net.start_novel_classifier()
+            net.start_novel()
         return absent
 
     def load_base_into(self, net: POP, expected: dict | None = None):

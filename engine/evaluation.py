@@ -109,7 +109,7 @@ def one_pass(
 ) -> Iterator[Segmented]:
     """Segment images in one pass each; arguments as `evaluate`."""
     net.eval()
-    scores = net.score_prototypes()
+    scores = net.constants()
     for batch in readable(batches):
         if 'maps' in batch:
             maps = batch['maps']
@@ -176,7 +176,7 @@ def segment(
     Args:
         net: classifies the maps.
         maps: of `POP.maps`, [B, channels, h, w] each.
-        scores: the network's `score_prototypes()`.
+        scores: the network's `constants()`.
         canvas: size that the whole maps are upsampled to.
         shape: (H, W) of the top left part that shows the images.
         dtype: of convolutions.

@@ -60,7 +60,7 @@ def compile_features(net: POP, frozen: bool = False):
     """
     # static sizes: crops and evaluation images have one size each, and the decoder's matrices are made for it
     mode = 'reduce-overhead' if frozen else 'default'
-    net.features = MethodType(torch.compile(POP.features, dynamic=False, mode=mode), net)
+    net.features = MethodType(torch.compile(type(net).features, dynamic=False, mode=mode), net)
 
 
 def to_device(images: torch.Tensor, device: torch.device) -> torch.Tensor:

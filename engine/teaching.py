@@ -103,7 +103,7 @@ def label_rest(kept: KeptFeatures, base: POP):
         kept: views of support images; their labels are 0, 255 and those of novel classes.
         base: the network without novel classes.
     """
-    scores = base.score_prototypes()
+    scores = base.constants()
     for row in kept.rows:
         mask = kept.masks[row]
         logits = base.classify(kept.take(torch.tensor([row])), scores)

@@ -1,32 +1,38 @@
-"""The POP network: backbone, PSP decoder and orthogonal prototype head."""
+"""The networks: backbone, PSP decoder, and the head of a method."""
 
 from model import kernels
 from model.backbones import BACKBONES, build_backbone
-from model.pop import POP, Head
+from model.network import Head, Network
+from model.pop import POP
 from model.psp import PSP
 
-MODELS = ('pspnet_pop',)
+MODELS = {'pspnet_pop': POP}
 
 
-def build_model(backbone: str, num_base: int, num_novel: int = 0, output_stride: int = 8) -> POP:
-    """Build a POP segmenter with freshly initialised weights.
+def build_model(
+    backbone: str, num_base: int, num_novel: int = 0, output_stride: int = 8, model: str = 'pspnet_pop'
+) -> Network:
+    """Build a segmenter with freshly initialised weights.
 
     Args:
         backbone: one of `BACKBONES`.
         num_base: Kb, number of base classes (background not counted), >= 1.
         num_novel: Kn, number of novel classes; 0 builds the stage-1 network.
         output_stride: 8, 16 or 32.
+        model: one of `MODELS`.
 
     Returns:
         Maps images [B, 3, H, W] to logits [B, 1 + Kb + Kn, h, w].
 
     Raises:
-        ValueError: unknown backbone, output stride or class count.
+        ValueError: unknown model, backbone, output stride or class count.
     """
+    if model not in MODELS:
+        raise ValueError(f'model {model!r} not supported; choose one of {", ".join(MODELS)}')
     features = build_backbone(backbone, output_stride)
-    net = POP(features, PSP(features.out_channels), num_base, num_novel)
+    net = MODELS[model](features, PSP(features.out_channels), num_base, num_novel)
     kernels.accelerate(net)
     return net
 
 
-__all__ = ['BACKBONES', 'MODELS', 'POP', 'PSP', 'Head', 'build_backbone', 'build_model']
+__all__ = ['BACKBONES', 'MODELS', 'POP', 'PSP', 'Head', 'Network', 'build_backbone', 'build_model']

@@ -35,7 +35,7 @@ class ResNet(models.ResNet):
             for conv in (self.conv1, self.conv2, self.conv3, *self.layer1.modules()):
                 if isinstance(conv, nn.Conv2d):
                     nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
-        self.out_channels = 512 * block.expansion
+        self.out_channels, self.middle_channels = 512 * block.expansion, 256 * block.expansion
 
     @property
     def dilatable_layers(self) -> tuple[nn.Sequential, nn.Sequential]:
@@ -44,18 +44,22 @@ class ResNet(models.ResNet):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map images [B, 3, H, W] to features [B, out_channels, h, w]."""
+        return self.layer4(self.middle(x))
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        """Map images [B, 3, H, W] to the features before the last dilatable layer, [B, middle_channels, h', w']."""
         x = self.relu(self.bn1(self.conv1(x)))
         if self.deep_stem:
             x = self.relu(self.bn2(self.conv2(x)))
             x = self.relu(self.bn3(self.conv3(x)))
         x = self.maxpool(x)
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.layer3(self.layer2(self.layer1(x)))
 
 
 class MobileNetV2(nn.Module):
     """torchvision's MobileNetV2 up to its last inverted residual (320 channels)."""
 
-    out_channels = 320
+    out_channels, middle_channels = 320, 96
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,6 +73,10 @@ class MobileNetV2(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map images [B, 3, H, W] to features [B, 320, h, w]."""
         return self.features(x)
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        """Map images [B, 3, H, W] to the features before the last dilatable layer, [B, 96, h', w']."""
+        return self.features[:14](x)
 
 
 BACKBONES = {

@@ -1,4 +1,4 @@
-"""The two loss terms of POP and stage 2's pseudo-labels.
+"""The loss terms: cross-entropy, orthogonality of POP's prototypes; and stage 2's pseudo-labels.
 
 Dimensions: B batch, K logits, h x w feature size, H x W mask size.
 """
@@ -57,8 +57,7 @@ def novel_losses(
     Returns:
         'ce' and 'orth', scalars.
     """
-    count = len(masks) // 2
-    masks = torch.cat([masks[:count], pseudo_label(masks[count:], logits[count:], len(base))])
+    masks = with_pseudo_labels(logits, masks, len(base))
     return pop_losses(logits, masks, novel, base, pixel_weight=pixel_weight, micro_batches=micro_batches)
 
 
@@ -101,6 +100,18 @@ def orthogonality(trained: torch.Tensor, fixed: torch.Tensor | None = None) -> t
         if fixed is not None:
             overlaps = torch.cat([overlaps, (s @ F.normalize(fixed, dim=1).T).flatten()])
         return overlaps.abs().sum() / max(overlaps.numel(), 1)
+
+
+def with_pseudo_labels(logits: torch.Tensor, masks: torch.Tensor, num_base: int) -> torch.Tensor:
+    """Masks of B support images, followed by those of B base images with `pseudo_label`.
+
+    Args:
+        logits: [2 B, 1 + Kb + Kn, h, w].
+        masks: int64 [2 B, H, W].
+        num_base: Kb.
+    """
+    count = len(masks) // 2
+    return torch.cat([masks[:count], pseudo_label(masks[count:], logits[count:], num_base)])
 
 
 @torch.no_grad()

@@ -7,8 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model.losses import novel_losses, pop_losses
+from model.network import Maps, Network, single
 
-class POP(nn.Module):
+
+class POP(Network):
     """Segmenter whose classes are orthogonal prototypes.
 
     A feature vector q is split into its projections on the normalised prototypes s_k and a residual,
@@ -25,60 +28,32 @@ class POP(nn.Module):
     With novel classes, phi (`classifier`) scores the base classes, a second MLP phi_n (`classifier_n`) the novel
     classes and the background.
 
-    Args:
-        backbone: [B, 3, H, W] -> [B, Cb, h, w]; carries `output_stride` for `map_shapes`.
-        decoder: [B, Cb, h, w] -> [B, C, h, w]; carries `out_channels`.
-        num_base: Kb >= 1.
-        num_novel: Kn >= 0; 0 is the network of stage 1.
+    Args: those of `Network`.
     """
 
+    title = 'POP'
+    STAGE_2_PREFIXES = ('novel_emb', 'classifier_n.')
+
     def __init__(self, backbone: nn.Module, decoder: nn.Module, num_base: int, num_novel: int = 0) -> None:
-        super().__init__()
-        if num_base < 1 or num_novel < 0:
-            raise ValueError(f'got {num_base} base and {num_novel} novel classes; expected at least 1 and 0')
+        super().__init__(backbone, decoder, num_base, num_novel)
         channels = decoder.out_channels
-        self.num_base, self.num_novel = num_base, num_novel
-        self.backbone = backbone
-        self.decoder = decoder
         self.classifier = _prototype_mlp(channels)
         self.base_emb = nn.Parameter(nn.init.orthogonal_(torch.empty(num_base, channels)))
         if num_novel:
             self.classifier_n = _prototype_mlp(channels)
             self.novel_emb = nn.Parameter(nn.init.orthogonal_(torch.empty(num_novel, channels)))
-            self.start_novel_classifier()
+            self.start_novel()
 
-    @property
-    def num_logits(self) -> int:
-        """1 + Kb + Kn."""
-        return 1 + self.num_base + self.num_novel
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Segment images.
-
-        Args:
-            images: float [B, 3, H, W], normalised with ImageNet mean and std.
-
-        Returns:
-            Logits [B, 1 + Kb + Kn, h, w]: background, base classes, novel classes.
-        """
-        return self.classify(self.maps(images))
-
-    def features(self, images: torch.Tensor) -> torch.Tensor:
-        """Backbone and decoder: images [B, 3, H, W] to features [B, C, h, w]."""
-        return self.decoder(self.backbone(images))
-
-    def maps(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    def maps(self, images: torch.Tensor) -> Maps:
         """What the head classifies: `decompose` of the features of images [B, 3, H, W]."""
         return self.decompose(self.features(images))
 
     def map_shapes(self, size: tuple[int, int]) -> dict[str, tuple[int, int, int]]:
-        """Shape (channels, h, w) of each of the `maps` of images of size (H, W): each stride of 2 rounds up."""
-        stride = self.backbone.output_stride
-        height, width = (-(-side // stride) for side in size)
-        channels = self.decoder.out_channels
-        return {'projections': (self.num_base, height, width), 'residual': (channels, height, width)}
+        """Shape (channels, h, w) of each of the `maps` of images of size (H, W)."""
+        shape = self.feature_size(size)
+        return {'projections': (self.num_base, *shape), 'residual': (self.decoder.out_channels, *shape)}
 
-    def decompose(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
+    def decompose(self, features: torch.Tensor) -> Maps:
         """Split features by the base prototypes. In stage 2 this is constant for an image.
 
         It runs in float32 also under autocast: the residual is a difference of nearly equal numbers.
@@ -96,9 +71,7 @@ class POP(nn.Module):
             p = q @ s.T  # [N, Kb]
             return {'projections': _as_map(p, features), 'residual': _as_map(q - p @ s, features)}
 
-    def classify(
-        self, maps: dict[str, torch.Tensor], scores: tuple[torch.Tensor, torch.Tensor] | None = None
-    ) -> torch.Tensor:
+    def classify(self, maps: Maps, constants: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
         """Prototype head: logit_k = relu(p_k) phi(s_k) + relu(-p_k) phi(-s_k) and logit_0 = phi(r).
 
         A novel prototype's projection of q = residual + sum_k p_k s_k follows from the maps; the residual of all
@@ -106,7 +79,7 @@ class POP(nn.Module):
 
         Args:
             maps: of `decompose`, in any floating type.
-            scores: of `score_prototypes`; saves their computation while the head does not change.
+            constants: of `constants`; saves their computation while the head does not change.
 
         Returns:
             Logits [B, 1 + Kb + Kn, h, w].
@@ -117,13 +90,13 @@ class POP(nn.Module):
                 s_base, s_novel = (F.normalize(prototypes, dim=1) for prototypes in self.prototypes())
                 p_novel = r @ s_novel.T + p @ (s_base @ s_novel.T)  # [N, Kn]
                 p, r = torch.cat([p, p_novel], dim=1), r - p_novel @ s_novel
-            toward, away = scores or self.score_prototypes()  # [K]
+            toward, away = constants or self.constants()  # [K]
             logits = F.relu(p) * toward + F.relu(-p) * away  # [N, K]
         background = _score(self._background_mlp, r)  # [N]; in mixed precision under autocast
         logits = torch.cat([background.to(logits.dtype)[:, None], logits], dim=1)  # [N, 1 + K]
         return _as_map(logits, maps['residual'])
 
-    def score_prototypes(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def constants(self) -> tuple[torch.Tensor, torch.Tensor]:
         """phi(s_k) and phi(-s_k), float32 [K] each; phi_n scores the novel prototypes."""
         mlps = (self.classifier, self.classifier_n) if self.num_novel else (self.classifier,)
         toward, away = [], []
@@ -139,62 +112,31 @@ class POP(nn.Module):
         """The base prototypes [Kb, C], followed by the novel ones [Kn, C] where there are any."""
         return (self.base_emb, self.novel_emb) if self.num_novel else (self.base_emb,)
 
-    def start_from(self, base: 'POP') -> None:
-        """Start stage 2 from a network of stage 1: its weights, and phi_n from phi."""
-        self.load_state_dict(self.state_dict() | base.state_dict())
-        self.start_novel_classifier()
+    @staticmethod
+    def count_classes(state: dict[str, torch.Tensor]) -> tuple[int, int]:
+        """(Kb, Kn) of a state dict; raises KeyError where it is of another method."""
+        return len(state['base_emb']), len(state.get('novel_emb', ()))
 
-    def start_novel_classifier(self) -> None:
+    def base_losses(self, outputs: torch.Tensor, masks: torch.Tensor, **weights) -> dict[str, torch.Tensor]:
+        """`losses.pop_losses` of logits [B, 1 + Kb, h, w]."""
+        return pop_losses(outputs, masks, self.base_emb, **weights)
+
+    def novel_losses(self, logits: torch.Tensor, masks: torch.Tensor, **weights) -> dict[str, torch.Tensor]:
+        """`losses.novel_losses`."""
+        return novel_losses(logits, masks, self.novel_emb, self.base_emb, **weights)
+
+    def start_novel(self) -> None:
         """Start phi_n from phi."""
         self.classifier_n.load_state_dict(self.classifier.state_dict())
-
-    def freeze_base(self) -> None:
-        """Stage 2: train nothing but the novel prototypes and phi_n."""
-        self.requires_grad_(False)
-        self.novel_emb.requires_grad_(True)
-        self.classifier_n.requires_grad_(True)
-
-    def fix_batch_norm(self) -> None:
-        """Fix statistics and affine parameters of every batch normalisation."""
-        for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.requires_grad_(False)
-
-    def train(self, mode: bool = True) -> 'POP':
-        """Set training mode; a batch normalisation that is not trained keeps its running statistics too."""
-        super().train(mode)
-        for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.weight.requires_grad:
-                module.eval()
-        return self
 
     @property
     def _background_mlp(self):
         return self.classifier_n if self.num_novel else self.classifier
 
 
-class Head(nn.Module):
-    """The prototype head of a network as a module of its own: maps of `decompose` to logits [B, 1 + Kb + Kn, h, w].
-
-    In stage 2 the maps come from a frozen copy of the base network; this is the part that trains, and what
-    DistributedDataParallel wraps.
-
-    Args:
-        net: whose head it is; parameters are shared, not copied.
-    """
-
-    def __init__(self, net: POP) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, maps: dict[str, torch.Tensor]) -> torch.Tensor:
-        return self.net.classify(maps)
-
-
 def _vectors(maps):
     """Maps [B, C, h, w] as vectors [B h w, C], float32 (float64 stays); no copy where channels are last in memory."""
-    maps = maps if maps.dtype == torch.float64 else maps.float()
-    return maps.permute(0, 2, 3, 1).flatten(0, 2)
+    return single(maps).permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def _as_map(vectors, like):

@@ -160,7 +160,7 @@ def test_the_head_and_an_evaluation_take_few_kernels(monkeypatch):
         batch = cached(net, 32)
         logits, mask = torch.empty(2, 21, 9, 9, device=CUDA), torch.empty(2, SIZE, SIZE, dtype=torch.int64, device=CUDA)
         with torch.no_grad():
-            assert count(partial(net.classify, batch['maps'], net.score_prototypes())) <= 28
+            assert count(partial(net.classify, batch['maps'], net.constants())) <= 28
         assert count(partial(summed_cross_entropy, logits, mask)) <= 40
         # of 32 images: the head, upsampling and counting, and once the scores of prototypes
         assert count(partial(evaluate, net, [batch], CUDA)) <= 68

@@ -1,0 +1,221 @@
+"""What all methods share, and how the scripts train and use a network; docs/extend.md shows how to add a method.
+
+Dimensions: B batch, C feature channels, Kb base classes, Kn novel classes, h x w feature size, H x W image size.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from model.losses import cross_entropy, with_pseudo_labels
+
+AUXILIARY_WEIGHT = 0.4
+AUXILIARY_CHANNELS = 256
+Maps = dict[str, torch.Tensor]  # name -> [B, channels, h, w]
+
+
+class Network(nn.Module):
+    """Segmenter of base and novel classes. A method is a subclass of its own and a row of `model.MODELS`.
+
+    A method makes the parameters of its head in `__init__`, and defines `classify`, `base_losses`, `prototypes` and
+    `count_classes`. The defaults of the rest suit a method whose stage 2 trains parameters on the decoder's features.
+
+    Args:
+        backbone: [B, 3, H, W] -> [B, Cb, h, w]; carries `output_stride` for `map_shapes`.
+        decoder: [B, Cb, h, w] -> [B, C, h, w]; carries `out_channels`.
+        num_base: Kb >= 1.
+        num_novel: Kn >= 0; 0 is the network of stage 1.
+
+    Attributes:
+        title: name of the method in tables.
+        STAGE_1_PREFIXES: of the names of parameters that only the training of stage 1 has (`start_base`).
+        STAGE_2_PREFIXES: of those that a network with novel classes has beyond one of stage 1.
+        VARIANTS: choices of what stage 2 trains; the first one is the default.
+        variant: the choice.
+        background: False: every pixel is of a class, so that evaluation never predicts label 0.
+        POSITIONWISE: `classify` treats every position for itself. Otherwise it gets images of one shape without padding.
+        BATCH_UNIT: number of images of which a batch of stage 1 must be a multiple.
+        REGISTERS: `register` takes the place of stage 2.
+    """
+
+    title: str
+    STAGE_1_PREFIXES: tuple[str, ...] = ()
+    STAGE_2_PREFIXES: tuple[str, ...] = ()
+    VARIANTS: tuple[str, ...] = ('head',)
+    POSITIONWISE = True
+    BATCH_UNIT = 1
+    REGISTERS = False
+
+    def __init__(self, backbone: nn.Module, decoder: nn.Module, num_base: int, num_novel: int = 0) -> None:
+        super().__init__()
+        if num_base < 1 or num_novel < 0:
+            raise ValueError(f'got {num_base} base and {num_novel} novel classes; expected at least 1 and 0')
+        self.num_base, self.num_novel = num_base, num_novel
+        self.background = True
+        self.backbone = backbone
+        self.decoder = decoder
+        self.variant = self.VARIANTS[0]
+
+    @property
+    def num_logits(self) -> int:
+        """1 + Kb + Kn."""
+        return 1 + self.num_base + self.num_novel
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Segment images; in training, what `base_losses` takes, which is the same here.
+
+        Args:
+            images: float [B, 3, H, W], normalised with ImageNet mean and std.
+
+        Returns:
+            Logits [B, 1 + Kb + Kn, h, w]: background, base classes, novel classes.
+        """
+        return self.classify(self.finish_maps(self.maps(images)))
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """Backbone and decoder: images [B, 3, H, W] to features [B, C, h, w]."""
+        return self.decoder(self.backbone(images))
+
+    def features_and_middle(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`features`, and the backbone's `middle` features [B, Cm, h', w'] for an auxiliary head."""
+        middle = self.backbone.middle(images)
+        return self.decoder(self.backbone.dilatable_layers[1](middle)), middle
+
+    def maps(self, images: torch.Tensor) -> Maps:
+        """What the frozen network of stage 2 computes of images [B, 3, H, W], and what is kept of them."""
+        return {'features': self.features(images)}
+
+    def map_shapes(self, size: tuple[int, int]) -> dict[str, tuple[int, int, int]]:
+        """Shape (channels, h, w) of each of the `maps` of images of size (H, W)."""
+        return {'features': (self.decoder.out_channels, *self.feature_size(size))}
+
+    def feature_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(h, w) of images of size (H, W): each stride of 2 rounds up."""
+        height, width = (-(-side // self.backbone.output_stride) for side in size)
+        return height, width
+
+    def finish_maps(self, maps: Maps) -> Maps:
+        """What has to see whole maps, padding included, before `classify` gets a part of them."""
+        return maps
+
+    def classify(self, maps: Maps, constants=None) -> torch.Tensor:
+        """Head.
+
+        Args:
+            maps: of `finish_maps`, in any floating type.
+            constants: of `constants`; saves their computation while the head does not change.
+
+        Returns:
+            Logits [B, 1 + Kb + Kn, h, w], float32.
+        """
+        raise NotImplementedError
+
+    def constants(self):
+        """What `classify` needs that does not depend on the image."""
+        return None
+
+    def prototypes(self) -> tuple[torch.Tensor, ...]:
+        """The vectors of the base classes [Kb, C], followed by those of the novel ones [Kn, C] where there are any."""
+        raise NotImplementedError
+
+    @staticmethod
+    def count_classes(state: dict[str, torch.Tensor]) -> tuple[int, int]:
+        """(Kb, Kn) of a state dict; raises KeyError where it is of another method."""
+        raise NotImplementedError
+
+    def start_base(self) -> None:
+        """Before stage 1: add what only stage 1 has, such as an auxiliary head."""
+
+    def base_losses(
+        self, outputs, masks: torch.Tensor, *, pixel_weight: float | None = None, micro_batches: int = 1
+    ) -> dict[str, torch.Tensor]:
+        """Terms of stage 1's objective; their sum is minimised.
+
+        Args:
+            outputs: of `forward` in training.
+            masks: int64 [B, H, W].
+            pixel_weight, micro_batches: as in `losses.pop_losses`.
+        """
+        raise NotImplementedError
+
+    def start_from(self, base: 'Network') -> None:
+        """Start stage 2 from a network of stage 1."""
+        known = self.state_dict()
+        self.load_state_dict(known | {key: value for key, value in base.state_dict().items() if key in known})
+        self.start_novel()
+
+    def start_novel(self) -> None:
+        """Start what stage 2 adds from what stage 1 has learned."""
+
+    def freeze_base(self) -> None:
+        """Stage 2: train nothing but what it adds."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name.startswith(self.STAGE_2_PREFIXES))
+
+    def novel_losses(
+        self, logits: torch.Tensor, masks: torch.Tensor, *, pixel_weight: float | None = None, micro_batches: int = 1
+    ) -> dict[str, torch.Tensor]:
+        """Terms of stage 2's objective: cross-entropy, with the background of base images pseudo-labelled.
+
+        Args:
+            logits: [2 B, 1 + Kb + Kn, h, w] of B support images, followed by B base images.
+            masks: int64 [2 B, H, W] of the same images.
+            pixel_weight, micro_batches: as in `losses.pop_losses`.
+        """
+        return {'ce': cross_entropy(logits, with_pseudo_labels(logits, masks, self.num_base), pixel_weight)}
+
+    def register(self, supports: Iterable[tuple[Maps, torch.Tensor]]) -> None:
+        """In place of stage 2, where the method `REGISTERS`: learn the novel classes without gradients.
+
+        Args:
+            supports: for each novel class, in the order of the labels, `maps` of its images and masks int64 [B, H, W].
+        """
+        raise NotImplementedError
+
+    def fix_batch_norm(self) -> None:
+        """Fix statistics and affine parameters of every batch normalisation."""
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> 'Network':
+        """Set training mode; a batch normalisation that is not trained keeps its running statistics too."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.weight.requires_grad:
+                module.eval()
+        return self
+
+
+class Head(nn.Module):
+    """The head of a network as a module of its own: `maps` to logits [B, 1 + Kb + Kn, h, w].
+
+    In stage 2 the maps come from a frozen copy of the base network; this is the part that trains, and what
+    DistributedDataParallel wraps.
+
+    Args:
+        net: whose head it is; parameters are shared, not copied.
+    """
+
+    def __init__(self, net: Network) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, maps: Maps) -> torch.Tensor:
+        return self.net.classify(self.net.finish_maps(maps))
+
+
+def auxiliary_head(in_channels: int) -> nn.Sequential:
+    """PSPNet's auxiliary head without its classifier: [B, Cm, h, w] -> [B, 256, h, w]."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, AUXILIARY_CHANNELS, 3, padding=1, bias=False),
+        nn.BatchNorm2d(AUXILIARY_CHANNELS),
+        nn.ReLU(inplace=True),
+        nn.Dropout2d(0.1),
+    )
+
+
+def single(maps: torch.Tensor) -> torch.Tensor:
+    """Maps in float32; float64 stays."""
+    return maps if maps.dtype == torch.float64 else maps.float()
