@@ -7,8 +7,6 @@
 The file's ids are numbers. An image id of this project is the name of the photograph without folders and suffix.
 """
 
-import json
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -17,8 +15,9 @@ from typing import NamedTuple
 from core.errors import InputError, some
 from core.names import canonical
 from core.parallel import parallel_map
+from dataset.entries import SIZE, TEXT, Fault, Faults, check_fields, read_json, shortened
 from dataset.images import check_same_size, read_header
-from dataset.outlines import Fault, Outline, read_outline, shortened
+from dataset.outlines import Outline, read_outline
 
 CROWD, BARE = 'crowd', 'without outline'
 
@@ -140,14 +139,12 @@ def image_id_of(file_name: str) -> str:
 
 
 _INTEGER = (lambda value: type(value) is int, 'an integer')
-_SIZE = (lambda value: type(value) is int and value > 0, 'an integer > 0')
 _SWITCH = (lambda value: type(value) is int and value in (0, 1), '0 or 1')
-_TEXT = (lambda value: isinstance(value, str) and value.strip() != '', 'a text')
 _FILE_NAME = (lambda value: isinstance(value, str) and image_id_of(value) != '', 'the name of a file')
 # lists of the file -> what one entry is called, and what its fields must be
 ENTRIES = {
-    'categories': ('category', {'id': _INTEGER, 'name': _TEXT}),
-    'images': ('image', {'id': _INTEGER, 'file_name': _FILE_NAME, 'height': _SIZE, 'width': _SIZE}),
+    'categories': ('category', {'id': _INTEGER, 'name': TEXT}),
+    'images': ('image', {'id': _INTEGER, 'file_name': _FILE_NAME, 'height': SIZE, 'width': SIZE}),
     'annotations': ('annotation', {'id': _INTEGER, 'image_id': _INTEGER, 'category_id': _INTEGER, 'iscrowd': _SWITCH}),
 }
 DEFAULTS = {'iscrowd': 0}  # tools without crowd regions omit it
@@ -160,25 +157,25 @@ def read_instances(path: Path) -> InstancesFile:
         InputError: the file cannot be read, does not follow the format (with the faults of all its entries), or has
             nothing to draw.
     """
-    content = _read_json(path)
+    content = read_json(path, 'a COCO instances file')
     if not isinstance(content, dict) or not all(isinstance(content.get(kind), list) for kind in ENTRIES):
         found = f'an object of {", ".join(content) or "nothing"}' if isinstance(content, dict) else shortened(content)
         raise InputError(
             f'{path} is not a COCO instances file: it holds {found}; expected an object of images, categories and '
             'annotations, each a list. Files of captions, panoptic segments or results are something else.'
         )
-    faults = _Faults(path)
-    categories = {number: canonical(entry['name']) for number, entry in faults.checked(content, 'categories')}
+    faults = Faults(f'{path} does not follow the COCO format')
+    categories = {number: canonical(entry['name']) for number, entry in _checked(content, 'categories', faults)}
     faults.check_unique('category names', {f'category {number}': name for number, name in categories.items()})
     images = {
         number: AnnotatedImage(number, entry['file_name'].replace('\\', '/'), entry['height'], entry['width'], [])
-        for number, entry in faults.checked(content, 'images')
+        for number, entry in _checked(content, 'images', faults)
     }
     ids = {str(image): image_id_of(image.file_name) for image in images.values()}
     faults.check_unique('file names, without folders and suffix,', ids)
     faults.raise_any()  # annotations refer to categories and images
     left_out = {CROWD: [], BARE: []}
-    for number, entry in faults.checked(content, 'annotations'):
+    for number, entry in _checked(content, 'annotations', faults):
         image, category = images.get(entry['image_id']), categories.get(entry['category_id'])
         try:
             outline = _read_annotation(entry, image, category)
@@ -220,45 +217,20 @@ def _check_drawn(instances):
         )
 
 
-class _Faults:
-    """Collects the faults of all entries of a file."""
-
-    def __init__(self, path):
-        self.path = path
-        self.by_kind = defaultdict(list)
-
-    def add(self, where, fault):
-        self.by_kind[fault.expected].append(f'{where} has {fault.found}')
-
-    def checked(self, content, kind):
-        """(id, entry) of each entry of a list whose fields are what they must be."""
-        noun, fields = ENTRIES[kind]
-        seen = set()
-        for place, entry in enumerate(content[kind]):
-            try:
-                _check_fields(entry, fields)
-                if entry['id'] in seen:
-                    raise Fault(f'{noun} ids must differ', 'the id of an earlier one')
-            except Fault as fault:
-                self.add(_name_of(entry, noun) or f'{kind}[{place}]', fault)
-            else:
-                seen.add(entry['id'])
-                yield entry['id'], entry
-
-    def check_unique(self, what, values):
-        """`values`: entry -> value that no other entry may have."""
-        first = {}
-        for where, value in values.items():
-            if first.setdefault(value, where) != where:
-                self.by_kind[f'{what} must differ'].append(f'{where} and {first[value]} have "{value}"')
-
-    def raise_any(self):
-        if self.by_kind:
-            lines = (f'\n  {expected}: {some(found)}' for expected, found in self.by_kind.items())
-            raise InputError(
-                f'{self.path} does not follow the COCO format. Correct these entries, or export the file again.'
-                + ''.join(lines)
-            )
+def _checked(content, kind, faults):
+    """(id, entry) of each entry of a list whose fields are what they must be."""
+    noun, fields = ENTRIES[kind]
+    seen = set()
+    for place, entry in enumerate(content[kind]):
+        try:
+            check_fields(entry, fields, DEFAULTS)
+            if entry['id'] in seen:
+                raise Fault(f'{noun} ids must differ', 'the id of an earlier one')
+        except Fault as fault:
+            faults.add(_name_of(entry, noun) or f'{kind}[{place}]', fault)
+        else:
+            seen.add(entry['id'])
+            yield entry['id'], entry
 
 
 def _name_of(entry, noun):
@@ -267,55 +239,3 @@ def _name_of(entry, noun):
     if type(number) is not int:
         return None
     return f'{noun} {number}' + (f' of image {shortened(entry.get("image_id"))}' if noun == 'annotation' else '')
-
-
-def _check_fields(entry, fields):
-    if not isinstance(entry, dict):
-        raise Fault('an entry must be an object', shortened(entry))
-    for name, (valid, expected) in fields.items():
-        if not valid(entry.get(name, DEFAULTS.get(name))):
-            raise Fault(f'{name} must be {expected}', shortened(entry[name]) if name in entry else f'no {name}')
-
-
-class _RepeatedKey(ValueError):
-    pass
-
-
-def _object(pairs):
-    """A JSON object whose keys differ; json itself would keep the last of equal ones."""
-    entry = dict(pairs)
-    if len(entry) < len(pairs):
-        keys = [key for key, _ in pairs]
-        repeated = next(key for key in entry if keys.count(key) > 1)
-        raise _RepeatedKey(f'"{repeated}" occurs twice in one object, {shortened(entry)}')
-    return entry
-
-
-def _read_json(path):
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise InputError(f'{path} does not exist') from None
-    except OSError as error:
-        raise InputError(f'{path} cannot be read ({error.strerror})') from error
-    try:
-        return json.loads(content, object_pairs_hook=_object)
-    except _RepeatedKey as error:
-        raise InputError(f'{path} is ambiguous: {error}. Remove one of the two.') from None
-    except (ValueError, RecursionError) as error:
-        reason = _why_not_json(content, error)
-        raise InputError(f'{path} is not a COCO instances file: {reason}. Copy, unpack or export it again.') from error
-
-
-def _why_not_json(content, error):
-    if not content.strip():
-        return 'it is empty'
-    if isinstance(error, UnicodeDecodeError):
-        return f'it is no UTF-8 text ({error})'
-    if isinstance(error, json.JSONDecodeError):
-        if error.pos == 0:
-            return f'it is no JSON, since it begins with {content[:40]!r}'
-        text = error.doc.rstrip()
-        if error.pos >= len(text) or not text.endswith(('}', ']')):
-            return 'it ends in the middle'
-    return f'it is no JSON ({error})'

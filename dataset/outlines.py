@@ -1,6 +1,5 @@
 """Outlines of objects as COCO stores them, polygons or run lengths: checked, and drawn into masks."""
 
-import json
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -9,6 +8,8 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from dataset.entries import Fault, shortened
+
 RASTERIZERS = ('opencv', 'coco')
 # Labelling tools let vertices lie a little outside of the image, and drawing cuts that off. Swapped coordinates, or
 # those of an image of another size, lie far outside in some objects of a file.
@@ -16,26 +17,6 @@ OUTSIDE = 1 / 20  # of the image's width or height
 OUTSIDE_PIXELS = 2  # at least
 
 Outline = list[list[float]] | np.ndarray
-
-
-class Fault(Exception):
-    """An entry of a file does not follow the format.
-
-    Attributes:
-        expected: what the format demands, the same for all entries with this fault.
-        found: what this entry has instead, short.
-    """
-
-    def __init__(self, expected: str, found: str):
-        super().__init__(expected, found)
-        self.expected = expected
-        self.found = found
-
-
-def shortened(value: Any) -> str:
-    """A value as JSON writes it, or the beginning of that."""
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f'{text[:36]} ...'
 
 
 def read_outline(segmentation: Any, height: int, width: int) -> Outline | None:

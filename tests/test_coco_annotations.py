@@ -9,7 +9,8 @@ from pycocotools import mask as coco_mask
 
 from core.errors import InputError
 from dataset.coco_annotations import read_instances
-from dataset.outlines import Fault, read_outline
+from dataset.entries import Fault
+from dataset.outlines import read_outline
 
 
 @pytest.fixture
