@@ -28,7 +28,7 @@ from core.errors import InputError, exits_cleanly, some
 from core.files import atomic_write, check_writable
 from core.ranks import is_main
 from dataset import FoldData
-from engine.checkpoint import imagenet_checkpoint, read_checkpoint, resolve_checkpoint
+from engine.checkpoint import Checkpoint, imagenet_checkpoint, read_checkpoint, resolve_checkpoint
 from engine.described import taught_classes
 from engine.distributed import main_first, process_group
 from engine.evaluation import Counted
@@ -38,6 +38,7 @@ from model import BACKBONES, MODELS, POP, build_model
 from report.panels import ImageScores, draw_examples
 from report.results import Results, draw_seed, seed_result
 from utils import cli, from_flags
+from utils.view_flags import add_view_flags, check_view_flags, views_of
 
 UNTRAINED = ('none', 'imagenet')  # --restore-from without a checkpoint
 
@@ -74,17 +75,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='draw confusion matrix, IoU of each class, similarity of prototypes, and the support images',
     )
     parser.add_argument('--save-path', type=Path, help="folder of the results (default: the checkpoint's)")
+    add_view_flags(parser)
     args = cli.check(parser, parser.parse_args(argv))
+    check_view_flags(parser, args)
     if args.restore_from in UNTRAINED and not args.save_path:
         parser.error(f'--restore-from {args.restore_from} has no folder for the results; give --save-path')
     return args
 
 
-def load_network(args: argparse.Namespace, data: FoldData, seed: int) -> tuple[POP, Path | None]:
+def load_network(args: argparse.Namespace, data: FoldData, seed: int) -> tuple[POP, Checkpoint | None]:
     """Load the network that --restore-from names for a seed.
 
     Returns:
-        The network, and the file that it came from; None for an untrained one.
+        The network, and the checkpoint that it came from; None for an untrained one.
     """
     if args.restore_from in UNTRAINED:
         torch.manual_seed(seed)
@@ -102,7 +105,7 @@ def load_network(args: argparse.Namespace, data: FoldData, seed: int) -> tuple[P
     if trained_at != list(args.base_size) and is_main():
         height, width = trained_at
         print(f'note: {checkpoint.path} was validated with --base-size {height},{width} while it was trained')
-    return net, checkpoint.path
+    return net, checkpoint
 
 
 def taught_data(args: argparse.Namespace, data: FoldData) -> FoldData:
@@ -146,8 +149,9 @@ def evaluate_seed(
     Returns:
         As `results.seed_result`.
     """
-    net, path = load_network(args, data, seed)
-    segmenter = Segmenter(net, device, dtype, args.compile)
+    net, checkpoint = load_network(args, data, seed)
+    views = views_of(args, checkpoint, data.spec.scale_range)
+    segmenter = Segmenter(net, device, dtype, args.compile, views)
     val_set = data.validation(args.base_size, with_novel=net.num_novel > 0, original_size=True)
     legend = data.legend.cut(net.num_logits)
     scores = ImageScores(legend, folder / f'predictions_{seed}' if args.save else None)
@@ -164,7 +168,8 @@ def evaluate_seed(
             folder / 'plots', seed, confusion=confusion, prototypes=segmenter.net.prototypes(), legend=legend,
             data=data, shot=args.shot,
         )  # fmt: skip
-    return seed_result(path or args.restore_from, confusion, legend, images, len(val_set))
+    source = checkpoint.path if checkpoint else args.restore_from
+    return seed_result(source, confusion, legend, images, len(val_set), str(views))
 
 
 @exits_cleanly

@@ -125,6 +125,11 @@ class Photographs:
         """Image ids, in the order of the file names."""
         return list(self._paths)
 
+    @property
+    def file_names(self) -> dict[str, str]:
+        """Image id -> name of its file."""
+        return {image_id: path.name for image_id, path in self._paths.items()}
+
     def read_image(self, image_id: str) -> np.ndarray:
         """Read one image, RGB uint8 [H, W, 3]."""
         return read_image(self._paths[image_id])

@@ -62,7 +62,7 @@ def fit_factor(shape: tuple[int, int], size: tuple[int, int]) -> float:
 
 
 def canvas_of(shape: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    """What an image of `shape` (h, w) that is resized to fit `size` (H, W) has to be padded to, to fill it: (h', w')."""
+    """What fills `size` (H, W) at the factor by which `shape` (h, w) fits it: height and width of a padded image."""
     factor = fit_factor(shape, size)
     return tuple(round(side / factor) for side in size)
 

@@ -92,7 +92,7 @@ def read_state(path: Path | str) -> dict:
 
 
 def check_config(path: Path | str, config: dict, expected: dict):
-    """Compare a checkpoint's config with what is expected, in the entries that both have; any size is accepted.
+    """Compare a checkpoint's config with what is expected, in the entries that both have; sizes and scales may differ.
 
     Args:
         path: for the message.
@@ -105,7 +105,7 @@ def check_config(path: Path | str, config: dict, expected: dict):
     differing = [
         f'{key} is {config[key]}, expected {value}'
         for key, value in expected.items()
-        if key in config and config[key] != value and key not in ('classes', 'base_size')
+        if key in config and config[key] != value and key not in ('classes', 'base_size', 'scale_range')
     ]  # fmt: skip
     if differing:
         raise InputError(

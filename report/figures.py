@@ -17,6 +17,7 @@ ERRORS = {  # what can be wrong with a pixel, and its colour in error maps (also
     'other class': (204, 51, 17),
     'not counted': (255, 255, 255),
 }
+ROWS_AT_ONCE = 256  # of large photographs: numbers with a fraction take eight times the memory
 BASE_COLOR, NOVEL_COLOR = '#4477AA', '#EE6677'
 
 
@@ -169,8 +170,12 @@ def support_figure(support: Sequence[tuple[str, np.ndarray, np.ndarray]], legend
 
 def color_classes(image: np.ndarray, labels: np.ndarray, legend: Legend) -> np.ndarray:
     """Blend an image (RGB uint8 [H, W, 3]) with the colours of its classes (labels uint8 [H, W])."""
-    shown = ((labels > 0) & (labels < len(legend.names)))[:, :, None]
-    return np.where(shown, 0.4 * image + 0.6 * legend.colors[labels], image).astype(np.uint8)
+    blended = np.empty_like(image)
+    for top in range(0, len(image), ROWS_AT_ONCE):
+        pixels, shown = image[top : top + ROWS_AT_ONCE], labels[top : top + ROWS_AT_ONCE]
+        colored = ((shown > 0) & (shown < len(legend.names)))[:, :, None]
+        blended[top : top + ROWS_AT_ONCE] = np.where(colored, 0.4 * pixels + 0.6 * legend.colors[shown], pixels)
+    return blended
 
 
 def legend_figure(legend: Legend) -> Figure:

@@ -166,3 +166,19 @@ class OverlayWriter:
         overlay = Image.fromarray(color_classes(self.read_image(image_id), labels, self.legend))
         with atomic_write(self.folder / f'{image_id}_overlay.jpg', 'wb', sync=False) as file:
             overlay.save(file, format='jpeg', quality=92)
+
+
+class ConfidenceWriter:
+    """Writes how sure each prediction is, ID_confidence.png, grey: 0..255 for probabilities 0..1.
+
+    Args:
+        folder: gets the pictures.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __call__(self, image_id: str, confidence: torch.Tensor):
+        """Take one image's confidence, uint8 [H, W]."""
+        with atomic_write(self.folder / f'{image_id}_confidence.png', 'wb', sync=False) as file:
+            Image.fromarray(label_array(confidence)).save(file, format='png')

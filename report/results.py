@@ -17,7 +17,9 @@ from report.plotting import save_figure
 from report.tables import class_table, mean_and_std, summary_table
 
 
-def seed_result(checkpoint: Path | str, confusion: np.ndarray, legend: Legend, images: int, listed_images: int) -> dict:
+def seed_result(
+    checkpoint: Path | str, confusion: np.ndarray, legend: Legend, images: int, listed_images: int, views: str = ''
+) -> dict:
     """The result of one seed.
 
     Args:
@@ -26,13 +28,15 @@ def seed_result(checkpoint: Path | str, confusion: np.ndarray, legend: Legend, i
         legend: names and colours of the K labels.
         images: number of images that it rests on.
         listed_images: number of images in the evaluation list.
+        views: how images were shown to the network, where not in one pass.
 
     Returns:
-        'checkpoint', 'images', 'listed_images', 'classes_without_pixels' (names of classes that no mask shows), the
-        keys of `SUMMARY`, and 'iou' by class name, in percent.
+        'checkpoint', 'views' where there are any, 'images', 'listed_images', 'classes_without_pixels' (names of classes
+        that no mask shows), the keys of `SUMMARY`, and 'iou' by class name, in percent.
     """
     return {
         'checkpoint': str(checkpoint),
+        **({'views': views} if views else {}),
         'images': images,
         'listed_images': listed_images,
         'classes_without_pixels': [legend.names[k] for k in np.flatnonzero(confusion.sum(axis=1) == 0)],
@@ -46,6 +50,7 @@ def basis(result: dict) -> str:
     images, listed = result['images'], result['listed_images']
     text = f'Evaluated on {images} of {listed} images'
     text += f'; {listed - images} could not be read and were skipped.' if images < listed else '.'
+    text += f' Views: {result["views"]}.' if 'views' in result else ''
     if absent := result['classes_without_pixels']:
         text += f' No pixel of {", ".join(absent)}: IoU 0 where predicted, otherwise left out of the means.'
     return text

@@ -72,6 +72,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, str]:
                        ('output stride', 'os')):  # fmt: skip
         rows[title] = str(config.get(key, ''))
     rows['base size'] = ','.join(map(str, config.get('base_size', ())))
+    rows['scale range'] = ','.join(map(str, config.get('scale_range', ())))
     rows['epoch'] = str(checkpoint.epoch or '')
     means = {title: metrics[key] for key, title in SUMMARY.items() if metrics.get(key, -1) >= 0}  # without NaN
     rows['mIoU in %'] = ', '.join(f'{title} {mean:.2f}' for title, mean in means.items())

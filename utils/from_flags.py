@@ -50,6 +50,8 @@ def described_data(args: argparse.Namespace, config: dict) -> FoldData:
 def network_config(args: argparse.Namespace, data: FoldData, seed: int | None = None) -> dict:
     """What a checkpoint says of its network: dataset, fold, classes, architecture and size; for stage 2 shot and seed.
 
+    When it is trained, also the scale range.
+
     Args:
         args: the flags.
         data: the fold.
@@ -59,6 +61,8 @@ def network_config(args: argparse.Namespace, data: FoldData, seed: int | None = 
         'dataset': args.dataset, 'fold': args.fold, 'backbone': args.backbone, 'os': args.os,
         'classes': data.legend.classes, 'base_size': list(args.base_size),
     }  # fmt: skip
+    if 'scale_range' in args:
+        config['scale_range'] = list(args.scale_range)
     return config if seed is None else config | {'shot': args.shot, 'seed': seed}
 
 

@@ -4,7 +4,8 @@
 
 The checkpoint says which network it holds and which classes it knows. Writes to --save-path, for each image ID:
 ID.png, a palette PNG of class ids at the original size, and ID_overlay.jpg, the image with its classes coloured; and
-legend.svg, the colours of the classes.
+legend.svg, the colours of the classes. With --probabilities also ID_confidence.png, how sure each pixel is; with
+--format coco also instances.json, the predictions as COCO annotations.
 """
 
 import argparse
@@ -14,17 +15,19 @@ from pathlib import Path
 from core.errors import exits_cleanly, some
 from core.files import check_writable
 from core.ranks import is_main
-from dataset import Photographs, SegmentationDataset
+from dataset import DATASETS, Photographs, SegmentationDataset
 from engine.checkpoint import read_checkpoint, resolve_checkpoint
 from engine.described import described_network
 from engine.distributed import process_group
 from engine.evaluation import Counted
 from engine.inference import Segmenter
 from engine.precision import precision
+from report.annotations import CocoWriter
 from report.figures import legend_figure
-from report.panels import OverlayWriter
+from report.panels import ConfidenceWriter, OverlayWriter
 from report.plotting import save_figure
 from utils import cli
+from utils.view_flags import add_view_flags, check_view_flags, views_of
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -34,11 +37,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument('--images', type=Path, required=True, help='a photograph, or a folder of them')
     parser.add_argument('--save-path', type=Path, required=True, help='folder of the results, not of the photographs')
+    parser.add_argument(
+        '--probabilities', action='store_true',
+        help='also write ID_confidence.png: the probability of each predicted label, 0..255',
+    )  # fmt: skip
+    parser.add_argument(
+        '--format', choices=('coco',), help='also write the predictions as annotations that labelling tools import'
+    )
     parser.add_argument('--skip-bad-images', action='store_true', help='skip images that cannot be read')
     cli.add_evaluation_flags(parser)
     cli.add_device_flags(parser)
+    add_view_flags(parser)
     parser.set_defaults(base_size=None)
     args = parser.parse_args(argv)
+    check_view_flags(parser, args)
     folder = args.images if args.images.is_dir() else args.images.parent
     if args.save_path.resolve() == folder.resolve():
         parser.error(f'--save-path {folder} holds the photographs, which could be overwritten; give another folder')
@@ -56,11 +68,20 @@ def main(args: argparse.Namespace):
         if not net.num_novel and is_main():
             print(f'note: {checkpoint.path} is of stage 1: it knows the base classes only')
         check_writable(args.save_path)
-        segmenter = Segmenter(net, device, precision(device, args.fp16))
+        known = DATASETS.get(checkpoint.config['dataset'])
+        views = views_of(args, checkpoint, known.scale_range if known else None)
+        segmenter = Segmenter(net, device, precision(device, args.fp16), views=views)
         size = args.base_size or tuple(checkpoint.config.get('base_size', cli.BASE_SIZE))
         dataset = SegmentationDataset(photographs.ids, photographs, fit_size=size, skip_bad=args.skip_bad_images)
-        counted = Counted(OverlayWriter(legend, photographs.read_image, args.save_path))
-        segmenter.run(dataset, counted, batch_size=args.test_batch_size, num_workers=args.num_workers)
+        overlays = OverlayWriter(legend, photographs.read_image, args.save_path)
+        annotations = CocoWriter(legend, photographs.file_names) if args.format == 'coco' else None
+        counted = Counted(overlays, annotations)
+        segmenter.run(
+            dataset, counted, ConfidenceWriter(args.save_path) if args.probabilities else None,
+            batch_size=args.test_batch_size, num_workers=args.num_workers,
+        )  # fmt: skip
+        if annotations:
+            annotations.write(args.save_path / 'instances.json')
         written = counted.total()
         if is_main():
             save_figure(args.save_path / 'legend.svg', legend_figure(legend))
