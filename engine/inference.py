@@ -8,7 +8,7 @@ from engine.evaluation import OnPrediction, compare, evaluate
 from engine.loaders import evaluation_loader
 from engine.precision import compile_features
 from engine.sliding import OnConfidence, Views, WindowLogits, segmented_views
-from model import POP
+from model import Network
 from model.kernels import fuse
 
 
@@ -26,7 +26,7 @@ class Segmenter:
     """
 
     def __init__(
-        self, net: POP, device: torch.device, dtype: torch.dtype, compiled: bool = False, views: Views | None = None
+        self, net: Network, device: torch.device, dtype: torch.dtype, compiled: bool = False, views: Views | None = None
     ):
         self.net, self.device, self.dtype = fuse(net.to(device), dtype), device, dtype
         self.views = views or Views()

@@ -9,7 +9,7 @@ import torch
 
 from core.ranks import is_main
 from engine.distributed import broadcast
-from model import POP
+from model import Network
 
 
 def precision(device: torch.device, fp16: bool) -> torch.dtype:
@@ -50,17 +50,18 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def compile_features(net: POP, frozen: bool = False):
-    """Compile `net.features` (torch.compile). Images of another shape, or another mode of the network, compile anew.
+def compile_features(net: Network, frozen: bool = False):
+    """Compile backbone and decoder (torch.compile). Images of another shape, or another mode of the network, do anew.
 
     Args:
         net: stays a module with the same keys; its copies are compiled too.
         frozen: its weights do not change any more. On GPUs, features are then computed by a CUDA graph: they have to
-            be used or copied before the next call, which overwrites them. `POP.maps` uses them at once.
+            be used or copied before the next call, which overwrites them.
     """
     # static sizes: crops and evaluation images have one size each, and the decoder's matrices are made for it
     mode = 'reduce-overhead' if frozen else 'default'
-    net.features = MethodType(torch.compile(type(net).features, dynamic=False, mode=mode), net)
+    for method in (type(net).features, type(net).features_and_middle):  # compiled at the first call
+        setattr(net, method.__name__, MethodType(torch.compile(method, dynamic=False, mode=mode), net))
 
 
 def to_device(images: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -11,7 +11,6 @@ from core.errors import InputError
 from dataset import Augmentation, SegmentationDataset
 from dataset.own_classes import SupportSamples, support_positions
 from dataset.views import DrawnViews, KeptPairs
-from engine.checkpoint import STAGE_2_PREFIXES
 from engine.evaluation import evaluate
 from engine.features import FeatureKeeper, KeptFeatures
 from engine.loaders import training_loader
@@ -19,7 +18,6 @@ from engine.optim import Optimization
 from engine.precision import autocast
 from model import POP
 from model.kernels import predict
-from model.losses import novel_losses
 
 TURNS = 5  # at most so many trainings leave photographs out
 
@@ -48,7 +46,7 @@ class Recipe:
 
 def novel_state(net: POP) -> dict[str, torch.Tensor]:
     """A copy of what stage 2 trains: novel prototypes and phi_n."""
-    return {name: value.clone() for name, value in net.state_dict().items() if name.startswith(STAGE_2_PREFIXES)}
+    return {name: value.clone() for name, value in net.state_dict().items() if name.startswith(net.STAGE_2_PREFIXES)}
 
 
 def learn(net: POP, support: KeptFeatures, base: KeptFeatures, recipe: Recipe, dtype: torch.dtype):
@@ -78,7 +76,7 @@ def learn(net: POP, support: KeptFeatures, base: KeptFeatures, recipe: Recipe, d
         masks = torch.cat([half['mask'].to(device, non_blocking=True) for _, half in halves]).long()
         with autocast(device, dtype):
             logits = net.classify({name: torch.cat([half[name] for half in maps]) for name in maps[0]})
-        loss = sum(novel_losses(logits, masks, net.novel_emb, net.base_emb).values())
+        loss = sum(net.novel_losses(logits, masks).values())
         optimization.backward(loss)
         optimization.step()
         if (step % 50 == 0 or step + 1 == recipe.steps) and not math.isfinite(loss.item()):

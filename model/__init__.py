@@ -2,11 +2,13 @@
 
 from model import kernels
 from model.backbones import BACKBONES, build_backbone
+from model.capl import CAPL
+from model.finetuning import FineTuned
 from model.network import Head, Network
 from model.pop import POP
 from model.psp import PSP
 
-MODELS = {'pspnet_pop': POP}
+MODELS = {'pspnet_pop': POP, 'pspnet_ft': FineTuned, 'pspnet_capl': CAPL}
 
 
 def build_model(

@@ -33,8 +33,9 @@ class Network(nn.Module):
         STAGE_2_PREFIXES: of those that a network with novel classes has beyond one of stage 1.
         VARIANTS: choices of what stage 2 trains; the first one is the default.
         variant: the choice.
+        auxiliary: a head that only the training of stage 1 has, where the method has one (`start_base`).
         background: False: every pixel is of a class, so that evaluation never predicts label 0.
-        POSITIONWISE: `classify` treats every position for itself. Otherwise it gets images of one shape without padding.
+        POSITIONWISE: `classify` treats every position for itself. Otherwise it gets no padding.
         BATCH_UNIT: number of images of which a batch of stage 1 must be a multiple.
         REGISTERS: `register` takes the place of stage 2.
     """
@@ -55,6 +56,7 @@ class Network(nn.Module):
         self.background = True
         self.backbone = backbone
         self.decoder = decoder
+        self.auxiliary = None
         self.variant = self.VARIANTS[0]
 
     @property
