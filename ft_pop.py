@@ -6,7 +6,8 @@
 
 Writes to the snapshot folder, for each seed: best_{seed}.pth, last_{seed}.pth, epoch_N_{seed}.pth with
 --save-pred-every; args.json, log.txt, metrics.jsonl, tb/. `best` is selected on the evaluation images, as in the
-released protocol, so it is optimistically biased; `last` is always reported beside it.
+released protocol, so it is optimistically biased; `last` is always reported beside it. Without a validation list
+there is only `last`.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from core.errors import InputError, exits_cleanly
-from dataset import DATASETS, Augmentation, FewShotDataset, FoldData
+from dataset import Augmentation, FewShotDataset, FoldData
 from dataset.views import KeptPairs, base_views, support_views
 from engine.checkpoint import Checkpoint, imagenet_checkpoint, read_checkpoint, resolve_checkpoint
 from engine.distributed import main_first, wrap_ddp
@@ -75,7 +76,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f'--start-epoch needs a stage-2 checkpoint; --restore-from {args.restore_from} is none')
     if args.views and args.features == 'off':
         parser.error('--views trains on kept features; give --features another place than off')
-    if not DATASETS[args.dataset].novel_ids(args.fold):
+    if not args.dataset.novel_ids(args.fold):
         parser.error(f'--fold {args.fold} has no novel classes, so there is nothing for stage 2 to learn')
     return args
 
@@ -163,6 +164,7 @@ def build_novel(args: argparse.Namespace, data: FoldData, seed: int, base: POP, 
                 f'{earlier.path} has another base network than the checkpoint of seed {args.random_seed[0]}'
             )
     net.freeze_base()
+    net.background = args.dataset.background is not None
     return net.to(base.base_emb.device, memory_format=torch.channels_last)
 
 
@@ -207,13 +209,13 @@ def train_seed(
     train_set: FewShotDataset,
     base: POP,
     keeper: FeatureKeeper,
-    val_batches: FrozenFeatures | KeptFeatures,
+    val_batches: FrozenFeatures | KeptFeatures | None,
     run: Run,
 ) -> dict[str, dict]:
     """Run stage 2 for one seed: `base` is what it starts from, the keeper's fused copy of it gives the features.
 
     Returns:
-        Validation metrics of 'best' and of 'last'.
+        Validation metrics of 'best' and of 'last'; none without a validation list.
     """
     device, kept = keeper.device, None
     if args.views:
@@ -226,10 +228,12 @@ def train_seed(
     )  # fmt: skip
     torch.manual_seed(seed)  # only now: loaders draw too, and features may be there already
     net = build_novel(args, data, seed, base, run.folder)
-    read_image = data.samples('val', novel_as_background=False).read_image
+    panel = None
+    if val_batches is not None:
+        panel = ValidationPanel(data.legend, data.samples('val', novel_as_background=False).read_image)
     stage = NovelStage(
         net=net, frozen=keeper.frozen, kept=kept, model=wrap_ddp(Head(net), device, sync_bn=False), device=device,
-        dtype=keeper.dtype, val_batches=val_batches, panel=ValidationPanel(data.legend, read_image),
+        dtype=keeper.dtype, val_batches=val_batches, panel=panel,
         class_names=data.legend.names, config=from_flags.network_config(args, data, seed), seed=seed,
         listed=len(data.ids('val')), patience=args.num_epoch // 4,
     )  # fmt: skip
@@ -238,7 +242,7 @@ def train_seed(
 
 def arguments_of_seeds(args: argparse.Namespace, data: FoldData, dtype: torch.dtype) -> dict[int, dict]:
     """Seed -> what its run depends on (`resume.run_arguments`)."""
-    files = {'validation list': data.val_list}
+    files = {'validation list': data.val_list} if data.val_list else {}
     files |= {f'list of base class {class_id}': data.lists.base_class(class_id) for class_id in data.base_ids}
     if args.restore_from not in ('none', 'imagenet') and not args.start_epoch:
         files['base network'] = resolve_checkpoint(args.restore_from)
@@ -267,11 +271,11 @@ def main(args: argparse.Namespace):
             notes.append('--restore-from none: the base network is random and stays so')
         run = Run(folder, vars(args), notes)
         run.logger.info(
-            f'{args.shot}-shot, novel classes {data.novel_ids}, {len(val_set)} validation images; '
+            f'{args.shot}-shot, novel classes {data.novel_ids}, {len(val_set or ())} validation images; '
             f'computing in {name_of(dtype)}'
         )
         keeper = feature_keeper(args, base, frozen, dtype, run)
-        val_batches = keeper.keep(val_set, 'validation', args.base_size)
+        val_batches = keeper.keep(val_set, 'validation', args.base_size) if val_set else None
         rows = {}
         for seed, train_set in train_sets.items():
             results = train_seed(
@@ -279,7 +283,8 @@ def main(args: argparse.Namespace):
             )
             for which, metrics in results.items():
                 rows[f'seed {seed}, {which}{" (selected)" if which == args.select else ""}'] = metrics
-        run.logger.info(f'validation at {args.base_size[0]}x{args.base_size[1]}, mIoU in %:\n{summary_table(rows)}')
+        if rows:
+            run.logger.info(f'validation at {args.base_size[0]}x{args.base_size[1]}, mIoU in %:\n{summary_table(rows)}')
         run.logger.close()
 
 

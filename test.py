@@ -76,8 +76,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument('--save-path', type=Path, help="folder of the results (default: the checkpoint's)")
     add_view_flags(parser)
-    args = cli.check(parser, parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    args.dataset = args.dataset if args.val_list else args.dataset.tested()
+    cli.check(parser, args)
     check_view_flags(parser, args)
+    if not args.val_list:
+        parser.error(
+            f'{args.dataset} has no images to evaluate (val: none in {args.dataset.card}); give --val-list, or see '
+            f'what the network does: python -m utils.predict --restore-from {shlex.quote(args.restore_from)} '
+            '--images FOLDER --save-path segmented'
+        )
     if args.restore_from in UNTRAINED and not args.save_path:
         parser.error(f'--restore-from {args.restore_from} has no folder for the results; give --save-path')
     return args
@@ -98,6 +106,7 @@ def load_network(args: argparse.Namespace, data: FoldData, seed: int) -> tuple[P
     checkpoint = read_checkpoint(resolve_checkpoint(args.restore_from, args.select, seed))
     num_novel = len(data.novel_ids) if checkpoint.class_counts[1] else 0
     net = build_model(args.backbone, len(data.base_ids), num_novel, args.os)
+    net.background = data.spec.background is not None
     checkpoint.load_into(net, from_flags.network_config(args, data, seed))
     if data.novel_ids and not num_novel and is_main():
         print(f'note: {checkpoint.path} is of stage 1: it is evaluated on the base classes, and --shot has no effect')
@@ -116,10 +125,10 @@ def taught_data(args: argparse.Namespace, data: FoldData) -> FoldData:
     taught = taught_classes(checkpoint)
     if taught is None:
         return data
-    known = dict(enumerate(data.spec.class_names, 1))
+    known = data.spec.classes
     if unknown := [name for name, class_id in taught.items() if known.get(class_id) != name]:
         raise InputError(
-            f'{checkpoint.path} was taught {some(unknown)}, no class of {args.dataset!r}. To see what it does: '
+            f'{checkpoint.path} was taught {some(unknown)}, no class of {args.dataset.name!r}. To see what it does: '
             f'python -m utils.predict --restore-from {shlex.quote(args.restore_from)} '
             '--images FOLDER --save-path segmented'
         )
@@ -189,7 +198,7 @@ def main(args: argparse.Namespace):
         if is_main():
             num_logits = len(next(iter(seeds.values()))['iou'])
             results = Results(
-                seeds=seeds, legend=data.legend.cut(num_logits), dataset=args.dataset, fold=args.fold,
+                seeds=seeds, legend=data.legend.cut(num_logits), dataset=args.dataset.name, fold=args.fold,
                 shot=args.shot if data.taught is None else None, precision=name_of(dtype),
             )  # fmt: skip
             print(f'\n{results.tables()}')

@@ -4,9 +4,9 @@
     torchrun --nproc_per_node=4 train_base.py --dataset coco --data-dir COCO --restore-from resnet50_v2.pth \\
         --snapshot-dir runs/coco_base
 
-Writes to the snapshot folder: best.pth (highest base mIoU on the validation list, background included), last.pth,
-epoch_N.pth with --save-pred-every, args.json, log.txt, metrics.jsonl, tb/; memory.pt, from which utils.teach teaches
-best.pth more classes without the data.
+Writes to the snapshot folder: best.pth (highest base mIoU on the validation list, background included; none without
+such a list), last.pth, epoch_N.pth with --save-pred-every, args.json, log.txt, metrics.jsonl, tb/; memory.pt, from
+which utils.teach teaches best.pth more classes without the data.
 """
 
 import argparse
@@ -103,9 +103,9 @@ def restore(net: POP, args: argparse.Namespace, config: dict):
 
 
 def keep_memory(args: argparse.Namespace, data: FoldData, stage: BaseStage, run: Run):
-    """Write memory.pt for best.pth, unless it is there; the training is done, so what prevents it is a note."""
+    """Write memory.pt for best.pth, or last.pth where that is all, unless it is there; what prevents it is a note."""
     net, path = stage.net, run.folder.path() / memory.NAME
-    read_checkpoint(run.folder.path('best')).load_into(net, stage.config)
+    read_checkpoint(resolve_checkpoint(run.folder.path())).load_into(net, stage.config)
     if on_main(lambda: memory.is_memory_of(path, digest(net.state_dict()))):
         return
     keeper = memory.keeper_in_memory(net, stage.device, stage.dtype, run.logger.info, args.num_workers)
@@ -121,7 +121,7 @@ def main(args: argparse.Namespace):
         torch.manual_seed(args.random_seed)
         data, dtype = from_flags.fold_data(args), precision(device, args.fp16)
         notes = main_first(data.prepare)
-        files = {'training list': data.lists.train, 'validation list': data.val_list}
+        files = {'training list': data.lists.train} | ({'validation list': data.val_list} if data.val_list else {})
         folder = from_flags.run_folder(args, data, {None: run_arguments(vars(args), dtype, files)})
         train_set = data.base_training(Augmentation(args.input_size, args.scale_range), args.random_seed)
         val_set = data.validation(args.base_size, with_novel=False, limit=args.val_limit)
@@ -132,19 +132,20 @@ def main(args: argparse.Namespace):
         net = build_network(args, len(data.base_ids), config, resumes=folder.holds()).to(
             device, memory_format=torch.channels_last
         )
+        net.background = args.dataset.background is not None
         if args.compile:
             compile_features(net)
         run = Run(folder, vars(args), notes)
         run.logger.info(
-            f'{len(train_set)} training and {len(val_set)} validation images, base classes {data.base_ids}; '
+            f'{len(train_set)} training and {len(val_set or ())} validation images, base classes {data.base_ids}; '
             f'computing in {name_of(dtype)}'
         )
         legend = data.legend.cut(net.num_logits)
         stage = BaseStage(
             net=net, model=wrap_ddp(net, device, args.sync_bn), device=device, dtype=dtype,
-            val_batches=evaluation_loader(val_set, args.test_batch_size, **loading),
-            panel=ValidationPanel(legend, val_set.samples.read_image), class_names=legend.names, config=config,
-            listed=len(data.ids('val')),
+            val_batches=evaluation_loader(val_set, args.test_batch_size, **loading) if val_set else None,
+            panel=ValidationPanel(legend, val_set.samples.read_image) if val_set else None, class_names=legend.names,
+            config=config, listed=len(data.ids('val')),
         )  # fmt: skip
         from_flags.trainer(args, stage, loader, run).fit()
         if args.memory:

@@ -70,7 +70,7 @@ def main():
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as made:
         if args.data_dir:
-            folders = args.data_dir / SPEC.train_images, args.data_dir / SPEC.train_masks
+            folders = [args.data_dir / folder for folder in SPEC.folders('train')]
         else:
             folders = make_samples(Path(made), 600)
         samples = Samples(*folders, label_table(SPEC.base_ids(-1), (), True))

@@ -79,8 +79,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.json and not args.json.parent.is_dir():
         parser.error(f'--json: there is no folder {args.json.parent}')
-    if args.data_dir and not (args.data_dir / SPEC.train_masks).is_dir():
-        parser.error(f'--data-dir: there is no folder {args.data_dir / SPEC.train_masks}')
+    if args.data_dir and not (args.data_dir / SPEC.masks['train']).is_dir():
+        parser.error(f'--data-dir: there is no folder {args.data_dir / SPEC.masks["train"]}')
     if not torch.cuda.is_available():
         print('PyTorch finds no GPU here. On one, these parts would run:')
         for name in args.only:

@@ -85,7 +85,7 @@ class Setting:
         """So many ids, repeated if there are fewer, and how their images are read; labels are those of fold 0."""
         table = label_table(SPEC.base_ids(0), SPEC.novel_ids(0), False)
         if self.data_dir:
-            samples = Samples(self.data_dir / SPEC.train_images, self.data_dir / SPEC.train_masks, table)
+            samples = Samples(*(self.data_dir / folder for folder in SPEC.folders('train')), table)
         else:
             folder = self.folder / 'photographs'
             if not folder.is_dir():

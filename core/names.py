@@ -7,6 +7,7 @@ no valid text, so `printable` replaces them where text has to be valid.
 import functools
 import os
 import unicodedata
+from collections.abc import Collection
 from pathlib import Path
 
 from core.errors import InputError
@@ -69,6 +70,31 @@ def find_spelling(path: Path) -> Path:
     except OSError:
         return path
     return path.with_name(spellings.get(canonical(path.name), path.name))
+
+
+def find_by_stem(folder: Path, stem: str, suffixes: Collection[str]) -> list[str]:
+    """Names of the files in a folder that have this name, in any Unicode form, and one of the suffixes, in any case.
+
+    Args:
+        folder: may be missing.
+        stem: canonical name without suffix.
+        suffixes: e.g. '.png', in lower case.
+    """
+    try:
+        return _stems(folder, folder.stat().st_mtime_ns, tuple(suffixes)).get(stem, [])
+    except OSError:
+        return []
+
+
+@functools.lru_cache(maxsize=8)
+def _stems(folder, changed, suffixes):
+    """Canonical stem -> names, of the files in a folder with these suffixes; `changed` is its modification time."""
+    stems = {}
+    for name in sorted(os.listdir(folder)):
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() in suffixes and not is_companion(name):
+            stems.setdefault(canonical(stem), []).append(name)
+    return stems
 
 
 @functools.lru_cache(maxsize=8)

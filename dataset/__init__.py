@@ -1,6 +1,7 @@
 """Data sets of both stages and of evaluation, made from a `DatasetSpec` and list files."""
 
-from dataset.classes import DATASETS, DatasetSpec
+from dataset.cards import DATASETS
+from dataset.classes import DatasetSpec
 from dataset.fewshot import FewShotDataset
 from dataset.fold import FoldData
 from dataset.images import Photographs

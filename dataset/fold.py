@@ -1,6 +1,5 @@
 """One fold of a dataset on disk: makes the data sets of both stages and of evaluation, and checks their lists."""
 
-import os
 import random
 import re
 import shlex
@@ -8,15 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from core import IGNORE_INDEX
 from core.errors import InputError, some
-from core.names import canonical, printable
+from core.names import printable
+from dataset.class_index import CACHE_NAME, ClassIndex
 from dataset.classes import DatasetSpec
 from dataset.fewshot import FewShotDataset
 from dataset.formats import other_suffixes
-from dataset.images import Samples
-from dataset.labels import label_table
+from dataset.images import MASK_SUFFIXES, Samples, find_file
 from dataset.legend import Legend
-from dataset.lists import CACHE_NAME, ClassIndex, FoldLists, ensure_class_lists, read_ids
+from dataset.lists import FoldLists, ensure_class_lists, read_ids
 from dataset.segmentation import SegmentationDataset
 from dataset.transforms import Augmentation
 
@@ -28,8 +28,9 @@ class FoldData:
     Attributes:
         spec: the dataset.
         data_dir: folder of its images and masks.
-        fold: 0, 1, ...; with -1, every class is a base class, so that labels are class ids.
-        train_list, val_list: lists of image ids; the fold's own lists are beside the train list.
+        fold: 0, 1, ...; with -1, every class is a base class.
+        train_list, val_list: lists of image ids; the fold's own lists are beside the train list. Without a validation
+            list, there is no evaluation.
         filter_novel: omit training images that contain novel classes.
         skip_bad: an image that cannot be read is not an error, unless it is a support image.
         taught: class ids of the novel classes that a network has learned, in the order of its labels, where these are
@@ -40,7 +41,7 @@ class FoldData:
     data_dir: Path
     fold: int
     train_list: Path
-    val_list: Path
+    val_list: Path | None
     filter_novel: bool = False
     skip_bad: bool = False
     taught: tuple[int, ...] | None = None
@@ -66,13 +67,20 @@ class FoldData:
         return FoldLists(Path(self.train_list).parent, self.fold, self.filter_novel)
 
     def ids(self, split: str) -> list[str]:
-        """Image ids of the training or the evaluation list, 'train' or 'val'; raises as `lists.read_ids`."""
+        """Image ids of the training or the evaluation list, 'train' or 'val'; none without a list.
+
+        Raises as `lists.read_ids`.
+        """
         path = {'train': self.train_list, 'val': self.val_list}[split]
-        return read_ids(path, self.spec.hint, folders=self.spec.folders(split))
+        return read_ids(path, self.spec.hint, **self._files(split)) if path else []
 
     def _read(self, path, hint='', **allowed):
         """Ids of a list of training images."""
-        return read_ids(path, hint, folders=self.spec.folders('train'), **allowed)
+        return read_ids(path, hint, **self._files('train'), **allowed)
+
+    def _files(self, split):
+        """By which a line of a list can name the files of an id: arguments of `read_ids`."""
+        return {'folders': self.spec.folders(split), 'samples': self._samples(split) if self.data_dir else None}
 
     def ensure_images(self):
         """Make the embedded data set if it is asked for and missing."""
@@ -104,11 +112,11 @@ class FoldData:
         notes = []
         lists = {c: self.lists.novel_class(c) for c in self.novel_ids}
         lists |= {c: self.lists.base_class(c) for c in self.base_ids}
-        empty = [self.spec.class_names[c - 1] for c, path in lists.items() if not self._read(path, allow_empty=True)]
+        empty = [self.spec.classes[c] for c, path in lists.items() if not self._read(path, allow_empty=True)]
         if empty:
             notes.append(
                 f'no training image shows >= {self.spec.min_pixels} pixels of {some(empty)}, so stage 2 will refuse to '
-                'start: add images, or lower min_pixels in dataset/classes.py'
+                'start: add images, or lower min_pixels'
             )
         if differing:
             notes.append(
@@ -120,9 +128,9 @@ class FoldData:
 
     def check_validation_masks(self):
         """Read every validation mask once, so that a bad mask ends a run before its first epoch, not after it."""
-        ids = self.ids('val')
-        cache = Path(self.val_list).parent / f'val_{CACHE_NAME}'
-        ClassIndex.from_masks(self.samples('val', ids, novel_as_background=True), ids, self.spec.num_classes, cache)
+        if ids := self.ids('val'):
+            cache = Path(self.val_list).parent / f'val_{CACHE_NAME}'
+            ClassIndex.from_masks(self.samples('val', ids, novel_as_background=True), ids, cache)
 
     def base_training(self, augmentation: Augmentation, seed: int) -> SegmentationDataset:
         """Training set of stage 1: images with at least one base class; novel pixels are relabelled background."""
@@ -165,7 +173,7 @@ class FoldData:
 
     def _support_command(self, shot, *seeds):
         command = (
-            'python', '-m', 'utils.gen_fs_list', '--dataset', self.spec.name, '--data-dir', self.data_dir,
+            'python', '-m', 'utils.gen_fs_list', '--dataset', self.spec.choice, '--data-dir', self.data_dir,
             '--train-list', self.train_list, '--fold', self.fold, '--shot', shot, '--seed', *seeds,
         )  # fmt: skip
         return shlex.join(map(str, command))
@@ -196,8 +204,8 @@ class FoldData:
 
     def validation(
         self, size: tuple[int, int], with_novel: bool, original_size: bool = False, limit: int | None = None
-    ) -> SegmentationDataset:
-        """Evaluation images.
+    ) -> SegmentationDataset | None:
+        """Evaluation images; None without an evaluation list.
 
         Args:
             size: images are resized to fit (H, W) and padded.
@@ -205,6 +213,8 @@ class FoldData:
             original_size: masks keep their original size, at which `test.py` evaluates.
             limit: number of images, chosen at random but the same in every run; default: all.
         """
+        if not self.val_list:
+            return None
         ids = self.ids('val')
         if limit and limit < len(ids):
             chosen = set(random.Random(0).sample(ids, limit))
@@ -227,29 +237,39 @@ class FoldData:
         Raises:
             InputError: a folder of the split, or the image or mask of one of `ids`, is missing.
         """
-        images, masks = (Path(self.data_dir) / folder for folder in self.spec.folders(split))
-        for folder, suffix in ((images, '.jpg'), (masks, '.png')):
+        samples = self._samples(split, novel_as_background)
+        for folder, suffixes in ((samples.image_dir, samples.image_suffixes), (samples.mask_dir, MASK_SUFFIXES)):
             if not folder.is_dir():
                 raise InputError(f'folder {folder} does not exist; {self.spec.hint}')
-            if ids:
-                _check_present(folder, suffix, ids)
-        table = label_table(self.base_ids, self.novel_ids, novel_as_background)
-        table[[c for c in self.spec.novel_ids(self.fold) if c not in self.novel_ids]] = 0
+            _check_present(folder, suffixes, ids)
+        return samples
+
+    def _samples(self, split, novel_as_background=True):
+        images, masks = (Path(self.data_dir) / folder for folder in self.spec.folders(split))
+        table = self.spec.label_table(self.fold, self.novel_ids, novel_as_background)
+        if split == 'val' and self.spec.background is None:
+            table[table == 0] = IGNORE_INDEX  # no prediction has label 0
         return Samples(images, masks, table, self.spec.class_colors)
 
 
-def _check_present(folder, suffix, ids):
+def _check_present(folder, suffixes, ids):
     """InputError where a folder lacks the file of an id; says what is there instead."""
-    present = set(map(canonical, os.listdir(folder)))
-    missing = [image_id + suffix for image_id in ids if image_id + suffix not in present]
+    missing = [image_id for image_id in ids if not find_file(folder, image_id, suffixes)]
     if not missing:
         return
-    if others := other_suffixes(folder / missing[0]):
-        raise InputError(f'{folder} holds {some(others)}; expected {missing[0]}: rename its files to *{suffix}')
+    expected = ', '.join(suffixes)
+    if others := other_suffixes(folder / f'{missing[0]}{suffixes[0]}'):
+        raise InputError(
+            f'{folder} holds {some(others)}; expected {missing[0]} with the suffix {expected}: convert the files, or '
+            'rename them if they are such files'
+        )
     hint = 'Check --data-dir and the lists.'
     first_column = re.split(r'[\s,;]|__', missing[0])[0]
-    if first_column + suffix in present:
-        hint = f'There is {first_column}{suffix}: a line of a list is one id, without further columns.'
+    if there := find_file(folder, first_column, suffixes):
+        hint = f'There is {there.name}: a line of a list is one id, without further columns.'
     elif printable(missing[0]) != missing[0]:
         hint = 'Is the list in another encoding than UTF-8? iconv -f ISO-8859-1 -t UTF-8 LIST converts it.'
-    raise InputError(f'{len(missing)} of {len(ids)} listed files are missing in {folder}: {some(missing)}. {hint}')
+    raise InputError(
+        f'{len(missing)} of {len(ids)} listed images are missing in {folder}: {some(missing)}; expected files with '
+        f'the suffix {expected}. {hint}'
+    )

@@ -33,6 +33,8 @@ FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 START_OF_SCAN = 0xDA
 WITHOUT_LENGTH = {0x00, 0x01, *range(0xD0, 0xD9)}
 
+SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff')  # of photographs, in any case
+
 MAX_PIXELS, MAX_SIDE = 2**30, 2**20  # of OpenCV, for masks too
 
 PILLOW_TYPES = {'F': 'float32', 'I': 'int32', 'I;16': 'uint16', 'I;16B': 'uint16', 'I;16L': 'uint16'}

@@ -12,11 +12,12 @@ from PIL import Image
 
 from core import IGNORE_INDEX
 from core.errors import InputError, some
-from core.names import find_spelling, is_companion
-from dataset.formats import read_file, read_picture, undecodable, wrong_depth
+from core.names import find_by_stem, is_companion
+from dataset.formats import SUFFIXES, read_file, read_picture, undecodable, wrong_depth
 from dataset.labels import INVALID
 from dataset.masks import open_mask, wrong_values
 
+MASK_SUFFIXES = ('.png',)
 HEADER_BYTES = 2**16  # hold the header of nearly every JPEG
 DECODING = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
 
@@ -26,8 +27,8 @@ class Samples:
     """Where the images and masks of a split are, and which labels the values of the masks get.
 
     Attributes:
-        image_dir, mask_dir: folders of ID.jpg and ID.png.
-        table: uint8 [256], class id -> label (`labels.label_table`).
+        image_dir, mask_dir: folders of the photographs, ID with one of `formats.SUFFIXES`, and of the masks, ID.png.
+        table: uint8 [256], mask value -> label (`labels.label_table`).
         class_colors: RGB bytes -> class id, by which palettes are checked (`masks.open_mask`).
     """
 
@@ -36,11 +37,18 @@ class Samples:
     table: np.ndarray
     class_colors: Mapping[bytes, int] | None = None
 
+    @property
+    def image_suffixes(self) -> tuple[str, ...]:
+        """Suffixes of the photographs; a PNG in the folder of the masks is no photograph."""
+        return tuple(suffix for suffix in SUFFIXES if suffix != '.png' or self.image_dir != self.mask_dir)
+
     def image_path(self, image_id: str) -> Path:
-        return find_spelling(self.image_dir / f'{image_id}.jpg')
+        """The photograph of an id; if there is none, where one would be. Raises InputError if there are several."""
+        return find_file(self.image_dir, image_id, self.image_suffixes) or self.image_dir / f'{image_id}.jpg'
 
     def mask_path(self, image_id: str) -> Path:
-        return find_spelling(self.mask_dir / f'{image_id}.png')
+        """The mask of an id, as `image_path`."""
+        return find_file(self.mask_dir, image_id, MASK_SUFFIXES) or self.mask_dir / f'{image_id}.png'
 
     def stamps(self, image_ids: Sequence[str]) -> list[tuple[int, ...]]:
         """(size, modification time in ns) of each image and of its mask; they change when the files change."""
@@ -64,15 +72,31 @@ class Samples:
             InputError: a file is missing or cannot be decoded, the mask is colour-coded or holds other values than
                 class ids, or the sizes differ.
         """
-        image = self.read_image(image_id)
-        mask_path = self.mask_path(image_id)
-        with self.open_mask(image_id) as opened:
-            mask = np.array(opened)
-        check_same_size(self.image_path(image_id), image.shape[1::-1], mask_path, mask.shape[::-1])
-        labels = self.table[mask]
+        image, values = self.read_values(image_id)
+        labels = self.table[values]
         if INVALID in labels:
-            raise wrong_values(mask_path, np.unique(mask), np.flatnonzero(self.table != INVALID).tolist())
+            raise wrong_values(self.mask_path(image_id), values, self.table)
         return image, labels
+
+    def read_values(self, image_id: str) -> tuple[np.ndarray, np.ndarray]:
+        """As `read`, but with the values of the mask, whatever these are, in place of labels."""
+        image = self.read_image(image_id)
+        with self.open_mask(image_id) as opened:
+            values = np.array(opened)
+        paths = self.image_path(image_id), self.mask_path(image_id)
+        check_same_size(paths[0], image.shape[1::-1], paths[1], values.shape[::-1])
+        return image, values
+
+
+def find_file(folder: Path, image_id: str, suffixes: Sequence[str]) -> Path | None:
+    """The file of an id in a folder, with one of the suffixes in any case. Raises InputError if there are several."""
+    names = find_by_stem(folder, image_id, suffixes)
+    if len(names) > 1:
+        raise InputError(
+            f'{folder} holds {some(names)}, which have the same id {image_id}; expected one of them. Remove or rename '
+            'the others.'
+        )
+    return folder / names[0] if names else None
 
 
 def _file_stamp(path):
@@ -97,20 +121,18 @@ class Photographs:
         InputError: the folder does not exist, holds no image, or holds two whose names differ by their suffix only.
     """
 
-    SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff')
-
     def __init__(self, folder: str | Path):
         files = [Path(folder)]
         try:
             if stat.S_ISDIR(os.stat(folder).st_mode):
                 files = [path for path in Path(folder).iterdir() if not is_companion(path.name)]
-            paths = sorted(path for path in files if path.suffix.lower() in self.SUFFIXES and path.is_file())
+            paths = sorted(path for path in files if path.suffix.lower() in SUFFIXES and path.is_file())
         except FileNotFoundError:
             raise InputError(f'{folder} does not exist; expected an image, or a folder of images') from None
         except OSError as error:
             raise InputError(f'{folder} cannot be read: {error.strerror}. Check its permissions.') from error
         if not paths:
-            raise InputError(f'{folder} holds no image; expected files named *{", *".join(self.SUFFIXES)}')
+            raise InputError(f'{folder} holds no image; expected files named *{", *".join(SUFFIXES)}')
         self._paths = {path.stem: path for path in paths}
         self.left_out = sorted({path.name for path in files} - {path.name for path in paths})
         if len(self._paths) < len(paths):

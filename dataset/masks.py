@@ -1,15 +1,16 @@
 """Read masks: PNG files whose pixel values are class ids."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from core import IGNORE_INDEX
 from core.errors import InputError, some
 from dataset.formats import Picture, fits, open_with_pillow, palette_colors, read_file, read_picture, undecodable
+from dataset.labels import INVALID, accepted
 
+BLACK = bytes(3)
 GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6  # colour types of PNG
 COLORED = {RGB: 'RGB', GREY_ALPHA: 'grey with transparency', RGBA: 'RGBA'}
 
@@ -113,8 +114,8 @@ def _check_palette(path, mask, picture, class_colors):
     """InputError where a value that a mask uses has the colour of another class."""
     colors = palette_colors(picture.palette)
     other = {value: class_colors.get(color, value) for value, color in enumerate(colors)}
-    # the background's black also fills unused places
-    moved = [v for v, class_id in other.items() if class_id not in (0, v) and colors.count(colors[v]) == 1]
+    # black also fills unused places
+    moved = [v for v, c in other.items() if c != v and colors[v] != BLACK and colors.count(colors[v]) == 1]
     if not moved:
         return
     histogram = mask.histogram()
@@ -164,13 +165,12 @@ def read_colored_mask(path: str | Path, class_colors: Mapping[bytes, int]) -> np
     return np.array(ids, np.uint8)[places.reshape(mask.size[::-1])]
 
 
-def wrong_values(path: str | Path, found: np.ndarray, expected: Iterable[int]) -> InputError | None:
-    """The error for a mask that holds other values than class ids and 255; None if it does not."""
-    expected = set(expected)
-    if wrong := sorted(set(np.asarray(found).tolist()) - expected):
-        largest = max(expected - {IGNORE_INDEX})
+def wrong_values(path: str | Path, found: np.ndarray, table: np.ndarray) -> InputError | None:
+    """The error for a mask that holds values which a `labels.label_table` does not know; None if it does not."""
+    known = np.flatnonzero(table != INVALID)
+    if wrong := [value for value in np.unique(found).tolist() if value not in known]:
         return InputError(
-            f'{path} holds the values {some(map(str, wrong), 8)}; expected class ids 0..{largest} and {IGNORE_INDEX} '
-            '(ignored). Is it a mask of this --dataset, and has no tool turned colours into shades of grey?'
+            f'{path} holds the values {some(map(str, wrong), 8)}; expected {accepted(table)}. Is it a mask of this '
+            '--dataset, and has no tool turned colours into shades of grey?'
         )
     return None

@@ -7,7 +7,7 @@ FOLDER/scooter/IMG_2_mask.png
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +15,9 @@ import numpy as np
 
 from core.errors import InputError, some
 from core.names import canonical, is_companion, printable
-from dataset.classes import DATASETS, MAX_CLASSES
-from dataset.images import Photographs, check_same_size, read_image
+from dataset.classes import MAX_CLASSES
+from dataset.formats import SUFFIXES
+from dataset.images import check_same_size, read_image
 from dataset.legend import Legend
 from dataset.masks import read_binary_mask
 from dataset.transforms import resize_to_fit
@@ -77,7 +78,7 @@ def _find_pairs(folder):
         files = sorted(path for path in folder.iterdir() if not is_companion(path.name))
     except OSError as error:
         raise InputError(f'{folder} cannot be read: {error.strerror}. Check its permissions.') from error
-    images = [path for path in files if path.suffix.lower() in Photographs.SUFFIXES and not path.is_dir()]
+    images = [path for path in files if path.suffix.lower() in SUFFIXES and not path.is_dir()]
     others = sorted({path.name for path in files} - {path.name for path in images})
     pngs = {canonical(path.stem): path for path in images if path.suffix.lower() == '.png'}
     masks = {stem: path for stem, path in pngs.items() if stem.endswith(MASK_ENDING)}
@@ -171,30 +172,34 @@ class SupportSamples:
         return support.image, support.mask * np.uint8(label)
 
 
-def extend_legend(legend: Legend, names: Sequence[str], dataset: str) -> Legend:
+def extend_legend(
+    legend: Legend, names: Sequence[str], known_ids: Mapping[str, int], reserved: Collection[int]
+) -> Legend:
     """The legend of a network that learns new classes.
 
     Args:
         legend: of the classes that it has and keeps.
-        names: of the new classes. One that the base network's data set has keeps its id there; others get new ids.
-        dataset: name of that data set; it may have no row.
+        names: of the new classes.
+        known_ids: class name -> class id in the network's data set; others get new ids.
+        reserved: values in masks that no class can have.
 
     Raises:
         InputError: the network has a class of this name already, or has too many classes.
     """
-    row = DATASETS.get(dataset)
-    ids = {name: i for i, name in enumerate(row.class_names, 1)} if row else {}
     known = {name.casefold(): name for name in legend.names}
     for name in names:
         if (other := known.setdefault(name.casefold(), name)) is not name:
             is_own = other in legend.names and legend.names.index(other) in legend.novel_labels
             hint = f'--forget {other} replaces it' if is_own else 'rename the folder'
             raise InputError(f'{name!r}: the network has the class {other!r} already; {hint}')
-    unused = max([*legend.class_ids, *ids.values()])
-    new_ids = [ids[name] if name in ids else (unused := unused + 1) for name in names]
-    if new_ids and max(new_ids) > MAX_CLASSES:
-        raise InputError(f'{len(names)} new classes need ids up to {max(new_ids)}; masks have room for {MAX_CLASSES}')
-    return Legend((*legend.names, *names), (*legend.class_ids, *new_ids), legend.num_base, legend.palette)
+    taken = {*legend.class_ids, *known_ids.values(), *reserved}
+    # above the others, and in the gaps between them only where there is no room
+    last = max([*legend.class_ids[1:], *known_ids.values()])
+    unused = (value for value in (*range(last + 1, 256), *range(last)) if value not in taken)
+    new = {name: known_ids[name] if name in known_ids else next(unused, None) for name in names}
+    if None in new.values() or len(legend.names) + len(new) > MAX_CLASSES + 1:
+        raise InputError(f'{len(names)} new classes: masks of 8 bits have no room for them beside {len(taken)} values')
+    return legend.extended(new)
 
 
 def support_positions(samples: SupportSamples, count: int) -> list[int]:

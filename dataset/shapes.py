@@ -17,10 +17,12 @@ import numpy as np
 
 from core import IGNORE_INDEX
 from core.errors import exits_cleanly
-from dataset.classes import DATASETS, SHAPES
+from dataset.cards import DATASETS
 from dataset.lists import write_ids
 
 TRAIN_IMAGES, VAL_IMAGES = 800, 100
+# (outline, fill) of classes 1, 2, ..., which their names say
+SHAPES = tuple(tuple(name.split()[::-1]) for name in DATASETS['shapes'].class_names)
 
 
 def make_shapes(data_dir: str | Path, seed: int = 0, train_images: int = TRAIN_IMAGES, val_images: int = VAL_IMAGES):
@@ -33,7 +35,7 @@ def make_shapes(data_dir: str | Path, seed: int = 0, train_images: int = TRAIN_I
     """
     spec = DATASETS['shapes']
     names = [f'train_{i:04d}' for i in range(train_images)] + [f'val_{i:04d}' for i in range(val_images)]
-    folders = [Path(data_dir) / spec.train_images, Path(data_dir) / spec.train_masks]
+    folders = [Path(data_dir) / folder for folder in spec.folders('train')]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
     for i, name in enumerate(names):
@@ -41,15 +43,13 @@ def make_shapes(data_dir: str | Path, seed: int = 0, train_images: int = TRAIN_I
         image, mask = draw_scene(np.random.default_rng((seed, i)), first_class=i % len(SHAPES) + 1)
         cv2.imwrite(str(folders[0] / f'{name}.jpg'), image[:, :, ::-1])
         cv2.imwrite(str(folders[1] / f'{name}.png'), mask)
-    root = spec.list_root(data_dir)
-    write_ids(root / spec.val_list, names[train_images:])
-    write_ids(root / spec.train_list, names[:train_images])  # last: if it exists, the data are complete
+    write_ids(spec.list_path('val', data_dir), names[train_images:])
+    write_ids(spec.list_path('train', data_dir), names[:train_images])  # last: if it exists, the data are complete
 
 
 def ensure_shapes(data_dir: str | Path):
     """Make the data set with its default settings if it is missing."""
-    spec = DATASETS['shapes']
-    if not (spec.list_root(data_dir) / spec.train_list).is_file():
+    if not DATASETS['shapes'].list_path('train', data_dir).is_file():
         make_shapes(data_dir)
 
 

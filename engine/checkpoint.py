@@ -105,7 +105,7 @@ def check_config(path: Path | str, config: dict, expected: dict):
     differing = [
         f'{key} is {config[key]}, expected {value}'
         for key, value in expected.items()
-        if key in config and config[key] != value and key not in ('classes', 'base_size', 'scale_range')
+        if key in config and config[key] != value and key not in ('classes', 'base_size', 'scale_range', 'card')
     ]  # fmt: skip
     if differing:
         raise InputError(
@@ -118,8 +118,8 @@ def check_config(path: Path | str, config: dict, expected: dict):
     if theirs and ours and (changed or list(theirs) != list(ours)):
         what = some(changed) if changed else f'base and novel ids are {list(theirs)}, expected {list(ours)}'
         raise InputError(
-            f'{path} is of other classes than the row of {config.get("dataset")!r} in '
-            f'dataset/classes.py has now: {what}. Undo the change of that row, or train again.'
+            f'{path} is of other classes than {config.get("dataset")!r} has now: {what}. Undo the change of its card, '
+            'or train again.'
         )
 
 
@@ -283,7 +283,7 @@ def resolve_checkpoint(source: str | Path, select: str = 'best', seed: int | Non
 
     Args:
         source: a file, or a snapshot folder. DIR/best.pth means DIR/best_{seed}.pth where that exists.
-        select: 'best' or 'last', for folders.
+        select: 'best' or 'last', for folders; the last one where there is no best, as without a validation list.
         seed: of stage 2. Without it, a folder means its only seed where it holds no other network.
 
     Returns:
@@ -294,7 +294,8 @@ def resolve_checkpoint(source: str | Path, select: str = 'best', seed: int | Non
     """
     path = Path(source)
     if path.is_dir():
-        path = path / f'{select}.pth'
+        best, last = (any([p.is_file(), *of_seeds(p)]) for p in (path / 'best.pth', path / 'last.pth'))
+        path = path / f'{"last" if last and not best else select}.pth'
     candidates = [path]
     if seed is not None:
         candidates.insert(0, path.with_name(f'{path.stem}_{seed}{path.suffix}'))

@@ -36,7 +36,14 @@ def described_network(checkpoint: Checkpoint, base_only: bool = False) -> tuple[
         checkpoint.load_base_into(net)
     else:
         checkpoint.load_into(net)
+    net.background = legend.background is not None
     return net, legend.cut(net.num_logits)
+
+
+def described_data_set(checkpoint: Checkpoint) -> dict:
+    """What is known of a checkpoint's data set, as `DatasetSpec.described`; {} where it is not built in and unknown."""
+    built_in = DATASETS.get(checkpoint.config.get('dataset'))
+    return checkpoint.config.get('card') or (built_in.described() if built_in else {})
 
 
 def taught_classes(checkpoint: Checkpoint) -> dict[str, int] | None:
@@ -48,18 +55,20 @@ def taught_classes(checkpoint: Checkpoint) -> dict[str, int] | None:
 
 
 def _legend(checkpoint, num_base, num_novel):
-    """Names and colours of at least the labels of a checkpoint: of its own classes, or of the row of its data set."""
+    """Names and colours of at least the labels of a checkpoint: of its own classes, or of a built-in data set."""
     path, config = checkpoint.path, checkpoint.config
-    row = DATASETS.get(config['dataset'])
-    if config.get('classes'):
-        class_ids, names = zip(*config['classes'], strict=True)
-        if len(names) < num_base + num_novel:
-            raise InputError(f'{path} names {len(names)} classes, but has {num_base} base and {num_novel} novel ones')
-        return Legend(('background', *names), (0, *class_ids), num_base, row.palette if row else 'spread')
+    row, known = DATASETS.get(config['dataset']), described_data_set(checkpoint)
+    if classes := config.get('classes'):
+        if len(classes) < num_base + num_novel:
+            raise InputError(f'{path} names {len(classes)} classes, but has {num_base} base and {num_novel} novel ones')
+        palette = known.get('palette', 'spread')
+        if not isinstance(palette, str):
+            palette = tuple((class_id, tuple(color)) for class_id, color in palette)
+        return Legend.of(classes, num_base, palette, known.get('background', 0))
     if not row:
         raise InputError(
-            f'{path} does not name its classes, and its data set {config["dataset"]!r} has no row in '
-            f'dataset/classes.py; expected one of {", ".join(DATASETS)}'
+            f'{path} does not name its classes, and its data set {config["dataset"]!r} is not built in; expected one '
+            f'of {", ".join(DATASETS)}'
         )
     try:
         legend = row.legend(config['fold'])
@@ -69,7 +78,6 @@ def _legend(checkpoint, num_base, num_novel):
     if (num_base, num_novel) not in (expected, (legend.num_base, 0)):
         raise InputError(
             f'{path} has {num_base} base and {num_novel} novel classes; fold {config["fold"]} of '
-            f'{config["dataset"]!r} in dataset/classes.py has {expected[0]} and {expected[1]}. '
-            'Has its row changed since the training?'
+            f'{config["dataset"]!r} has {expected[0]} and {expected[1]}. Have they changed since the training?'
         )
     return legend

@@ -18,6 +18,7 @@ from model.kernels import needed, predict
 
 # called with (image id, prediction, mask), integer tensors [h, w]
 OnPrediction = Callable[[str, torch.Tensor, torch.Tensor], None]
+NEVER = -1e4  # a logit that no class falls below; float16 holds it too
 COUNTED_AT_ONCE = 2**24  # pixels: counting takes several times their memory
 BATCHES_BETWEEN_EXCHANGES = 8  # of several processes, which stop together
 
@@ -201,6 +202,8 @@ def visible_logits(
     rows, columns = (needed(*sides) for sides in zip(shape, canvas, sizes, strict=True))
     with autocast(any_map.device, dtype):
         logits = net.classify({name: values[:, :, :rows, :columns] for name, values in maps.items()}, scores)
+    if not net.background:
+        logits[:, 0] = NEVER
     return F.pad(logits, (0, sizes[1] - columns, 0, sizes[0] - rows))
 
 

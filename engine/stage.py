@@ -52,9 +52,9 @@ class Stage(ABC):
     Attributes:
         net: the network that is saved; what requires gradients is trained.
         model: what `losses` calls: `net` or its head, under DistributedDataParallel where there are several processes.
-        val_batches: validation images or their features (`evaluation.evaluate`).
+        val_batches: validation images or their features (`evaluation.evaluate`); None: there are none.
         device, dtype: where and in which precision the network runs.
-        panel: is called with each validation prediction.
+        panel: is called with each validation prediction, where there are any.
         class_names: of the logits.
         config: stored in the checkpoints (`from_flags.network_config`).
         seed: of stage 2; part of the file names.
@@ -64,10 +64,10 @@ class Stage(ABC):
 
     net: POP
     model: nn.Module
-    val_batches: Iterable[dict]
+    val_batches: Iterable[dict] | None
     device: torch.device
     dtype: torch.dtype
-    panel: Panel
+    panel: Panel | None
     class_names: tuple[str, ...]
     config: dict
     seed: int | None = None

@@ -93,7 +93,7 @@ class Trainer:
         """Train until the plan's last epoch.
 
         Returns:
-            Validation metrics of 'best' and of 'last'.
+            Validation metrics of 'best' and of 'last'; none where there are no validation images.
 
         Raises:
             InputError: the loss is not finite; names the batch's images.
@@ -102,7 +102,9 @@ class Trainer:
         progress, plan = self.progress, self.plan
         while not progress.finished and progress.epoch < plan.num_epoch:
             self.train_epoch()
-            validated = (progress.epoch + 1) % plan.val_every == 0 or progress.epoch + 1 == plan.num_epoch
+            validated = self.stage.val_batches is not None and (
+                (progress.epoch + 1) % plan.val_every == 0 or progress.epoch + 1 == plan.num_epoch
+            )
             metrics = self.validation() if validated else {}
             progress.epoch, progress.step, progress.last = progress.epoch + 1, 0, metrics
             if metrics:
@@ -110,6 +112,10 @@ class Trainer:
             self.end_epoch(stops_early=bool(metrics) and self.is_out_of_patience())
         if self.skipped:
             self.logger.info(f'{self.prefix}{len(self.skipped)} training images were skipped')
+        if self.stage.val_batches is None:
+            last = self.run.folder.path('last', self.stage.seed)
+            self.logger.info(f'{self.prefix}no validation list, so only the last checkpoint is kept: {last}')
+            return {}
         best = self.run.folder.path('best', self.stage.seed)
         self.logger.info(f'{self.prefix}best checkpoint: {best}, epoch {progress.best_epoch}')
         return {'best': progress.best, 'last': progress.last}
@@ -129,7 +135,7 @@ class Trainer:
         if plan.save_pred_every and progress.epoch % plan.save_pred_every == 0:
             self.save(f'epoch_{progress.epoch}')
         if progress.finished:
-            final = {f'best_{name}': value for name, value in progress.best.items()}
+            final = {f'best_{name}': value for name, value in (progress.best or {}).items()}
             final |= {f'last_{name}': value for name, value in progress.last.items()}
             self.logger.hyperparameters(self.run.arguments, final, **self.position)
         self.save()

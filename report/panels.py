@@ -10,7 +10,7 @@ from PIL import Image
 from core.files import atomic_write
 from core.ranks import is_main
 from dataset import SegmentationDataset
-from dataset.legend import PALETTES, Legend
+from dataset.legend import Legend
 from engine.distributed import all_gather, on_main
 from engine.inference import Segmenter
 from engine.metrics import confusion_matrix, iou_per_class
@@ -29,7 +29,7 @@ def save_palette_png(path: Path, mask: np.ndarray, palette: np.ndarray):
 
 def save_labels(path: Path, labels: np.ndarray, legend: Legend):
     """Write labels (uint8 [H, W], below 255) as a palette PNG of class ids, in the data set's colours."""
-    save_palette_png(path, np.array(legend.class_ids, np.uint8)[labels], PALETTES[legend.palette]())
+    save_palette_png(path, np.array(legend.class_ids, np.uint8)[labels], legend.value_colors)
 
 
 class ImageScores:

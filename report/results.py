@@ -34,12 +34,13 @@ def seed_result(
         'checkpoint', 'views' where there are any, 'images', 'listed_images', 'classes_without_pixels' (names of classes
         that no mask shows), the keys of `SUMMARY`, and 'iou' by class name, in percent.
     """
+    first = 1 if legend.background is None else 0
     return {
         'checkpoint': str(checkpoint),
         **({'views': views} if views else {}),
         'images': images,
         'listed_images': listed_images,
-        'classes_without_pixels': [legend.names[k] for k in np.flatnonzero(confusion.sum(axis=1) == 0)],
+        'classes_without_pixels': [legend.names[k] for k in np.flatnonzero(confusion.sum(axis=1) == 0) if k >= first],
         **summarize(confusion, legend.num_base),
         'iou': dict(zip(legend.names, iou_per_class(confusion).tolist(), strict=True)),
     }

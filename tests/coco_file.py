@@ -2,7 +2,7 @@
 
 import copy
 
-from dataset.classes import DATASETS
+from dataset import DATASETS
 
 NAMES = DATASETS['coco'].class_names
 SQUARE = [[10, 10, 20, 10, 20, 20, 10, 20]]

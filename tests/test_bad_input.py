@@ -112,21 +112,24 @@ def test_empty_lists_and_repeated_ids(train, copy):
 
 def test_lists_of_file_names(train, copy):
     path = copy / 'list' / 'val.txt'
-    path.write_text('val_0001.jpg\nval_0002.jpg\n')
-    expect(train(copy), 1, str(path), 'has lines like "val_0001.jpg"', 'without folder and suffix', 'sed -i')
+    path.write_text('elsewhere/val_0001.jpg,masks/val_0001.png\nval_0002.jpg val_0003.png\n')
+    expect(train(copy), 1, str(path), 'has lines like "val_0002.jpg val_0003', 'without folder and suffix', 'sed -i')
 
 
 def test_missing_images_and_masks(train, copy):
     (copy / 'JPEGImages' / 'val_0002.jpg').unlink()
-    expect(train(copy), 1, 'val_0002.jpg', 'missing', '--data-dir')
+    expect(train(copy), 1, '1 of 8 listed images are missing', 'val_0002', '.jpg, .jpeg, .png', '--data-dir')
     (copy / 'SegmentationClassAug' / 'train_0007.png').unlink()
-    expect(train(copy), 1, 'train_0007.png', '1 of 120 listed files are missing')
+    expect(train(copy), 1, 'train_0007; expected files with the suffix .png', '1 of 120 listed images are missing')
 
 
 def test_images_of_another_suffix(train, copy):
     path = copy / 'JPEGImages' / 'val_0002.jpg'
-    path.rename(path.with_suffix('.JPG'))
-    expect(train(copy), 1, 'holds val_0002.JPG; expected val_0002.jpg', 'rename')
+    shutil.copy(path, path.with_suffix('.PNG'))
+    expect(train(copy), 1, 'holds val_0002.PNG, val_0002.jpg, which have the same id val_0002', 'rename')
+    path.with_suffix('.PNG').unlink()
+    path.rename(path.with_suffix('.gif'))
+    expect(train(copy), 1, 'holds val_0002.gif; expected val_0002 with the suffix .jpg', 'rename')
 
 
 def test_undecodable_images_and_masks(train, copy):

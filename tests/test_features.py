@@ -10,10 +10,11 @@ import torch
 from conftest import TINY, TINY_TRAINING
 from torch import nn
 
+from core import signals
 from core.errors import InputError
 from dataset import DATASETS, FoldData
 from engine.evaluation import evaluate
-from engine.feature_store import FeatureStore, digest
+from engine.feature_store import HOST, FeatureStore, digest
 from engine.features import FeatureKeeper, FrozenFeatures, KeptFeatures
 from engine.loaders import evaluation_loader
 from model import POP, PSP
@@ -33,8 +34,7 @@ def network():
 @pytest.fixture
 def images(shapes):
     spec = DATASETS['shapes']
-    lists = spec.list_root(shapes)
-    data = FoldData(spec, shapes, 0, lists / spec.train_list, lists / spec.val_list)
+    data = FoldData(spec, shapes, 0, *(spec.list_path(split, shapes) for split in ('train', 'val')))
     return data.validation(SIZE, with_novel=True, limit=11)
 
 
@@ -79,7 +79,12 @@ def test_what_is_on_disk_serves_later_runs_that_need_the_same(network, images, t
     images.samples.image_path(images.image_ids[0]).touch()  # another photograph, for all that is known
     keep(network, images, tmp_path, 'disk')
     assert sum(seen) == 2 * len(images)
-    assert len(list((tmp_path / 'features').glob('validation-*'))) == 3
+    network.backbone.output_stride, network.backbone.stride = 8, (8, 8)  # weights of the same names and shapes
+    keep(network, images, tmp_path, 'disk')
+    images.skip_bad = True  # a set made so may lack images
+    keep(network, images, tmp_path, 'disk')
+    assert sum(seen) == 4 * len(images)
+    assert len(list((tmp_path / 'features').glob('validation-*'))) == 5
 
 
 @pytest.mark.parametrize('damage', ('a flipped bit', 'truncated', 'no index', 'no JSON', 'a missing file'))
@@ -134,6 +139,65 @@ def test_two_runs_at_once_compute_a_set_once(network, images, tmp_path):
     os.close(write)
     assert len(os.read(read, 10_000)) == len(images)
     os.close(read)
+
+
+def test_runs_without_locks_do_not_touch_each_others_sets(network, images, tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError('no locks')
+
+    monkeypatch.setattr('fcntl.flock', no_locks)
+    expected = evaluate(network, keep(network, images, tmp_path / 'alone', 'disk'), CPU)
+    other = []
+
+    def begin_too(*_):
+        if not other:
+            other.append(os.fork())
+            if not other[0]:
+                torch.set_num_threads(1)
+                os._exit(0 if np.array_equal(evaluate(network, keep(network, images, tmp_path, 'disk'), CPU), expected)
+                         else 1)  # fmt: skip
+            assert os.waitpid(other[0], 0)[1] == 0
+
+    network.decoder.register_forward_hook(begin_too)
+    assert np.array_equal(evaluate(network, keep(network, images, tmp_path, 'disk'), CPU), expected)
+    assert not list((tmp_path / 'features').glob('.*.partial'))
+
+
+def test_a_set_that_is_in_use_is_not_removed_and_one_that_is_begun_counts(network, images, tmp_path):
+    store = keeper(network, tmp_path, 'disk').store
+    row = {'values': (torch.float16, (10, 100, 100))}  # 0.2 MB
+    store.limit = 500_000
+    store.finish(store.begin('old', row), 'old', row, {})
+    with store.using('old'):
+        begun = store.begin('new', row)
+        assert store.is_complete('old') and store.room() == 300_000
+        store.begin('newer', row)  # beyond the limit: what could make room is in use
+        assert store.is_complete('old')
+    begun.rename(begun.with_name(f'.new.{HOST}.{2**22 + 1}.partial'))  # no process has this number
+    store.begin('newest', row)
+    assert not list(store.folder.glob('.new.*.partial')) and not store.is_complete('old')
+
+
+def test_a_set_in_a_folder_that_is_read_only_serves(network, images, tmp_path, monkeypatch):
+    first = evaluate(network, keep(network, images, tmp_path, 'disk'), CPU)
+
+    def refused(path, mode='r', *args, **more):
+        if 'w' in mode:
+            raise PermissionError(13, 'Permission denied', str(path))
+        return open(path, mode, *args, **more)
+
+    monkeypatch.setattr('engine.feature_store.open', refused, raising=False)
+    seen = segmented(network)
+    assert np.array_equal(evaluate(network, keep(network, images, tmp_path, 'disk'), CPU), first) and not seen
+
+
+def test_waiting_for_another_run_is_said_and_ends_with_a_signal(network, images, tmp_path, monkeypatch):
+    store, lines = keeper(network, tmp_path, 'disk').store, []
+    with store.using('a'):
+        monkeypatch.setattr(signals, '_received', signal.SIGTERM)
+        with pytest.raises(signals.Stopped), store.using('a', lines.append):
+            pass
+    assert 'waiting for another run' in lines[0]
 
 
 def test_the_sets_used_least_recently_make_room(network, images, tmp_path):

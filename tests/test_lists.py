@@ -11,9 +11,10 @@ import pytest
 from core.errors import InputError
 from core.names import files_by_id, find_spelling
 from dataset import DATASETS
+from dataset.class_index import ClassIndex
 from dataset.images import Samples
 from dataset.labels import label_table
-from dataset.lists import ClassIndex, FoldLists, ensure_class_lists, read_ids, write_ids
+from dataset.lists import FoldLists, ensure_class_lists, read_ids, write_ids
 from dataset.masks import read_mask
 
 FOLDERS = ('JPEGImages', 'SegmentationClassAug')
@@ -154,19 +155,19 @@ def test_class_lists_of_a_hand_made_case(tmp_path):
 def test_class_index_does_not_depend_on_workers_and_reads_a_mask_once(tmp_path):
     samples = hand_made(tmp_path, MASKS)
     cache = tmp_path / 'counts.npz'
-    one = ClassIndex.from_masks(samples, list(MASKS), 20, workers=1)
-    two = ClassIndex.from_masks(samples, list(MASKS), 20, cache, workers=2)
+    one = ClassIndex.from_masks(samples, list(MASKS), workers=1)
+    two = ClassIndex.from_masks(samples, list(MASKS), cache, workers=2)
     assert np.array_equal(one.pixels, two.pixels)
     # counts come from the cache even if a mask cannot be decoded any more, as long as its file looks unchanged
     path = samples.mask_path('a')
     stamp, size = path.stat().st_mtime_ns, path.stat().st_size
     path.write_bytes(b'x' * size)
     os.utime(path, ns=(stamp, stamp))
-    cached = ClassIndex.from_masks(samples, [*reversed(MASKS)], 20, cache)
+    cached = ClassIndex.from_masks(samples, [*reversed(MASKS)], cache)
     assert np.array_equal(cached.pixels[::-1], one.pixels)
     os.utime(path, ns=(stamp + 1, stamp + 1))
     with pytest.raises(InputError, match=r'a\.png cannot be decoded'):
-        ClassIndex.from_masks(samples, list(MASKS), 20, cache)
+        ClassIndex.from_masks(samples, list(MASKS), cache)
 
 
 def test_existing_lists_are_kept_but_checked(tmp_path):
@@ -203,7 +204,7 @@ def test_existing_lists_are_kept_but_checked(tmp_path):
 def test_a_damaged_cache_is_not_used(tmp_path):
     samples = hand_made(tmp_path, MASKS)
     cache = tmp_path / 'counts.npz'
-    ClassIndex.from_masks(samples, list(MASKS), 20, cache)
+    ClassIndex.from_masks(samples, list(MASKS), cache)
     content = cache.read_bytes()
     local, central = content.index(b'pixels.npy'), content.rindex(b'pixels.npy')
     for damaged in (
@@ -212,7 +213,7 @@ def test_a_damaged_cache_is_not_used(tmp_path):
         content[: central - 38] + b'\1' + content[central - 37 :],  # encrypted
     ):  # fmt: skip
         cache.write_bytes(damaged)
-        index = ClassIndex.from_masks(samples, list(MASKS), 20, cache)
+        index = ClassIndex.from_masks(samples, list(MASKS), cache)
         assert index.covering(6, 16384) == ['d']
         with np.load(cache) as saved:
             assert saved['ids'].tolist() == list(MASKS)
@@ -222,7 +223,7 @@ def test_a_damaged_cache_is_not_used(tmp_path):
 def test_class_lists_of_real_data_agree_with_np_unique(voc_mini, tmp_path):
     ids = (voc_mini / 'ImageSets/Segmentation/trainaug.txt').read_text().split()[:60]
     samples = Samples(voc_mini / 'JPEGImages', voc_mini / 'SegmentationClassAug', label_table(range(1, 21), (), True))
-    index = ClassIndex.from_masks(samples, ids, 20)
+    index = ClassIndex.from_masks(samples, ids)
     for image_id, row in zip(ids, index.pixels, strict=True):
         values, counts = np.unique(read_mask(voc_mini / f'SegmentationClassAug/{image_id}.png'), return_counts=True)
         assert dict(zip(values.tolist(), counts.tolist(), strict=True)) == {v: row[v] for v in np.flatnonzero(row)}

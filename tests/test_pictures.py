@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, TINY
 from PIL import Image
 
-from dataset.legend import Legend, spread_palette, voc_palette
+from dataset.legend import Legend, colors_of, voc_palette
 from report.curves import curves_figure, read_metrics
 from report.figures import ERRORS, confusion_figure, error_map, iou_figure, support_figure
 from report.panels import ImageScores, PanelWriter, choose_examples
@@ -37,7 +37,7 @@ def image(_id=None):
 
 
 def test_colours_of_the_spread_palette_differ():
-    colors = spread_palette()[:81].astype(int)
+    colors = colors_of('spread')[:81].astype(int)
     distances = np.abs(colors[:, None] - colors[None]).sum(2) + 1000 * np.eye(81, dtype=int)
     assert colors[0].tolist() == [0, 0, 0] and distances.min() > 8
 

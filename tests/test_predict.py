@@ -158,7 +158,7 @@ def test_never_writes_over_photographs(run_script, untrained, photographs):
 
 
 @pytest.mark.parametrize(('change', 'message'), (
-    ({'dataset': 'street'}, 'no row in dataset/classes.py'),
+    ({'dataset': 'street'}, "'street' is not built in"),
     ({'fold': 7}, 'fold 7 not supported'),
     ({'backbone': 'vgg'}, "backbone 'vgg' not supported"),
     ({'fold': -1}, '15 base and 5 novel classes; fold -1'),
@@ -173,7 +173,7 @@ def test_refuses_checkpoints_of_other_classes(untrained, change, message):
 
 
 def test_a_checkpoint_says_its_classes_itself(untrained):
-    """Whatever has become of the row of its data set."""
+    """Whatever has become of its data set."""
     content = torch.load(untrained, weights_only=True)
     classes = DATASETS['shapes'].legend(0).classes
     classes[0][1] = 'coin'

@@ -23,7 +23,7 @@ def make_rectangles(folder, name, images):
     rng = np.random.default_rng(0)
     for split, count in (('train', images), ('val', 4)):
         ids = [f'{split}{i:03d}' for i in range(count)]
-        dirs = [folder / getattr(spec, f'{split}_{kind}') for kind in ('images', 'masks')]
+        dirs = [folder / kind for kind in spec.folders(split)]
         for directory in dirs:
             directory.mkdir(parents=True, exist_ok=True)
         for i, image_id in enumerate(ids):
@@ -33,7 +33,7 @@ def make_rectangles(folder, name, images):
             image = np.repeat(mask[:, :, None] * 3, 3, 2) + rng.integers(0, 9, (150, 260, 1), np.uint8)
             cv2.imwrite(str(dirs[0] / f'{image_id}.jpg'), image)
             cv2.imwrite(str(dirs[1] / f'{image_id}.png'), mask)
-        write_ids(folder / 'list' / getattr(spec, f'{split}_list'), ids)
+        write_ids(folder / 'list' / spec.list_path(split, None).name, ids)
 
 
 @pytest.mark.parametrize(('name', 'base', 'novel', 'evaluate', 'processes'), (
@@ -44,7 +44,7 @@ def make_rectangles(folder, name, images):
 ))  # fmt: skip
 def test_entry_points_run_one_after_the_other(tmp_path, name, base, novel, evaluate, processes):
     make_rectangles(tmp_path / 'data', name, images=40 if name == 'voc' else 160)
-    settings = {**os.environ, **SMALL, 'DATA_PATH': 'data', 'TRAIN_LIST': f'data/list/{DATASETS[name].train_list}'}
+    settings = {**os.environ, **SMALL, 'DATA_PATH': 'data', 'TRAIN_LIST': f'data/list/{DATASETS[name].train_list.name}'}
 
     def run(script, *flags, **more):
         done = subprocess.run(

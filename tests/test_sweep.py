@@ -91,8 +91,8 @@ def test_jobs_share_gpus_or_cores(monkeypatch):
 @pytest.mark.parametrize(
     ('flags', 'message'),
     (
-        (('--data', 'shape=x'), 'expected DATASET=DIR with one of'),
-        (('--data', 'voc'), 'expected DATASET=DIR'),
+        (('--data', 'shape=x'), 'expected one of voc'),
+        (('--data', 'voc'), 'expected voc=DIR'),
         (('--shot-flags', 'five=--fix-lr'), "got 'five'; expected a whole number"),
         (('--shot-flags', '7=--fix-lr'), '--shot has 1'),
         (('--fold', '7'), 'fold 7 not supported'),

@@ -3,8 +3,9 @@
     python -m utils.check_data --dataset voc --data-dir VOC2012
     python -m utils.check_data --dataset coco --data-dir COCO --fold 0 --shot 1 5
 
-Prints one table of findings. The exit code is 0 only if there is no `error`, which prevents training or makes its
-results wrong. A `note` tells what may be intended.
+Prints what the card of the data set says, with the defaults that it leaves, then one table of findings. The exit code
+is 0 only if there is no `error`, which prevents training or makes its results wrong. A `note` tells what may be
+intended.
 """
 
 import argparse
@@ -16,15 +17,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tabulate import tabulate
 
 from core.errors import InputError, exits_cleanly, some
 from core.parallel import parallel_map
-from dataset import DATASETS, DatasetSpec, FoldData
+from dataset import DatasetSpec, FoldData
+from dataset.cards import read_entries
 from dataset.fewshot import draw_base
 from dataset.formats import jpeg_damage, palette_colors, read_file, read_picture
 from dataset.images import Samples, read_header
+from dataset.labels import ranges
 from dataset.lists import read_ids
-from utils.cli import check_folds, dataset_name, fill_lists, make_parser, not_negative, positive
+from dataset.masks import wrong_values
+from utils.cli import make_parser, not_negative, positive
+from utils.data_flags import add_dataset_flags, check_data_flags
 
 DEFAULT_SHOTS = (1, 5, 10)
 FEW_LEFT_OVER = re.compile('Corrupt JPEG data: [0-9] extraneous bytes before marker 0xd9')  # some cameras write them
@@ -40,10 +46,8 @@ class Finding(NamedTuple):
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument('--dataset', type=dataset_name, default='voc', help='default: voc')
-    parser.add_argument('--data-dir', type=Path, required=True, help='folder of the images and masks')
-    parser.add_argument('--train-list', '--list', type=Path, help='training ids; the other lists are kept beside it')
-    parser.add_argument('--val-list', type=Path, help='evaluation ids (default: val.txt beside the train list)')
+    add_dataset_flags(parser)
+    parser.add_argument('--val-list', type=Path, help='evaluation ids (default: those of the card)')
     parser.add_argument('--fold', type=not_negative, nargs='+', help='folds whose lists are checked (default: all)')
     parser.add_argument(
         '--shot', type=positive, nargs='+',
@@ -51,11 +55,34 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument('--workers', type=positive, help='processes (default: one per core)')
     args = parser.parse_args(argv)
-    spec = DATASETS[args.dataset]
-    args.fold = args.fold or list(range(len(spec.folds)))
-    check_folds(parser, spec, args.fold)
-    fill_lists(args, spec)
+    args.fold = args.fold or list(range(len(args.dataset.folds)))
+    check_data_flags(parser, args, args.fold)
     return args
+
+
+def explained(spec: DatasetSpec, args: argparse.Namespace) -> str:
+    """Table of what a card says of a data set, with the defaults that it leaves, and where it says so."""
+    lines = {key: f'line {entry.line}' for key, entry in read_entries(spec.card).items()}
+    folders = [dict.fromkeys(str(args.data_dir / f) for f in kind.values()) for kind in (spec.images, spec.masks)]
+    novel = [f'fold {fold}: {some((spec.classes[c] for c in ids), 6)}' for fold, ids in enumerate(spec.folds)]
+    rows = {
+        'name': spec.name,
+        'names': some((f'{class_id} {name}' for class_id, name in spec.classes.items()), 8),
+        'background': 'none: every pixel is of a class or ignored' if spec.background is None else spec.background,
+        'ignore': ranges(spec.ignore) or 'nothing',
+        'folds' if 'folds' in lines else 'novel': '\n'.join(novel) or 'none: only --fold -1 can be used',
+        'images': '\n'.join(folders[0]),
+        'masks': '\n'.join(folders[1]),
+        'train': args.train_list,
+        'val': args.val_list or 'none: nothing is validated, and the last checkpoint is kept',
+        'test': spec.test_list or 'test.py evaluates val',
+        'scale_range': '{} to {} times the original size, in training'.format(*spec.scale_range),
+        'min_pixels': f'{spec.min_pixels} of a class make an image one of its support images',
+        'batch_size': f'{spec.batch_size} in stage 1',
+        'palette': spec.palette if isinstance(spec.palette, str) else f'{len(spec.palette)} own colours, else spread',
+    }
+    table = [[key, value, lines.get(key, 'default')] for key, value in rows.items()]
+    return f'{spec.card}:\n\n' + tabulate(table, ['key', 'value', 'from'], 'simple', disable_numparse=True)
 
 
 class Examined(NamedTuple):
@@ -78,9 +105,11 @@ class Examined(NamedTuple):
 
 def examine(image_id: str, samples: Samples) -> Examined:
     """Read one image and its mask as training does, and look for damage that decoders pass over."""
-    image_path = samples.image_path(image_id)
     try:
-        _, mask = samples.read(image_id)
+        image_path = samples.image_path(image_id)
+        _, values = samples.read_values(image_id)
+        if error := wrong_values(samples.mask_path(image_id), values, samples.table):
+            raise error
         rotated = read_header(image_path)[1] != 1
         damage = jpeg_damage(read_file(image_path, 'image'))
         palette = read_picture(read_file(samples.mask_path(image_id), 'mask')).palette
@@ -90,7 +119,7 @@ def examine(image_id: str, samples: Samples) -> Examined:
     error = ''
     if damage and not leftover:
         error = f'image {image_path} is damaged ({damage}), so that a part of it shows something else. Copy it again.'
-    return Examined(error, np.bincount(mask.ravel(), minlength=256), rotated, leftover, palette)
+    return Examined(error, np.bincount(values.ravel(), minlength=256), rotated, leftover, palette)
 
 
 def check_split(split: str, data: FoldData, workers: int | None) -> tuple[list[Finding], list[str], list[Examined]]:
@@ -98,18 +127,23 @@ def check_split(split: str, data: FoldData, workers: int | None) -> tuple[list[F
 
     Args:
         split: 'train' or 'val'.
-        data: fold -1, whose labels are the class ids.
+        data: any fold.
         workers: number of processes; None: one per usable core.
 
     Returns:
         Findings, image ids, and what was found in each of them.
     """
     ids = data.ids(split)
+    if not ids:  # there is no validation list
+        return [], [], []
     samples = data.samples(split, novel_as_background=True)
     results = parallel_map(partial(examine, samples=samples), ids, f'examining {split} images', workers)
     findings = [Finding('error', f'{split} {i}', r.error) for i, r in zip(ids, results, strict=True) if r.error]
     pixels = np.array([result.pixels for result in results])
-    background, classes, ignored = pixels[:, 0] > 0, pixels[:, 1:255].any(axis=1), pixels[:, 255] > 0
+    spec = data.spec
+    nothing = [] if spec.background is None else [spec.background]
+    background, classes, ignored = (pixels[:, v].any(axis=1) for v in (nothing, list(spec.classes), list(spec.ignore)))
+    values = ranges(spec.ignore)
     for subject, which, text in (
         ('images', [r.rotated for r in results],
          'have an EXIF orientation, so their masks must match them as displayed: {}; the size of a mask does not show '
@@ -118,10 +152,10 @@ def check_split(split: str, data: FoldData, workers: int | None) -> tuple[list[F
          'have a few bytes too many at their end, as some cameras write them, or after slight damage: {}'),
         ('masks', background & ~classes & ~ignored, 'show background only: {}'),
         ('masks', background & ~classes & ignored,
-         'hold no class, only 0 and 255, which are background and ignored pixels: {}. If 255 marks objects, store '
-         'their class ids instead'),
+         f'hold no class, only {spec.background} and {values}, which are background and ignored pixels: {{}}. If '
+         f'{values} marks objects, store their class ids instead'),
         ('masks', ~background & ~classes & ignored,
-         'hold 255 only, so that all of their pixels are ignored and none is counted: {}'),
+         f'hold {values} only, so that all of their pixels are ignored and none is counted: {{}}'),
     ):  # fmt: skip
         if chosen := [image_id for image_id, chosen in zip(ids, which, strict=True) if chosen]:
             findings.append(Finding('note', f'{split} {subject}', f'{len(chosen)} {text.format(some(chosen))}'))
@@ -159,11 +193,11 @@ def check_classes(spec: DatasetSpec, pixels: np.ndarray, shots: Sequence[int]) -
     """
     usable = (pixels >= spec.min_pixels).sum(axis=0)
     findings = []
-    if none := [name for c, name in enumerate(spec.class_names, 1) if not usable[c]]:
+    if none := [name for c, name in spec.classes.items() if not usable[c]]:
         text = f'no image shows >= {spec.min_pixels} pixels of {some(none, 8)}; add images, or lower min_pixels'
         findings.append(Finding('error', 'classes', text))
     for shot in shots:
-        few = [f'{name} ({usable[c]})' for c, name in enumerate(spec.class_names, 1) if 0 < usable[c] < shot]
+        few = [f'{name} ({usable[c]})' for c, name in spec.classes.items() if 0 < usable[c] < shot]
         if few:
             text = f'{len(few)} classes have fewer than {shot} images with >= {spec.min_pixels} pixels: {some(few, 8)}'
             findings.append(Finding('note', f'{shot}-shot', text))
@@ -218,7 +252,8 @@ def check_lists(data: FoldData, shots: Sequence[int]) -> list[Finding]:
 
 @exits_cleanly
 def main(args: argparse.Namespace):
-    spec = DATASETS[args.dataset]
+    spec = args.dataset
+    print(f'{explained(spec, args)}\n')
     all_classes = FoldData(spec, args.data_dir, -1, args.train_list, args.val_list)
     findings, train_ids, train = check_split('train', all_classes, args.workers)
     val_findings, val_ids, val = check_split('val', all_classes, args.workers)
@@ -230,8 +265,8 @@ def main(args: argparse.Namespace):
     readable = not any(severity == 'error' for severity, *_ in findings)
     shots = args.shot or DEFAULT_SHOTS
     findings += check_classes(spec, pixels, shots)
-    seen = sum(result.pixels for result in val)
-    if unseen := [name for c, name in enumerate(spec.class_names, 1) if not seen[c]]:
+    seen = sum(result.pixels for result in val)  # 0 without a validation list
+    if unseen := val and [name for c, name in spec.classes.items() if not seen[c]]:
         text = f'no evaluation image shows {some(unseen, 8)}: the IoU of such a class is undefined, or 0 if predicted'
         findings.append(Finding('note', 'classes', text))
     for fold in args.fold:

@@ -8,19 +8,9 @@ from pathlib import Path
 from core.errors import InputError
 from core.parallel import usable_cores
 from core.ranks import check_ranks, world_size
-from dataset import DATASETS, DatasetSpec
+from utils.data_flags import add_dataset_flags, check_data_flags
 
 BASE_SIZE = (473, 473)
-
-
-def dataset_name(text: str) -> str:
-    """A name from `DATASETS`."""
-    if text not in DATASETS:
-        raise argparse.ArgumentTypeError(
-            f'got {text!r}; expected one of {", ".join(DATASETS)}, or add a row to dataset/classes.py '
-            '(docs/own_data.md)'
-        )
-    return text
 
 
 def parse_switch(text: str) -> bool:
@@ -127,13 +117,8 @@ def training_parser(
 def add_data_flags(parser: argparse.ArgumentParser):
     """Which data: --dataset --data-dir --train-list --val-list --fold --base-size --num-workers ..."""
     group = parser.add_argument_group('data')
-    group.add_argument('--dataset', type=dataset_name, default='voc', help=f'{", ".join(DATASETS)} (default: voc)')
-    group.add_argument('--data-dir', type=Path, required=True, help='folder of the images and masks')
-    group.add_argument(
-        '--train-list', type=Path,
-        help="training ids; the fold's lists are kept beside it (default: dataset/list/DATASET/...)",
-    )  # fmt: skip
-    group.add_argument('--val-list', type=Path, help='evaluation ids (default: val.txt beside the train list)')
+    add_dataset_flags(group)
+    group.add_argument('--val-list', type=Path, help='evaluation ids (default: those of the card)')
     group.add_argument('--fold', type=int, default=0, help='which classes are novel; -1: none (default: 0)')
     group.add_argument(
         '--filter-novel', action='store_true', help='leave out training images that contain novel classes'
@@ -285,21 +270,6 @@ def add_few_shot_flags(parser: argparse.ArgumentParser):
     )  # fmt: skip
 
 
-def check_folds(parser: argparse.ArgumentParser, spec: DatasetSpec, folds: list[int]):
-    """End the program with exit code 2 where a DatasetSpec has no such fold."""
-    for fold in folds:
-        try:
-            spec.novel_ids(fold)
-        except ValueError as error:
-            parser.error(f'--fold: {error}')
-
-
-def fill_lists(args: argparse.Namespace, spec: DatasetSpec):
-    """Set --train-list and --val-list to the default lists of a DatasetSpec where they are not given."""
-    args.train_list = args.train_list or spec.list_root(args.data_dir) / spec.train_list
-    args.val_list = getattr(args, 'val_list', None) or args.train_list.parent / spec.val_list
-
-
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
     """Set the defaults that depend on the dataset, and refuse values that do not fit together.
 
@@ -311,9 +281,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
         check_ranks()
     except InputError as error:
         parser.error(str(error))
-    spec = DATASETS[args.dataset]
-    check_folds(parser, spec, [args.fold])
-    fill_lists(args, spec)
+    spec = args.dataset
+    check_data_flags(parser, args, [args.fold])
     if hasattr(args, 'batch_size'):
         args.batch_size = args.batch_size or spec.batch_size
         args.scale_range = args.scale_range or spec.scale_range

@@ -60,7 +60,7 @@ def find_photographs(folder: Path, annotated: dict[str, AnnotatedImage]) -> dict
 
 def list_path(split: str, args: argparse.Namespace) -> Path:
     """The list of a split."""
-    return args.list_dir / getattr(COCO, f'{split}_list')
+    return args.list_dir / COCO.list_path(split, None).name
 
 
 def check_split(split: str, args: argparse.Namespace) -> tuple[InstancesFile, dict[str, Path]]:

@@ -7,22 +7,23 @@ import dataclasses
 import torch
 from torch.utils.data import DataLoader
 
-from core.errors import InputError
+from core.errors import InputError, some
 from core.ranks import is_main
 from dataset import DATASETS, FoldData
+from dataset.cards import find_dataset
 from engine import run
 from engine.distributed import main_first
 from engine.optim import Optimization
 from engine.resume import RunFolder
 from engine.stage import Plan, Stage
 from engine.trainer import Trainer
-from utils import cli
+from utils.data_flags import fill_data
 
 
 def fold_data(args: argparse.Namespace) -> FoldData:
     """The fold that --dataset, --fold, --data-dir and the lists name."""
     return FoldData(
-        DATASETS[args.dataset], args.data_dir, args.fold, args.train_list, args.val_list,
+        args.dataset, args.data_dir, args.fold, args.train_list, args.val_list,
         filter_novel=args.filter_novel, skip_bad=args.skip_bad_images,
     )  # fmt: skip
 
@@ -31,15 +32,20 @@ def described_data(args: argparse.Namespace, config: dict) -> FoldData:
     """The data in --data-dir, with its lists, that a network with this `network_config` was trained on.
 
     Raises:
-        InputError: its data set has no row, or a file is missing or wrong.
+        InputError: --data-dir is of another data set, or a file is missing or wrong.
     """
-    if config['dataset'] not in DATASETS:
+    name, spec = config['dataset'], DATASETS.get(config['dataset'])
+    if spec is None:
+        spec = find_dataset(str(args.data_dir))
+        args.data_dir = spec.root
+    base = [[class_id, spec.classes[class_id]] for class_id in spec.base_ids(config['fold'])]
+    known = config.get('classes', base)[: len(base)]
+    if spec.name != name or known != base:
         raise InputError(
-            f'--data-dir: the data set {config["dataset"]!r} of the network has no row in dataset/classes.py; '
-            f'expected one of {", ".join(DATASETS)}'
+            f'{args.data_dir} is {spec.name!r} with the base classes {some(map(str, base))}; the network was trained '
+            f'on {name!r} with {some(map(str, known))}. Give the --data-dir that it was trained on.'
         )
-    spec = DATASETS[config['dataset']]
-    cli.fill_lists(args, spec)
+    fill_data(args, spec)
     data = FoldData(spec, args.data_dir, config['fold'], args.train_list, args.val_list)
     for note in main_first(data.ensure_lists):
         if is_main():
@@ -48,7 +54,7 @@ def described_data(args: argparse.Namespace, config: dict) -> FoldData:
 
 
 def network_config(args: argparse.Namespace, data: FoldData, seed: int | None = None) -> dict:
-    """What a checkpoint says of its network: dataset, fold, classes, architecture and size; for stage 2 shot and seed.
+    """What a checkpoint says of its network: data set, fold, classes, architecture, size; for stage 2 shot and seed.
 
     When it is trained, also the scale range.
 
@@ -58,8 +64,8 @@ def network_config(args: argparse.Namespace, data: FoldData, seed: int | None = 
         seed: of stage 2.
     """
     config = {
-        'dataset': args.dataset, 'fold': args.fold, 'backbone': args.backbone, 'os': args.os,
-        'classes': data.legend.classes, 'base_size': list(args.base_size),
+        'dataset': args.dataset.name, 'fold': args.fold, 'backbone': args.backbone, 'os': args.os,
+        'classes': data.legend.classes, 'base_size': list(args.base_size), 'card': args.dataset.described(),
     }  # fmt: skip
     if 'scale_range' in args:
         config['scale_range'] = list(args.scale_range)

@@ -11,21 +11,16 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from core.errors import InputError, exits_cleanly, some
-from dataset import DATASETS, FoldData
+from dataset import FoldData
 from dataset.fewshot import draw_support
 from dataset.lists import read_ids, write_ids
-from utils.cli import add_seeds, check_folds, dataset_name, fill_lists, make_parser, not_negative, positive
+from utils.cli import add_seeds, make_parser, not_negative, positive
+from utils.data_flags import add_dataset_flags, check_data_flags
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument('--dataset', type=dataset_name, default='voc', help='default: voc')
-    parser.add_argument(
-        '--data-dir',
-        type=Path,
-        help='folder of the images and masks; not needed if the class lists exist already',
-    )
-    parser.add_argument('--train-list', type=Path, help='training ids; the other lists are kept beside it')
+    add_dataset_flags(parser)  # --data-dir is not needed if the class lists exist already
     parser.add_argument('--fold', type=not_negative, nargs='+', default=[0], help='default: 0')
     parser.add_argument(
         '--shot', type=positive, nargs='+', default=[1, 5, 10], help='images per novel class (default: 1 5 10)'
@@ -36,17 +31,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument('--overwrite', action='store_true', help='make existing lists again')
     args = parser.parse_args(argv)
-    spec = DATASETS[args.dataset]
-    check_folds(parser, spec, args.fold)
-    if args.data_dir is None and (args.train_list is None and spec.lists_in_data):
-        parser.error(f'--data-dir is needed: {args.dataset} keeps its lists there')
-    fill_lists(args, spec)
+    check_data_flags(parser, args, args.fold, needed=False)
     return args
 
 
 @exits_cleanly
 def main(args: argparse.Namespace):
-    spec = DATASETS[args.dataset]
+    spec = args.dataset
     for fold in args.fold:
         for filtered in (False, True) if args.filter_novel else (False,):
             data = FoldData(spec, args.data_dir, fold, args.train_list, args.val_list, filtered)
@@ -57,9 +48,7 @@ def main(args: argparse.Namespace):
             for c in spec.novel_ids(fold)
         }
         for shot in args.shot:
-            if few := [
-                f'{spec.class_names[c - 1]} ({len(ids)})' for c, ids in class_lists.items() if 0 < len(ids) < shot
-            ]:
+            if few := [f'{spec.classes[c]} ({len(ids)})' for c, ids in class_lists.items() if 0 < len(ids) < shot]:
                 print(f'note: fold {fold} has fewer than {shot} images of {some(few)}; the support lists repeat them')
             for seed in args.seed:
                 path = data.lists.support(shot, seed)

@@ -10,7 +10,7 @@ import numpy as np
 from core.errors import InputError
 from core.files import atomic_write, check_writable
 from core.names import files_by_id
-from dataset.classes import LIST_ROOT
+from dataset.cards import DATASETS
 from utils.cli import positive
 
 
@@ -27,7 +27,7 @@ def add_output_flags(parser: argparse.ArgumentParser, dataset: str, root_flag: s
         help='folder that gets the masks, and links to the photographs, so that it can be the --data-dir of other '
         f'commands; for data that is read-only (default: {root_flag})',
     )  # fmt: skip
-    list_dir = LIST_ROOT / dataset
+    list_dir = DATASETS[dataset].train_list.parent
     parser.add_argument('--list-dir', type=Path, default=list_dir, help=f'default: dataset/list/{dataset}')
     parser.add_argument('--workers', type=positive, help='processes (default: one per core)')
     parser.add_argument('--overwrite', action='store_true', help='make existing masks and lists again')

@@ -30,9 +30,10 @@ from core import signals
 from core.errors import InputError, exits_cleanly
 from core.files import atomic_write, check_writable, parse_json
 from core.parallel import usable_cores
-from dataset import DATASETS
+from dataset.cards import find_dataset
 from report.sweep_tables import read_results, write_tables
-from utils.cli import add_seeds, check_folds, make_parser, not_negative, positive
+from utils.cli import add_seeds, make_parser, not_negative, positive
+from utils.data_flags import check_folds
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -75,7 +76,9 @@ class Step:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument('--data', nargs='+', required=True, metavar='DATASET=DIR', help='data sets and their folders')
+    parser.add_argument(
+        '--data', nargs='+', required=True, metavar='NAME=DIR|CARD', help='data sets and their folders'
+    )  # fmt: skip
     parser.add_argument('--fold', type=not_negative, nargs='+', default=(0, 1, 2, 3), help='default: 0 1 2 3')
     parser.add_argument('--shot', type=positive, nargs='+', default=(1, 5), help='default: 1 5')
     add_seeds(parser, '--seed', 'default: 123 234 345', (123, 234, 345))
@@ -108,11 +111,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def check_grid(parser: argparse.ArgumentParser, args: argparse.Namespace):
     """Refuse a grid that does not fit together; turn --data and --shot-flags into dicts."""
-    args.data = dict(pair.split('=', 1) if '=' in pair else (pair, '') for pair in args.data)
-    for name, folder in args.data.items():
-        if name not in DATASETS or not folder:
-            parser.error(f'--data {name}={folder}: expected DATASET=DIR with one of {", ".join(DATASETS)}')
-        check_folds(parser, DATASETS[name], args.fold)
+    data = {}
+    for pair in args.data:
+        name, _, folder = pair.partition('=')
+        try:
+            spec = find_dataset(name)
+        except InputError as error:
+            parser.error(f'--data {pair}: {error}')
+        if not (folder or spec.root):
+            parser.error(f'--data {pair}: expected {spec}=DIR')
+        check_folds(parser, spec, args.fold)
+        if not spec.tested().val_list:
+            parser.error(f'--data {pair}: {spec} has no images to evaluate (val: none)')
+        data[spec.name] = ['--dataset', spec.choice, '--data-dir', folder or str(spec.root)]
+    args.data = data
     try:
         pairs = [(positive(shot), flags) for shot, _, flags in (text.partition('=') for text in args.shot_flags)]
     except argparse.ArgumentTypeError as error:
@@ -142,10 +154,9 @@ def plan(args: argparse.Namespace) -> list[Step]:
         steps.append(Step(name, script, tuple(map(str, command)), folder, after))
         return steps[-1]
 
-    for dataset, data_dir in args.data.items():
+    for dataset, flags in args.data.items():
         for fold in args.fold:
-            data = ['--dataset', dataset, '--data-dir', data_dir]
-            data += ['--train-list', args.train_list] if args.train_list else []
+            data = [*flags, *(['--train-list', args.train_list] if args.train_list else [])]
             name, base = f'{dataset} fold {fold}', args.out / f'{dataset}_fold{fold}' / 'base'
             shared = [*data, '--fold', fold, *args.flags]
             trained = add(

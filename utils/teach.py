@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from core import IGNORE_INDEX
 from core.errors import InputError, exits_cleanly, some
 from core.files import check_writable
 from core.ranks import world_size
@@ -28,7 +29,7 @@ from dataset import FoldData
 from dataset.legend import Legend
 from dataset.own_classes import SupportImage, SupportSamples, extend_legend, find_support, read_support
 from engine.checkpoint import Checkpoint, read_checkpoint, resolve_checkpoint, save_checkpoint
-from engine.described import described_network, taught_classes
+from engine.described import described_data_set, described_network, taught_classes
 from engine.distributed import process_group
 from engine.evaluation import evaluate
 from engine.feature_store import digest
@@ -128,8 +129,9 @@ def read_lesson(args: argparse.Namespace, device: torch.device) -> Lesson:
         print(f'left out: {some(others)}')
     if not stay and not found:
         raise InputError(f'without {some(args.forget)}, nothing is left but the base network; use its own checkpoint')
-    legend = Legend((*legend.names, *stay), (*legend.class_ids, *stay.values()), legend.num_base, legend.palette)
-    legend = extend_legend(legend, list(found), checkpoint.config['dataset'])
+    known = described_data_set(checkpoint)
+    ids = {name: class_id for class_id, name in known.get('classes', ())}
+    legend = extend_legend(legend.extended(stay), list(found), ids, known.get('ignore', (IGNORE_INDEX,)))
     memory, size = None, tuple(checkpoint.config.get('base_size', cli.BASE_SIZE))
     if before or not args.data_dir:
         path = args.memory or Path(checkpoint.path).parent / NAME
@@ -164,6 +166,7 @@ def build_network(lesson: Lesson, seed: int) -> POP:
     torch.manual_seed(seed)
     net = build_model(config['backbone'], lesson.base.num_base, len(lesson.support), config['os'])
     net.start_from(lesson.base)
+    net.background = lesson.base.background
     before = list(taught_before(lesson.checkpoint))
     if before:
         state = lesson.checkpoint.state
@@ -189,11 +192,20 @@ def train(args: argparse.Namespace, lesson: Lesson, keeper: FeatureKeeper) -> Te
     return teacher
 
 
+def base_miou(net: POP, views: KeptFeatures, device: torch.device, dtype: torch.dtype) -> float:
+    """Base mIoU on the base views, in percent."""
+    confusion = evaluate(net, views, device, dtype)
+    if not net.background:
+        confusion[0] = 0  # novel pixels, which are no background and not counted
+    return summarize(confusion, net.num_base)['base']
+
+
 def save(args: argparse.Namespace, lesson: Lesson, net: POP, network: str, base_miou: float):
     """Write memory.pt, then best.pth, which needs it to be taught more."""
     write_memory(args.out / NAME, Memory(network, lesson.base_views, lesson.support))
     counts = {name: len(images) for name, images in lesson.support.items()}
-    config = {key: lesson.checkpoint.config[key] for key in ('dataset', 'fold', 'backbone', 'os')}
+    theirs = lesson.checkpoint.config
+    config = {key: theirs[key] for key in ('dataset', 'fold', 'backbone', 'os', 'card') if key in theirs}
     config |= {'classes': lesson.legend.classes, 'base_size': list(lesson.size), 'taught': counts}
     save_checkpoint(args.out / 'best.pth', net, config, 0, {'base': base_miou})
 
@@ -232,10 +244,7 @@ def main(args: argparse.Namespace):
         if lesson.data:
             lesson.base_views = look_at_base(keeper, lesson.data, lesson.size, args.memory_mb).base
         teacher = train(args, lesson, keeper)
-        before, after = (
-            summarize(evaluate(net, lesson.base_views, device, dtype), lesson.base.num_base)['base']
-            for net in (lesson.base, teacher.net)
-        )
+        before, after = (base_miou(net, lesson.base_views, device, dtype) for net in (lesson.base, teacher.net))
         save(args, lesson, teacher.net, keeper.network, after)
         seconds = time.perf_counter() - began
         print(f'{args.out / "best.pth"} is written, after {seconds:.0f} s')

@@ -20,8 +20,9 @@ from core.errors import InputError, exits_cleanly, some
 from core.names import files_by_id, find_spelling
 from core.parallel import parallel_map
 from dataset import DATASETS, DatasetSpec, FoldData
+from dataset.class_index import ClassIndex
 from dataset.images import Samples, check_same_size, read_header
-from dataset.lists import ClassIndex, keep_or_write_ids, read_ids
+from dataset.lists import keep_or_write_ids, read_ids
 from dataset.masks import read_colored_mask, wrong_values
 from utils.cli import make_parser
 from utils.preparation import add_output_flags, link_photographs, masks_to_make, write_mask
@@ -70,7 +71,7 @@ def convert(source: Path, folder: Path, photographs: Path):
     """
     spec = DATASETS['voc']
     mask = read_sbd_mask(source) if source.suffix == '.mat' else read_colored_mask(source, spec.class_colors)
-    if error := wrong_values(source, np.unique(mask), spec.class_colors.values()):
+    if error := wrong_values(source, mask, spec.label_table(-1, (), True)):
         raise error
     photograph = find_spelling(photographs / f'{source.stem}.jpg')
     check_same_size(photograph, read_header(photograph)[0], source, mask.shape[::-1])
@@ -101,7 +102,7 @@ def make_masks(args: argparse.Namespace, folder: Path):
     """Write the missing masks to SegmentationClassAug, `folder`, and print their number per source."""
     sources, without_image = find_sources(args.voc_root, args.sbd_root)
     missing = masks_to_make(folder, sources, args.overwrite)
-    write = partial(convert, folder=folder, photographs=args.voc_root / DATASETS['voc'].train_images)
+    write = partial(convert, folder=folder, photographs=args.voc_root / DATASETS['voc'].images['train'])
     parallel_map(write, [sources[image_id] for image_id in missing], 'writing masks', args.workers)
     from_sbd = sum(path.suffix == '.mat' for path in sources.values())
     print(f'masks: {len(sources) - from_sbd} from VOC, {from_sbd} from SBD; {len(sources) - len(missing)} existed')
@@ -118,15 +119,15 @@ def report(spec: DatasetSpec, samples: Samples, lists: dict[str, list[str]], wor
         lists: file name -> image ids.
         workers: number of processes; None: one per usable core.
     """
-    indices = [ClassIndex.from_masks(samples, ids, spec.num_classes, workers=workers) for ids in lists.values()]
+    indices = [ClassIndex.from_masks(samples, ids, workers=workers) for ids in lists.values()]
     print(f'{"class":<14}' + ''.join(f'{name:>14}' for name in lists))
-    for class_id, name in enumerate(spec.class_names, 1):
+    for class_id, name in spec.classes.items():
         print(f'{name:<14}' + ''.join(f'{len(index.containing([class_id])):>14}' for index in indices))
     for (name, ids), index in zip(lists.items(), indices, strict=True):
         expected = PUBLISHED_SIZES[name]
         verdict = 'as expected' if len(ids) == expected else f'expected {expected} for the published split'
         print(f'{name}: {len(ids)} images, {verdict}')
-        if empty := index.without(range(1, spec.num_classes + 1)).ids:
+        if empty := index.without(spec.classes).ids:
             print(f'{name}: {len(empty)} masks show no class: {some(empty)}; check_data says which values they hold')
 
 
@@ -134,21 +135,22 @@ def report(spec: DatasetSpec, samples: Samples, lists: dict[str, list[str]], wor
 def main(args: argparse.Namespace):
     spec = DATASETS['voc']
     data_dir = args.mask_root or args.voc_root
-    folder = data_dir / spec.train_masks
-    if not (args.voc_root / spec.train_images).is_dir():
+    images, masks = spec.folders('train')
+    folder = data_dir / masks
+    if not (args.voc_root / images).is_dir():
         raise InputError(f'{args.voc_root} has no folder JPEGImages; expected VOCdevkit/VOC2012')
     val_source = args.voc_root / 'ImageSets' / 'Segmentation' / 'val.txt'
     val = read_ids(val_source, '--voc-root must be the complete VOCdevkit/VOC2012')
     if args.mask_root:
-        link_photographs(args.voc_root / spec.train_images, args.mask_root / spec.train_images)
+        link_photographs(args.voc_root / images, args.mask_root / images)
     if args.sbd_root:
         make_masks(args, folder)
     elif not folder.is_dir():
         raise InputError(f'{folder} does not exist; use --sbd-root to make it, or copy an existing one there')
-    masks = set(files_by_id(folder, '.png'))
-    if missing := sorted(set(val) - masks):
+    made = set(files_by_id(folder, '.png'))
+    if missing := sorted(set(val) - made):
         raise InputError(f'{len(missing)} images of {val_source} have no mask in {folder}: {some(missing)}')
-    lists = {spec.train_list: sorted(masks - set(val)), spec.val_list: val}
+    lists = {spec.train_list.name: sorted(made - set(val)), spec.val_list.name: val}
     train_list, val_list = (args.list_dir / name for name in lists)
     samples = FoldData(spec, data_dir, -1, train_list, val_list).samples('train', novel_as_background=True)
     report(spec, samples, lists, args.workers)  # reads all masks; a list is written once they are known to be right
