@@ -63,6 +63,44 @@ def test_lists_of_images_and_masks_are_read_where_they_name_the_files_of_an_id(t
     assert read_ids(path) == ['a', 'IMG 1.2']
 
 
+def test_lists_of_files_elsewhere_are_matched_by_what_exists(tmp_path):
+    """Where the data has the files of an id, a list may name them as they are in another place."""
+    for name in (
+        'photos/a.TIF',
+        'photos/IMG 1.2.webp',
+        'photos/b.jpg',
+        'masks/a.png',
+        'masks/IMG 1.2.png',
+        'old/b.png',
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    samples = Samples(tmp_path / 'photos', tmp_path / 'masks', label_table([1], (), True))
+    path = tmp_path / 'list.txt'
+    for line in (
+        'a.tif',
+        './images/train/a.JPG',
+        '../x/a.png y/a.png',
+        'C:\\data\\a.jpg,C:\\data\\a.png',
+        'photos/a.TIF',
+        'a',
+    ):
+        path.write_text(f'{line}\n{line.replace("a.", "IMG 1.2.") if "." in line else "IMG 1.2"}\n')
+        assert read_ids(path, samples=samples) == ['a', 'IMG 1.2'], line
+    (tmp_path / 'old/a.png').touch()
+    (tmp_path / 'masks/b.png').touch()
+    for line in (
+        'a.tif old/a.png',
+        'c.jpg',
+        'a.tif masks/b.png',
+        'photos/a.jpg old/a.png',
+        f'b.jpg {tmp_path}/old/b.png',
+    ):
+        path.write_text(f'{line}\n')
+        with pytest.raises(InputError, match='has lines like'):  # other masks than those of the data set, or none
+            read_ids(path, samples=samples)
+
+
 def run_command(error):
     """Run the command at the end of a message."""
     subprocess.run(str(error.value)[str(error.value).index('sed ') :], shell=True, check=True)
