@@ -29,11 +29,13 @@ class Instance(NamedTuple):
         number: id of the annotation in the file.
         category: its name.
         outline: polygons or run lengths, as `outlines.read_outline` returns them.
+        crowd: it is a region of many objects; always False unless these are asked for.
     """
 
     number: int
     category: str
     outline: Outline
+    crowd: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class InstancesFile:
 
     Attributes:
         path: of the file.
-        categories: their names, in the order of the file.
+        categories: their names, in the order of the file, also of those without annotations.
         images: image id -> image, sorted by image id.
         left_out: why annotations are left out -> which these are, e.g. 'annotation 5 of image 7'.
     """
@@ -113,13 +115,28 @@ class InstancesFile:
         Raises:
             InputError: sizes differ, or a header cannot be read.
         """
-        jobs = [
-            (photographs[image_id], f'the size of {image} in {self.path}', (image.width, image.height))
-            for image_id, image in self.annotated.items()
-        ]
-        errors = [error for error in parallel_map(_size_error, jobs, 'reading headers', workers) if error]
-        if errors:
-            raise InputError(f'{errors[0]} Images that do not fit the file: {len(errors)} of {len(jobs)}.')
+        check_sizes(
+            [
+                (photographs[image_id], f'the size of {image} in {self.path}', (image.width, image.height))
+                for image_id, image in self.annotated.items()
+            ],
+            workers,
+        )
+
+
+def check_sizes(jobs: Sequence[tuple[Path, str, tuple[int, int]]], workers: int | None = None):
+    """Compare sizes in annotations with those in the headers of photographs.
+
+    Args:
+        jobs: photograph, what has the size in messages, (width, height).
+        workers: number of processes; None: one per usable core.
+
+    Raises:
+        InputError: sizes differ, or a header cannot be read.
+    """
+    errors = [error for error in parallel_map(_size_error, jobs, 'reading headers', workers) if error]
+    if errors:
+        raise InputError(f'{errors[0]} Images that do not fit their annotations: {len(errors)} of {len(jobs)}.')
 
 
 def _size_error(job):
@@ -150,8 +167,13 @@ ENTRIES = {
 DEFAULTS = {'iscrowd': 0}  # tools without crowd regions omit it
 
 
-def read_instances(path: Path) -> InstancesFile:
+def read_instances(path: Path, own: bool = False) -> InstancesFile:
     """Read and check an instances file.
+
+    Args:
+        path: of the file.
+        own: a file of any tool. Images are known by their paths, categories without annotations may have the names of
+            others, crowd regions are instances too, and there may be nothing to draw.
 
     Raises:
         InputError: the file cannot be read, does not follow the format (with the faults of all its entries), or has
@@ -166,45 +188,56 @@ def read_instances(path: Path) -> InstancesFile:
         )
     faults = Faults(f'{path} does not follow the COCO format')
     categories = {number: canonical(entry['name']) for number, entry in _checked(content, 'categories', faults)}
+    names = list(categories.values())
+    if own:  # Roboflow adds a category without annotations, which may have the name of another
+        names = list(dict.fromkeys(name.strip() for name in names))
+        used = [entry.get('category_id') for entry in content['annotations'] if isinstance(entry, dict)]
+        used = {number for number in used if type(number) is int}
+        categories = {number: name.strip() for number, name in categories.items() if number in used}
     faults.check_unique('category names', {f'category {number}': name for number, name in categories.items()})
     images = {
         number: AnnotatedImage(number, entry['file_name'].replace('\\', '/'), entry['height'], entry['width'], [])
         for number, entry in _checked(content, 'images', faults)
     }
-    ids = {str(image): image_id_of(image.file_name) for image in images.values()}
-    faults.check_unique('file names, without folders and suffix,', ids)
+    id_of = canonical if own else image_id_of
+    ids = {str(image): id_of(image.file_name) for image in images.values()}
+    faults.check_unique('file names' if own else 'file names, without folders and suffix,', ids)
     faults.raise_any()  # annotations refer to categories and images
     left_out = {CROWD: [], BARE: []}
     for number, entry in _checked(content, 'annotations', faults):
         image, category = images.get(entry['image_id']), categories.get(entry['category_id'])
         try:
-            outline = _read_annotation(entry, image, category)
+            outline = _read_annotation(entry, image, category, crowds=own)
         except Fault as fault:
             faults.add(_name_of(entry, 'annotation'), fault)
             continue
         if outline is None:
-            left_out[CROWD if entry.get('iscrowd') else BARE].append(_name_of(entry, 'annotation'))
+            left_out[CROWD if entry.get('iscrowd') and not own else BARE].append(_name_of(entry, 'annotation'))
         else:
-            image.instances.append(Instance(number, category, outline))
+            image.instances.append(Instance(number, category, outline, bool(entry.get('iscrowd'))))
     faults.raise_any()
-    by_id = {image_id_of(image.file_name): image for image in images.values()}
-    instances = InstancesFile(path, list(categories.values()), dict(sorted(by_id.items())), left_out)
-    _check_drawn(instances)
+    by_id = {id_of(image.file_name): image for image in images.values()}
+    instances = InstancesFile(path, names, dict(sorted(by_id.items())), left_out)
+    _check_drawn(instances, may_be_empty=own)
     return instances
 
 
-def _read_annotation(entry, image, category):
+def _read_annotation(entry, image, category, crowds):
     """The outline of an annotation whose fields have the right types; None if it is a crowd region or has none."""
     for field, referred in (('image_id', image), ('category_id', category)):
         if referred is None:
             raise Fault(f'{field} must be the id of an entry of the file', shortened(entry[field]))
-    return None if entry.get('iscrowd') else read_outline(entry.get('segmentation'), image.height, image.width)
+    if entry.get('iscrowd') and not crowds:
+        return None
+    return read_outline(entry.get('segmentation'), image.height, image.width)
 
 
-def _check_drawn(instances):
+def _check_drawn(instances, may_be_empty):
     """Raise InputError where there is nothing to draw, or all of it in one pixel."""
     annotated = instances.annotated
     if not annotated:
+        if may_be_empty:
+            return
         raise InputError(
             f'{instances.path} has nothing to draw: of {len(instances.images)} images, none has an object with an '
             f'outline. Annotations left out: {instances.describe_left_out()}. Export the outlines of the objects too.'

@@ -1,4 +1,4 @@
-"""Read masks: PNG files whose pixel values are class ids."""
+"""Read and write masks: PNG files whose pixel values are class ids."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from core.errors import InputError, some
+from core.files import atomic_write
 from dataset.formats import Picture, fits, open_with_pillow, palette_colors, read_file, read_picture, undecodable
 from dataset.labels import INVALID, accepted
 
@@ -174,3 +175,11 @@ def wrong_values(path: str | Path, found: np.ndarray, table: np.ndarray) -> Inpu
             '--dataset, and has no tool turned colours into shades of grey?'
         )
     return None
+
+
+def save_palette_png(path: Path, mask: np.ndarray, palette: np.ndarray):
+    """Write a mask (uint8 [H, W], class ids) as a palette PNG; the palette is uint8 [256, 3]."""
+    picture = Image.fromarray(mask)
+    picture.putpalette(palette.tobytes())
+    with atomic_write(path, 'wb', sync=False) as file:
+        picture.save(file, format='png')

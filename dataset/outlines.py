@@ -107,8 +107,19 @@ def decompress(counts: str) -> np.ndarray:
     return runs
 
 
+def run_lengths(region: np.ndarray) -> np.ndarray:
+    """The outline of a region (bool [H, W]) as int64 run lengths, as `read_outline` returns them."""
+    flat = region.T.ravel()
+    changes = np.flatnonzero(np.diff(flat, prepend=False))
+    return np.diff(changes, prepend=0, append=flat.size)
+
+
 def rasterize(
-    height: int, width: int, objects: Iterable[tuple[int, Outline]], rasterizer: str = 'opencv'
+    height: int,
+    width: int,
+    objects: Iterable[tuple[int, Outline]],
+    rasterizer: str = 'opencv',
+    dtype: type = np.uint8,
 ) -> np.ndarray:
     """Draw an image's objects into a mask, later ones over earlier ones.
 
@@ -116,11 +127,12 @@ def rasterize(
         height, width: size of the image in pixels.
         objects: (class id, outline as `read_outline` returns it), in drawing order.
         rasterizer: how polygons are filled. 'opencv': fillPoly on truncated vertices; 'coco': exact, by pycocotools.
+        dtype: of the mask, uint8 or int32.
 
     Returns:
-        uint8 [height, width], class ids; 0 where no object is.
+        [height, width], class ids; 0 where no object is.
     """
-    mask = np.zeros((height, width), np.uint8)
+    mask = np.zeros((height, width), dtype)
     for class_id, outline in objects:
         if isinstance(outline, np.ndarray):
             inside = np.arange(len(outline)) % 2 == 1

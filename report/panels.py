@@ -11,20 +11,13 @@ from core.files import atomic_write
 from core.ranks import is_main
 from dataset import SegmentationDataset
 from dataset.legend import Legend
+from dataset.masks import save_palette_png
 from engine.distributed import all_gather, on_main
 from engine.inference import Segmenter
 from engine.metrics import confusion_matrix, iou_per_class
 from report.figures import color_classes, panel_figure
 from report.plotting import save_figure
 from report.tensorboard import label_array
-
-
-def save_palette_png(path: Path, mask: np.ndarray, palette: np.ndarray):
-    """Write a mask (uint8 [H, W], class ids) as a palette PNG; the palette is uint8 [256, 3]."""
-    picture = Image.fromarray(mask)
-    picture.putpalette(palette.tobytes())
-    with atomic_write(path, 'wb', sync=False) as file:
-        picture.save(file, format='png')
 
 
 def save_labels(path: Path, labels: np.ndarray, legend: Legend):

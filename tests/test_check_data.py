@@ -11,8 +11,7 @@ from PIL import Image
 
 from dataset import DATASETS
 from dataset.formats import ORIENTATION_TAG
-from dataset.masks import read_mask
-from report.panels import save_palette_png
+from dataset.masks import read_mask, save_palette_png
 
 
 @pytest.fixture

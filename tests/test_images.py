@@ -16,8 +16,7 @@ from dataset import DATASETS
 from dataset.formats import ORIENTATION_TAG
 from dataset.images import read_header, read_image
 from dataset.legend import voc_palette
-from dataset.masks import read_mask
-from report.panels import save_palette_png
+from dataset.masks import read_mask, save_palette_png
 
 
 def test_palette_and_greyscale_masks_read_alike(tmp_path):

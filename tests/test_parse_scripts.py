@@ -15,8 +15,7 @@ from scipy.io import savemat
 from core.errors import exits_cleanly
 from core.parallel import parallel_map
 from dataset.legend import voc_palette
-from dataset.masks import read_mask
-from report.panels import save_palette_png
+from dataset.masks import read_mask, save_palette_png
 from utils.coco_parse_script import main, parse_args
 
 SIDE = 160  # 25,600 pixels

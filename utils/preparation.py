@@ -1,6 +1,9 @@
 """What the commands that make masks share: their flags, and the folder of the masks."""
 
 import argparse
+import filecmp
+import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -47,6 +50,43 @@ def link_photographs(folder: Path, link: Path):
             raise InputError(f'{link} exists and is no link to {folder}; choose another --mask-root') from None
     except OSError as error:
         raise InputError(f'cannot link {link} to {folder}: {error.strerror}. Choose another --mask-root.') from error
+
+
+def place_photograph(source: Path, target: Path, copy: bool = False, overwrite: bool = False) -> str:
+    """Link a photograph, or copy it, so that it has another name in another folder.
+
+    Args:
+        source: the photograph.
+        target: its new place. Where symbolic links are not possible, it gets a hard link.
+        copy: copy the file instead.
+        overwrite: replace another file that is there.
+
+    Returns:
+        'made', 'same' where it is there already, or 'differs' where another file is there and stays.
+
+    Raises:
+        InputError: neither link can be made, or the folder cannot be written to.
+    """
+    if target.is_symlink() or target.exists():
+        if target.exists() and (target.samefile(source) or (copy and filecmp.cmp(source, target))):
+            return 'same'
+        if not overwrite:
+            return 'differs'
+    if copy:
+        with open(source, 'rb') as file, atomic_write(target, 'wb', sync=False) as copied:
+            shutil.copyfileobj(file, copied)
+        return 'made'
+    beside = target.with_name(f'.{target.name}.{os.getpid()}.tmp')
+    beside.unlink(missing_ok=True)
+    try:
+        try:
+            beside.symlink_to(source.resolve())
+        except OSError:
+            os.link(source.resolve(), beside)
+        os.replace(beside, target)
+    except OSError as error:
+        raise InputError(f'cannot link {target} to {source}: {error.strerror}. Use --copy.') from error
+    return 'made'
 
 
 def masks_to_make(folder: Path, ids: Iterable[str], overwrite: bool) -> list[str]:

@@ -1,0 +1,279 @@
+"""Make a data set of one's own, with its card, from what annotation tools export.
+
+    python -m utils.import_annotations --format coco --annotations export --out street --novel scooter
+    python -m utils.import_annotations --format labelme --annotations folder --out street
+    python -m utils.import_annotations --format colors --annotations export --out street
+
+coco: COCO instances files, or folders of an export with them (CVAT, Label Studio, Roboflow, Supervisely).
+labelme: labelme's JSON files. colors: a folder with labelmap.txt and colour masks in SegmentationClass, as CVAT's
+"Segmentation mask" export.
+
+Writes OUT/images (links), OUT/masks (8-bit palette PNG), OUT/list and OUT/dataset.yaml, which --dataset OUT then names.
+Later objects cover earlier ones. All annotations are checked before anything is written. Existing files are kept, so
+you can run the same command again after an interruption; files that differ from the annotations are reported.
+"""
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import yaml
+from tabulate import tabulate
+
+from core import IGNORE_INDEX
+from core.errors import InputError, exits_cleanly, some
+from core.files import atomic_write, check_writable
+from core.parallel import parallel_map
+from dataset.cards import DATASETS, FILE_NAME, read_card
+from dataset.coco_annotations import check_sizes
+from dataset.formats import undecodable
+from dataset.images import check_same_size
+from dataset.imported import Classes, apply_crowd, choose_classes, draw
+from dataset.labelme_annotations import displayed_size, embedded_photograph
+from dataset.lists import check_ids, keep_or_write_ids
+from dataset.masks import read_mask, save_palette_png
+from dataset.outlines import RASTERIZERS
+from dataset.photographs import unique_ids
+from dataset.sources import READERS, Export, Source
+from dataset.splitting import choose_evaluation, on_one_side
+from utils.cli import make_parser, not_negative, positive
+from utils.preparation import place_photograph
+
+PART_OF_IMAGE = 0.02  # that a class covers in its support images, by default
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument('--format', choices=READERS, required=True, help='of the annotations')
+    parser.add_argument('--annotations', type=Path, nargs='+', required=True, help='files, or the folder of an export')
+    parser.add_argument('--images', type=Path, help='folder of the photographs, if they are not with the annotations')
+    parser.add_argument('--out', type=Path, required=True, help='folder to make, or to complete')
+    group = parser.add_argument_group('classes')
+    group.add_argument('--classes', nargs='+', metavar='NAME', help='in the order of their mask values (default: all)')
+    group.add_argument('--novel', nargs='+', metavar='NAME', default=[], help='novel classes; you can name them later')
+    group.add_argument('--ignore', nargs='+', metavar='NAME', default=[],
+                       help='annotations to ignore, 255 in masks, besides __ignore__ of labelme')  # fmt: skip
+    group.add_argument('--crowd', choices=('draw', 'ignore', 'leave-out'), default='draw',
+                       help='regions of "iscrowd": 1, as CVAT also marks brushed masks (default: draw)')  # fmt: skip
+    group.add_argument('--keep-empty', action='store_true', help='keep photographs that show no class, as background')
+    group = parser.add_argument_group('lists')
+    group.add_argument('--val-fraction', type=fraction, default=0.2,
+                       help='of the images for evaluation, unless the export has a split (default: 0.2)')  # fmt: skip
+    group.add_argument('--seed', type=not_negative, default=123, help='of the choice of these (default: 123)')
+    parser.add_argument('--rasterizer', choices=RASTERIZERS, default='coco',
+                        help='coco: exact (default); opencv: as utils.coco_parse_script draws')  # fmt: skip
+    parser.add_argument('--copy', action='store_true', help='copy the photographs instead of linking to them')
+    parser.add_argument('--workers', type=positive, help='processes (default: one per core)')
+    parser.add_argument('--overwrite', action='store_true', help='replace files that differ from the annotations')
+    return parser.parse_args(argv)
+
+
+def fraction(text: str) -> float:
+    """A number from 0 to below 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f'got {text!r}; expected a number of 0..1, below 1')
+    return value
+
+
+class Made(NamedTuple):
+    """What became of a photograph and its mask: 'made', 'same' or 'differs'; pixels of each value, int64 [256]; and
+    numbers of objects of which no pixel is visible."""
+
+    photograph: str
+    mask: str
+    pixels: np.ndarray
+    hidden: list[int]
+
+
+def make_image(job: tuple[str, Source], classes: Classes, args: argparse.Namespace, colors: dict | None) -> Made:
+    """Place a photograph and write its mask; `job` is its id and the photograph."""
+    image_id, source = job
+    mask, hidden = draw(source, classes, args.rasterizer, colors)
+    pixels = np.bincount(mask.ravel(), minlength=256)
+    target = args.out / 'images' / f'{image_id}{source.photograph.suffix}'
+    if source.embedded:
+        placed = _write_embedded(source, target, args.overwrite)
+    else:
+        placed = place_photograph(source.photograph, target, args.copy, args.overwrite)
+    path = args.out / 'masks' / f'{image_id}.png'
+    if path.exists():
+        if _holds(path, mask):
+            return Made(placed, 'same', pixels, hidden)
+        if not args.overwrite:
+            return Made(placed, 'differs', pixels, hidden)
+    save_palette_png(path, mask, classes.colors)
+    return Made(placed, 'made', pixels, hidden)
+
+
+def _write_embedded(source, target, overwrite):
+    content = embedded_photograph(source.embedded)
+    size = displayed_size(content)
+    if not size:
+        raise undecodable(source.photograph.name, 'embedded image', content)
+    check_same_size(target, size, f'the size of {source.where}', source.size)
+    if target.exists():
+        if target.read_bytes() == content:
+            return 'same'
+        if not overwrite:
+            return 'differs'
+    with atomic_write(target, 'wb', sync=False) as file:
+        file.write(content)
+    return 'made'
+
+
+def _holds(path, mask):
+    try:
+        return np.array_equal(read_mask(path), mask)
+    except InputError:
+        return False
+
+
+def write_card(path: Path, classes: Classes, sizes: Sequence[tuple[int, int]], lists: dict, overwrite: bool) -> str:
+    """Write the card unless it exists; returns what was done."""
+    if path.is_file() and not overwrite:
+        novel = [read_card(path).classes[c] for fold in read_card(path).folds[:1] for c in fold]
+        same = sorted(novel) == sorted(classes.novel) or not classes.novel
+        return f'kept {path}' + ('' if same else f', which has other novel classes: {some(novel) or "none"}')
+    name = path.resolve().parent.name
+    content = {'name': f'my_{name}' if name in DATASETS else name, 'names': classes.names}
+    content |= {} if classes.background == 0 else {'background': 'none'}
+    content |= {'ignore': [IGNORE_INDEX]} | ({'novel': classes.novel} if classes.novel else {})
+    content |= {'images': 'images', 'masks': 'masks'} | lists
+    content['min_pixels'] = max(1, round(PART_OF_IMAGE * float(np.median([w * h for w, h in sizes]))))
+    if not isinstance(classes.palette, str):
+        of_value = {0: 'background'} | dict(enumerate(classes.names, 1))
+        content['palette'] = {of_value[value]: list(color) for value, color in classes.palette}
+    with atomic_write(path, keep=path.with_suffix('.yaml.old')) as file:
+        yaml.safe_dump(content, file, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
+    return f'wrote {path}'
+
+
+def check_card(path: Path, classes: Classes):
+    """Raise InputError where an existing card gives other values to the classes."""
+    if path.is_file():
+        spec = read_card(path)
+        names = dict(enumerate(classes.names, 1))
+        if (dict(spec.classes), spec.background) != (names, classes.background):
+            raise InputError(
+                f'{path} has the classes {some(f"{c} {name}" for c, name in spec.classes.items())}, but the '
+                f'annotations give {some(f"{c} {name}" for c, name in names.items())}: they have changed, or --classes '
+                'has. Choose another --out, or --overwrite the masks, lists and card.'
+            )
+
+
+def split_ids(ids: list[str], sources: list[Source], shows: np.ndarray, args: argparse.Namespace) -> dict:
+    """Split -> its image ids, as the export has them, or chosen at random; without those of no image."""
+    splits = [source.split or 'train' for source in sources]
+    if 'val' not in splits:
+        free = [i for i, split in enumerate(splits) if split == 'train']
+        for place in np.flatnonzero(choose_evaluation(shows[free], args.val_fraction, args.seed)):
+            splits[free[place]] = 'val'
+    chosen = {split: [i for i, s in zip(ids, splits, strict=True) if s == split] for split in ('train', 'val', 'test')}
+    if not chosen['train']:
+        raise InputError('the export has no training images; expected a split "train", or none')
+    return {split: of_split for split, of_split in chosen.items() if of_split}
+
+
+def report(classes: Classes, export: Export, ids: list[str], made: list[Made], lists: dict) -> str:
+    """The table of the classes, and what was left out and why."""
+    pixels = np.array([each.pixels for each in made])
+    objects = Counter()
+    for source in export.sources:
+        objects.update(source.names)
+    rows = []
+    for value, name in enumerate(classes.names, 1):
+        shows = pixels[:, value] > 0
+        of_split = {split: int(shows[np.isin(ids, listed)].sum()) for split, listed in lists.items()}
+        count = '-' if export.colors else objects[name]
+        novel = 'novel' if name in classes.novel else 'base'
+        rows.append([value, name, novel, int(shows.sum()), count, int(pixels[:, value].sum()), *of_split.values()])
+    columns = ['value', 'class', 'is', 'images', 'objects', 'pixels', *(f'in {split}' for split in lists)]
+    alignment = ('right', 'left', 'left', *['right'] * (len(columns) - 3))
+    lines = [tabulate(rows, columns, 'simple', disable_numparse=True, colalign=alignment), '']
+    others = {name: objects[name] for name in export.class_names if name not in classes.values}
+    left_out = {
+        'names, whose annotations are not drawn': [f'{name} ({count})' for name, count in others.items() if count],
+        'names without annotations': [name for name, count in others.items() if not count],
+        **export.left_out,
+        'objects of which no pixel is visible, too small or covered by later ones': [
+            f'{number} of {image_id}' for image_id, each in zip(ids, made, strict=True) for number in each.hidden
+        ],
+    }
+    lines += [f'left out: {len(which)} {why}: {some(which)}' for why, which in left_out.items() if which]
+    return '\n'.join(lines)
+
+
+def chosen_sources(export: Export, classes: Classes, keep_empty: bool) -> Export:
+    """The export without the photographs that show no class. Raises InputError for photographs annotated twice."""
+    kept, absent, first = [], [], {}
+    for source in export.sources:
+        if not keep_empty and not any(source.names[name] for name in classes.names):
+            absent.append(source.photograph.name)
+            continue
+        kept.append(source)
+        other = first.setdefault(source.embedded or source.photograph.resolve(), source)
+        if other is not source:
+            raise InputError(f'{source.photograph} is annotated twice: {other.where}, and {source.where}; remove one')
+    left_out = {**export.left_out, 'photographs without a class (--keep-empty keeps them)': absent}
+    return replace(export, sources=kept, left_out=left_out)
+
+
+def raise_differing(ids: list[str], made: list[Made], args: argparse.Namespace):
+    """InputError where existing files differ from what the annotations give."""
+    for folder, states in (('images', [each.photograph for each in made]), ('masks', [each.mask for each in made])):
+        if differing := [i for i, state in zip(ids, states, strict=True) if state == 'differs']:
+            raise InputError(
+                f'{len(differing)} of {len(ids)} files in {args.out / folder} differ from what the annotations give '
+                f'now: {some(differing)}. Either has been changed since; they are kept, and so are the lists and the '
+                'card. --overwrite replaces them.'
+            )
+
+
+@exits_cleanly
+def main(args: argparse.Namespace):
+    export = READERS[args.format](args.annotations, args.images, args.out, args.workers)
+    export = apply_crowd(export, args.crowd)
+    classes = choose_classes(export, args.classes, args.novel, args.ignore)
+    export = chosen_sources(export, classes, args.keep_empty)
+    sources, card = export.sources, args.out / FILE_NAME
+    ids = unique_ids([source.photograph for source in sources])
+    check_ids(args.out / 'list', ids)
+    check_sizes(
+        [(s.photograph, f'the size of {s.where}', s.size) for s in sources if not s.embedded], args.workers
+    )  # fmt: skip
+    if not args.overwrite:
+        check_card(card, classes)
+    for folder in ('images', 'masks', 'list'):
+        check_writable(args.out / folder)
+    make = partial(make_image, classes=classes, args=args, colors=export.colors)
+    made = parallel_map(make, list(zip(ids, sources, strict=True)), 'making masks', args.workers)
+    raise_differing(ids, made, args)
+    shows = np.array([each.pixels[1 : len(classes.names) + 1] > 0 for each in made])
+    lists = split_ids(ids, sources, shows, args)
+    written = sum(each.mask == 'made' for each in made)
+    print(f'{len(made)} photographs; {written} masks written, {len(made) - written} existed')
+    print(f'\n{report(classes, export, ids, made, lists)}')
+    chosen = np.isin(ids, lists.get('val', []))
+    alone = on_one_side(chosen, shows) if 'val' in lists else []
+    if alone := [name for name, one_side in zip(classes.names, alone, strict=False) if one_side]:
+        print(f'only training or only evaluation images show: {some(alone)}')
+    if args.crowd == 'draw' and any(instance.crowd for source in sources for instance in source.instances):
+        print('regions of "iscrowd": 1 are drawn as objects; --crowd ignore or leave-out changes that')
+    for split, listed in lists.items():
+        print(keep_or_write_ids(args.out / 'list' / f'{split}.txt', listed, args.overwrite))
+    names = {split: f'list/{split}.txt' for split in lists}
+    names = {'train': names['train'], 'val': names.get('val', 'none')} | names
+    print(write_card(card, classes, [source.size for source in sources], names, args.overwrite))
+
+
+if __name__ == '__main__':
+    main(parse_args())
