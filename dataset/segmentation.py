@@ -76,7 +76,7 @@ class SegmentationDataset(Dataset):
         """
         chosen = range(len(self)) if positions is None else sorted(set(positions))
         ids = [self.image_ids[position] for position in chosen]
-        sizes = {'fit': self.fit_size, 'resize_mask': self.resize_mask}
+        sizes = {'fit': self.fit_size, 'resize_mask': self.resize_mask, 'skip_bad': self.skip_bad}
         if self.augmentation:
             sizes |= dataclasses.asdict(self.augmentation)
         return {'ids': ids, 'files': self.samples.stamps(ids), 'labels': self.samples.table.tolist()} | sizes

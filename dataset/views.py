@@ -57,7 +57,10 @@ def base_views(base: SegmentationDataset, class_lists: dict[int, list[str]], cou
     drawn = []
     for class_id, ids in class_lists.items():
         if not ids:
-            raise InputError(f'base class {class_id} has no image that shows enough of it, so --views cannot draw any')
+            raise InputError(
+                f'base class {class_id} has no image that shows enough of it to be drawn: add images, or lower the '
+                "data set's min_pixels"
+            )
         rng = np.random.default_rng((POOL_SEED, class_id))
         rounds = [rng.permutation(len(ids)) for _ in range(-(-count // len(ids)))]
         drawn += [position[ids[i]] for i in np.concatenate(rounds)[:count]]

@@ -9,29 +9,27 @@ import glob
 import json
 import re
 import shutil
-import urllib.error
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torchvision import models
 
 from core.errors import InputError, some
 from core.files import atomic_write
 from core.ranks import is_main
 from engine.placeholders import extract
 from engine.weights import METADATA, SUFFIXES, find_weights, read_content
-from model import POP
+from model import MODELS, Network
 
-STAGE_2_PREFIXES = ('novel_emb', 'classifier_n.')
+DEFAULT_MODEL = 'pspnet_pop'  # of checkpoints that do not name theirs
 # what classification networks have beyond our backbones
 CLASSIFIER_PREFIXES = ('fc.', 'classifier.', 'features.18.')
 
 
 def save_checkpoint(
     path: Path,
-    net: POP,
+    net: Network,
     config: dict,
     epoch: int,
     metrics: dict,
@@ -57,11 +55,11 @@ def save_checkpoint(
     state = {'format': 'pop', 'config': config, 'model': net.state_dict(), 'epoch': epoch, 'metrics': metrics}
     if training is not None:
         state['training'] = training
-    _write(path, lambda file: torch.save(state, file), keep=previous)
+    write_file(path, lambda file: torch.save(state, file), keep=previous)
 
 
-def _write(path, save: Callable, keep=None):
-    """Call `save(file)` to write a file; InputError where that fails."""
+def write_file(path, save: Callable, keep=None):
+    """Call `save(file)` to write a file, whole or not at all; InputError where that fails."""
     try:
         with atomic_write(path, 'wb', keep=keep) as file:
             save(file)
@@ -69,7 +67,7 @@ def _write(path, save: Callable, keep=None):
         free = shutil.disk_usage(path.parent).free
         raise InputError(
             f'cannot write {path} ({free / 1e6:.0f} MB are free there): {str(error).splitlines()[0]}. '
-            'The checkpoints that were there are intact: make room and run the same command again to resume.'
+            'The files that were there are intact: make room and run the same command again to resume.'
         ) from error
 
 
@@ -102,6 +100,11 @@ def check_config(path: Path | str, config: dict, expected: dict):
     Raises:
         InputError: they differ.
     """
+    model = config.get('model', DEFAULT_MODEL)
+    if config and model != expected.get('model', model):
+        raise InputError(
+            f'{path} is a checkpoint of {model}, expected {expected["model"]}. Give --model {model}, or another file.'
+        )
     differing = [
         f'{key} is {config[key]}, expected {value}'
         for key, value in expected.items()
@@ -144,24 +147,44 @@ class Checkpoint:
 
     @property
     def holds_network(self) -> bool:
-        """Whether this is a whole POP network rather than a bare backbone."""
+        """Whether this is a whole network rather than a bare backbone."""
         return any(key.startswith(('backbone.', 'decoder.', 'base_emb')) for key in self.state)
+
+    @property
+    def model(self) -> str:
+        """One of `MODELS`.
+
+        Raises:
+            InputError: the file is of another one.
+        """
+        name = self.config.get('model', DEFAULT_MODEL)
+        if name not in MODELS:
+            raise InputError(f'{self.path} is of --model {name}; this version has {", ".join(MODELS)}')
+        return name
+
+    def expect_pop(self, command: str):
+        """Raise InputError where the network is none of POP, the only method that a command handles."""
+        if self.model != DEFAULT_MODEL:
+            raise InputError(f'{self.path} is of --model {self.model}; {command} takes {DEFAULT_MODEL} only')
 
     @property
     def class_counts(self) -> tuple[int, int]:
         """(Kb, Kn); Kn is 0 for stage 1.
 
         Raises:
-            InputError: there are no base prototypes.
+            InputError: the parameters that tell are not there.
         """
-        if 'base_emb' not in self.state:
+        method = MODELS[self.model]
+        try:
+            return method.count_classes(self.state)
+        except KeyError as error:
             raise InputError(
-                f'{self.path} is no checkpoint of a POP network: it has no base_emb, but {some(self.state)}'
-            )
-        return len(self.state['base_emb']), len(self.state.get('novel_emb', ()))
+                f'{self.path} is no checkpoint of a {method.title} network: it has no {error.args[0]}, but '
+                f'{some(self.state)}'
+            ) from None
 
-    def load_into(self, net: POP, expected: dict | None = None) -> list[str]:
-        """Load a checkpoint of ours or of the published code into a POP network.
+    def load_into(self, net: Network, expected: dict | None = None) -> list[str]:
+        """Load a checkpoint of ours or of the published code into a network.
 
         Args:
             net: changed in place.
@@ -169,28 +192,34 @@ class Checkpoint:
 
         Returns:
             Names of the parameters that the file does not hold and that keep their values: the parts that stage 2
-            adds, when a stage-1 checkpoint is loaded into a network with novel classes. `classifier_n` then starts
-            from `classifier`.
+            adds, when a stage-1 checkpoint is loaded into a network with novel classes (`Network.start_novel`).
 
         Raises:
             InputError: a key is missing or unexpected, a shape differs, or the file is for something else.
         """
         check_config(self.path, self.config, expected or {})
-        added = [key for key in net.state_dict() if key.startswith(STAGE_2_PREFIXES)]
+        added = [key for key in net.state_dict() if key.startswith(net.STAGE_2_PREFIXES)]
         absent = [key for key in added if key not in self.state]
-        _load_exactly(net, self.state, self.path, may_miss=added if len(absent) == len(added) else ())
+        self._load_network(net, self.state, may_miss=added if len(absent) == len(added) else ())
         if absent:
             net.start_novel()
         return absent
 
-    def load_base_into(self, net: POP, expected: dict | None = None):
+    def load_base_into(self, net: Network, expected: dict | None = None):
         """Load the base parts of a network of either stage into one of stage 1; errors as in `load_into`."""
         check_config(self.path, self.config, expected or {})
-        state = {key: value for key, value in self.state.items() if not key.startswith(STAGE_2_PREFIXES)}
-        _load_exactly(net, state, self.path)
+        state = {key: value for key, value in self.state.items() if not key.startswith(net.STAGE_2_PREFIXES)}
+        self._load_network(net, state)
 
-    def load_backbone_into(self, net: POP):
-        """Load the weights of a classification network or bare backbone into the backbone of a POP network.
+    def _load_network(self, net, state, may_miss=()):
+        """`_load_exactly`; what only the training of stage 1 has may be missing on either side."""
+        wanted = net.state_dict()
+        of_stage_1 = [key for key in (*state, *wanted) if key.startswith(net.STAGE_1_PREFIXES)]
+        state = {key: value for key, value in state.items() if key in wanted or key not in of_stage_1}
+        _load_exactly(net, state, self.path, (*may_miss, *of_stage_1))
+
+    def load_backbone_into(self, net: Network):
+        """Load the weights of a classification network or bare backbone into the backbone of a network.
 
         Raises:
             InputError: the keys do not fit.
@@ -239,35 +268,12 @@ def write_weights(path: Path, checkpoint: Checkpoint):
     about = {'config': checkpoint.config, 'epoch': checkpoint.epoch, 'metrics': checkpoint.metrics}
     if path.suffix != '.safetensors':
         content = {'format': 'pop', **about, 'model': state} if checkpoint.config else state
-        _write(path, lambda file: torch.save(content, file))
+        write_file(path, lambda file: torch.save(content, file))
         return
     from safetensors.torch import save  # here, as in `weights`
 
     metadata = {'format': 'pt'} | ({METADATA: json.dumps(about)} if checkpoint.config else {})
-    _write(path, lambda file: file.write(save(state, metadata)))
-
-
-def imagenet_checkpoint(backbone: str) -> Checkpoint:
-    """torchvision's ImageNet weights of a backbone, downloaded unless they are cached.
-
-    Raises:
-        InputError: no such weights, or no network to download them through.
-    """
-    try:
-        weights = models.get_model_weights(backbone)
-    except ValueError:
-        raise InputError(
-            f'torchvision has no ImageNet weights for {backbone}. Give the path of a file with --restore-from (for '
-            'resnet50v2: the resnet50_v2.pth that PSPNet and PFENet use), or use --backbone resnet50.'
-        ) from None
-    try:
-        state = weights.IMAGENET1K_V1.get_state_dict(progress=is_main(), check_hash=True)
-    except (urllib.error.URLError, OSError) as error:
-        raise InputError(
-            f'cannot download {weights.IMAGENET1K_V1.url} ({error}). Download it elsewhere and give its path with '
-            '--restore-from.'
-        ) from error
-    return Checkpoint('imagenet', state, {})
+    write_file(path, lambda file: file.write(save(state, metadata)))
 
 
 def of_seeds(path: Path) -> list[Path]:

@@ -7,14 +7,17 @@ import json
 import math
 import os
 import shutil
+import socket
+import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from core import signals
 from core.errors import InputError
 from core.files import atomic_write
 from core.parallel import usable_cores
@@ -22,6 +25,8 @@ from core.parallel import usable_cores
 GB = 10**9
 SPARE_DISK = 2 * GB  # left free for checkpoints and logs
 INDEX = 'index.json'  # written last; holds the sizes and checksums of all rows
+HOST = socket.gethostname().replace('.', '-')
+ABANDONED = 86_400  # seconds after which a set that another host began counts as abandoned
 
 
 def digest(*parts) -> str:
@@ -49,8 +54,9 @@ def checksum(tensors: dict[str, torch.Tensor]) -> int:
 class FeatureStore:
     """A folder of sets of arrays. A set is a folder of its own: one file per array, and an index of its rows.
 
-    A set is made in a temporary folder that is renamed when it is complete, so a run that is killed leaves no half set.
-    `building` makes a second run that needs the same set wait for the first.
+    A set is made in a temporary folder of its run, which is renamed when it is complete. So a run that is killed leaves
+    no half set, and no run touches what another one is making. `using` makes a second run that needs the same set wait
+    for the first, and keeps a set from being removed while it is opened.
 
     Args:
         folder: made on first use.
@@ -67,22 +73,43 @@ class FeatureStore:
         existing = next(path for path in (self.folder, *self.folder.parents) if path.is_dir())
         if not os.access(existing, os.W_OK):
             return 0
-        used = sum(_size(path) for path in self._sets())
-        return max(min(self.limit, shutil.disk_usage(existing).free + used - SPARE_DISK), 0)
+        used = sum(map(_size, self._sets()))
+        begun = sum(map(_size, self.folder.glob('.*.partial')))
+        return max(min(self.limit - begun, shutil.disk_usage(existing).free + used - SPARE_DISK), 0)
 
     def _sets(self):
         """Folders of complete sets, the least recently used first."""
-        return sorted((path.parent for path in self.folder.glob(f'*/{INDEX}')), key=lambda path: path.stat().st_mtime)
+        sets = {}
+        for path in self.folder.glob(f'*/{INDEX}'):
+            with contextlib.suppress(FileNotFoundError):  # another run has just removed it
+                sets[path.parent] = path.parent.stat().st_mtime
+        return sorted(sets, key=sets.get)
 
     @contextlib.contextmanager
-    def building(self, name: str) -> Iterator[None]:
-        """Keep other runs from building the same set; waits for one that does. Ends with the process at the latest."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / f'.{name}.lock', 'w') as file:
-            # without locks on this file system, two runs may compute the same set; the first one to finish keeps it
+    def using(self, name: str, log: Callable[[str], None] = print) -> Iterator[None]:
+        """Keep other runs from building or removing a set; waits for one that does. Ends with the process at the latest.
+
+        Without locks on this file system, or in a folder that is read-only, nothing is kept off: two runs may then
+        compute the same set, and the first one to finish keeps it.
+
+        Raises:
+            Stopped: a signal arrived while waiting.
+        """
+        with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX)
+                self.folder.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context(open(self._lock(name), 'w'))
+                waits = False
+                while not _lock(file):
+                    if not waits:
+                        log(f'waiting for another run, which computes or opens {self.folder / name}')
+                    waits = True
+                    signals.raise_if_received()
+                    time.sleep(0.2)
             yield
+
+    def _lock(self, name):
+        return self.folder / f'.{name}.lock'
 
     def is_complete(self, name: str) -> bool:
         """Whether a set is there and every row has the checksum of its index; a damaged set is removed."""
@@ -115,7 +142,7 @@ class FeatureStore:
         """
         need = sum(dtype.itemsize * math.prod(shape) for dtype, shape in shapes.values())
         self._make_room(need)
-        folder = self.folder / f'.{name}.partial'
+        folder = self.folder / f'.{name}.{HOST}.{os.getpid()}.partial'
         shutil.rmtree(folder, ignore_errors=True)
         try:
             folder.mkdir(parents=True)
@@ -147,7 +174,7 @@ class FeatureStore:
         }
         with atomic_write(folder / INDEX) as file:
             json.dump({'arrays': described, 'rows': rows}, file)
-        with contextlib.suppress(OSError):  # another run may have made it meanwhile, without locks
+        with contextlib.suppress(OSError):  # without locks, another run may have made it meanwhile
             os.rename(folder, self.folder / name)
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -172,18 +199,48 @@ class FeatureStore:
         return mapped
 
     def _make_room(self, need):
-        """Remove the least recently used sets until a new one fits. Runs that use them keep what they have mapped."""
+        """Remove abandoned sets, then the least recently used ones until a new one fits.
+
+        Runs that have opened a set keep what they have mapped.
+        """
         for partial in self.folder.glob('.*.partial'):
-            with open(partial.with_suffix('.lock'), 'w') as file, contextlib.suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while a run builds it
+            if _is_abandoned(partial):
                 shutil.rmtree(partial, ignore_errors=True)
         sets = self._sets()
-        used = sum(map(_size, sets))
+        used = sum(map(_size, sets)) + sum(map(_size, self.folder.glob('.*.partial')))
         for folder in sets:
             if used + need <= self.limit and need + SPARE_DISK <= shutil.disk_usage(self.folder).free:
                 break
-            used -= _size(folder)
-            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError), open(self._lock(folder.name), 'w') as file:
+                if _lock(file):
+                    used -= _size(folder)
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lock(file):
+    """Whether nobody else holds the lock of an open file, which is held from now on if the file system has locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # no locks here
+        pass
+    return True
+
+
+def _is_abandoned(partial):
+    """Whether the run that began a set is gone, as far as can be told from its host and process."""
+    *_, host, process, _ = partial.name.split('.')
+    if host == HOST:
+        with contextlib.suppress(PermissionError):  # of another user, so it is alive
+            try:
+                os.kill(int(process), 0)
+            except ProcessLookupError:
+                return True
+        return False
+    with contextlib.suppress(FileNotFoundError):
+        return time.time() - partial.stat().st_mtime > ABANDONED
+    return False
 
 
 def _row(arrays, row):
@@ -191,4 +248,9 @@ def _row(arrays, row):
 
 
 def _size(folder):
-    return sum(path.stat().st_size for path in folder.iterdir())
+    """Bytes of the files in a folder, which other runs may remove meanwhile."""
+    total = 0
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for path in folder.iterdir():
+            total += path.stat().st_size
+    return total

@@ -17,7 +17,7 @@ from engine.evaluation import interruptible
 from engine.feature_store import GB, FeatureStore, checksum, digest
 from engine.loaders import evaluation_loader
 from engine.precision import autocast, to_device
-from model import POP
+from model import Network
 
 PLACES = {'auto': '', 'gpu': 'kept on the GPU', 'disk': 'kept on disk', 'memory': 'kept in memory', 'off': ''}
 IMAGES_AT_ONCE = {'cpu': 1, 'cuda': 32}  # of a kept batch
@@ -33,7 +33,7 @@ class FrozenFeatures:
         device, dtype: where and in which precision the network runs.
     """
 
-    def __init__(self, frozen: POP, loader: DataLoader, device: torch.device, dtype: torch.dtype):
+    def __init__(self, frozen: Network, loader: DataLoader, device: torch.device, dtype: torch.dtype):
         self.frozen, self.loader, self.device, self.dtype = frozen, loader, device, dtype
 
     def __len__(self) -> int:
@@ -52,7 +52,7 @@ class KeptFeatures(Dataset):
     """Maps and masks of a data set's images, kept in half precision.
 
     Args:
-        arrays: map name -> float16 [N, h, w, channels], and 'mask' -> uint8 [N, H, W], padded with 255.
+        arrays: map name -> float16 [N, h, w, channels], and 'mask' -> uint8 [N, H, W], padded with 255, on the CPU.
         rows: row of the arrays -> 'id', 'shape' and 'canvas' of its image; images that were skipped have no row.
         share: the rows that this process evaluates.
         device: of the batches.
@@ -62,8 +62,6 @@ class KeptFeatures(Dataset):
         self, arrays: dict[str, torch.Tensor], rows: dict[int, dict], share: Sequence[int], device: torch.device
     ):
         self.arrays, self.masks = arrays, arrays['mask']
-        # channels last in memory, as the head reads them
-        self.maps = {name: array.permute(0, 3, 1, 2) for name, array in arrays.items() if name != 'mask'}
         self.rows, self.device = rows, device
         self.share = [row for row in share if row in rows]
         self.images_at_once = IMAGES_AT_ONCE[device.type]
@@ -74,7 +72,7 @@ class KeptFeatures(Dataset):
 
     def __getitem__(self, row: int) -> dict:
         """An image for training: 'row' for `take`, 'mask' uint8 [H, W] on the CPU, 'id', and 'skipped', which is ''."""
-        return {'row': row, 'mask': self.masks[row].cpu(), 'id': self.rows[row]['id'], 'skipped': ''}
+        return {'row': row, 'mask': self.masks[row], 'id': self.rows[row]['id'], 'skipped': ''}
 
     def part(self, rows: Sequence[int]) -> 'KeptFeatures':
         """Some of the rows; the arrays are shared."""
@@ -82,9 +80,16 @@ class KeptFeatures(Dataset):
 
     def take(self, rows: torch.Tensor | slice) -> dict[str, torch.Tensor]:
         """Maps of rows on the device: name -> float16 [B, channels, h, w]."""
-        if torch.is_tensor(rows):
-            rows = rows.to(next(iter(self.maps.values())).device, non_blocking=True)
-        return {name: array[rows].to(self.device, non_blocking=True) for name, array in self.maps.items()}
+        return {name: self._rows_of(array, rows) for name, array in self.arrays.items() if name != 'mask'}
+
+    def _rows_of(self, array, rows):
+        if isinstance(rows, slice) or array.device == self.device:
+            taken = array[rows if isinstance(rows, slice) else rows.to(array.device, non_blocking=True)]
+        else:  # a copy to the GPU that does not wait needs pinned memory, which indexing does not give
+            taken = torch.empty(len(rows), *array.shape[1:], dtype=array.dtype, pin_memory=True)
+            torch.index_select(array, 0, rows, out=taken)
+        # channels last in memory, as the head reads them
+        return taken.permute(0, 3, 1, 2).to(self.device, non_blocking=True)
 
     def __iter__(self) -> Iterator[dict]:
         """Yield batches for `evaluation.evaluate`, with 'maps' in place of 'image'."""
@@ -111,18 +116,18 @@ class FeatureKeeper:
         device, dtype: where and in which precision the network runs.
         place: 'gpu', 'disk' (in `store`, for later runs too), 'memory', 'off', or 'auto': the first of these with room.
         memory_gb: memory for all maps of all processes of a host together, in 10^9 bytes.
-        store: where they are kept on disk.
+        store: where they are kept on disk; None: never there.
         batch_size, num_workers: of the loaders.
         log: called with messages.
     """
 
-    frozen: POP
+    frozen: Network
     network: str
     device: torch.device
     dtype: torch.dtype
     place: str
     memory_gb: float
-    store: FeatureStore
+    store: FeatureStore | None
     batch_size: int | None = None
     num_workers: int = 0
     log: Callable[[str], None] = print
@@ -155,9 +160,11 @@ class FeatureKeeper:
         self.log(f'{title} features: {len(dataset)} images, {image_bytes * len(dataset) / GB:.2f} GB, {PLACES[place]}')
         if place == 'disk':
             return self._on_disk(dataset, name, _with_rows(shapes, len(dataset)), share, title)
-        options = {'device': self.device} if place == 'gpu' else {'pin_memory': self.device.type == 'cuda'}
+        in_memory = {'pin_memory': self.device.type == 'cuda'}
         arrays = {
-            array: torch.empty(shape, dtype=dtype, **options)
+            array: torch.empty(
+                shape, dtype=dtype, **({'device': self.device} if place == 'gpu' and array != 'mask' else in_memory)
+            )
             for array, (dtype, shape) in _with_rows(shapes, len(own)).items()
         }
         if place == 'memory':
@@ -169,7 +176,7 @@ class FeatureKeeper:
         """Name of a set on disk: a digest of all that the maps depend on."""
         key = {
             'format': FORMAT, 'network': self.network, 'device': self.device.type, 'dtype': str(self.dtype),
-            'data': dataset.fingerprint(), 'size': size,
+            'data': dataset.fingerprint(), 'size': size, 'maps': self.frozen.map_shapes(size),
         }  # fmt: skip
         return f'{title.replace(" ", "_")}-{digest(key)[:16]}'
 
@@ -180,7 +187,7 @@ class FeatureKeeper:
         one_host = local_world_size() == world_size()
         room = {
             'gpu': torch.cuda.mem_get_info(self.device)[0] / 2 if self.device.type == 'cuda' else 0,
-            'disk': self.store.room(name) if one_host else 0,
+            'disk': self.store.room(name) if self.store and one_host else 0,
             'memory': self.memory_gb * GB / local_world_size(),
         }
         places = room if self.place == 'auto' else (self.place,)
@@ -191,7 +198,7 @@ class FeatureKeeper:
             return chosen
         shortage = (
             f'{title} features need {need / GB:.1f} GB in each process; there are {room["gpu"] / GB:.1f} GB for them '
-            f'on the GPU, {room["disk"] / GB:.1f} GB in {self.store.folder} (--features-disk-gb) and '
+            f'on the GPU, {room["disk"] / GB:.1f} GB on disk (--features-disk-gb) and '
             f'{room["memory"] / GB:.1f} GB in memory (--features-gb)'
         )
         if self.place != 'auto':
@@ -207,7 +214,7 @@ class FeatureKeeper:
     def _on_disk(self, dataset, name, shapes, share, title):
         with contextlib.ExitStack() as stack:
             if is_main():
-                stack.enter_context(self.store.building(name))
+                stack.enter_context(self.store.using(name, self.log))
             if on_main(lambda: self.store.is_complete(name)):
                 self.log(f'{title} features were computed before: {self.store.folder / name}')
             else:
@@ -222,8 +229,9 @@ class FeatureKeeper:
                 except BaseException:
                     self.store.discard(folder)
                     raise
-        barrier()
-        arrays, rows = self.store.load(name)
+            barrier()
+            arrays, rows = self.store.load(name)
+            barrier()
         return KeptFeatures(arrays, rows, share, self.device)
 
     def _compute(self, dataset, indices, arrays, row_of, title):
@@ -243,11 +251,11 @@ class FeatureKeeper:
                 finite = arrays[name][chosen].isfinite().flatten(1).all(dim=1).tolist()
                 if not all(finite):
                     raise InputError(
-                        f'features of image {batch["id"][finite.index(False)]} do not fit half precision; use '
-                        '--features off'
+                        f'features of image {batch["id"][finite.index(False)]} do not fit half precision; keep none: '
+                        'ft_pop.py --features off, train_base.py --no-memory'
                     )
             arrays['mask'][chosen] = IGNORE_INDEX  # beyond the images
-            arrays['mask'][chosen, :height, :width] = batch['mask'].to(arrays['mask'].device)
+            arrays['mask'][chosen, :height, :width] = batch['mask']
             for i, row in enumerate(chosen):
                 rows[row] = {key: batch[key][i] for key in ('id', 'shape', 'canvas')}
         if skipped:
@@ -255,13 +263,13 @@ class FeatureKeeper:
         return rows
 
 
-def kept_shapes(frozen: POP, size: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def kept_shapes(frozen: Network, size: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Array -> type and shape of what is kept of an image of size (H, W)."""
     maps = {name: (torch.float16, (h, w, c)) for name, (c, h, w) in frozen.map_shapes(size).items()}
     return maps | {'mask': (torch.uint8, tuple(size))}
 
 
-def kept_bytes(frozen: POP, size: tuple[int, int]) -> int:
+def kept_bytes(frozen: Network, size: tuple[int, int]) -> int:
     """How many bytes are kept of an image of size (H, W)."""
     return sum(dtype.itemsize * math.prod(shape) for dtype, shape in kept_shapes(frozen, size).values())
 

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 
+from core import IGNORE_INDEX
 from core.errors import InputError
-from core.files import atomic_write
 from dataset import Augmentation, FoldData
 from dataset.own_classes import SupportImage
 from dataset.views import base_views
+from engine.checkpoint import write_file
 from engine.distributed import on_main
-from engine.feature_store import FeatureStore, digest
+from engine.feature_store import digest
 from engine.features import FeatureKeeper, KeptFeatures, kept_bytes, kept_shapes
 from engine.weights import read_content
 from model import POP
@@ -66,7 +67,7 @@ def keeper_in_memory(
     """Keeps features of a base network on the GPU or in memory, never on disk."""
     return FeatureKeeper(
         frozen=fuse(net, dtype), network=digest(net.state_dict()), device=device, dtype=dtype, place='auto',
-        memory_gb=float('inf'), store=FeatureStore(Path('.'), 0), num_workers=num_workers, log=log,
+        memory_gb=float('inf'), store=None, num_workers=num_workers, log=log,
     )  # fmt: skip
 
 
@@ -80,8 +81,13 @@ def look_at_base(keeper: FeatureKeeper, data: FoldData, size: tuple[int, int], l
         limit_mb: of the features, in 10^6 bytes.
 
     Raises:
-        InputError: as `views_per_class`, or a base class has no image.
+        InputError: as `views_per_class`, a base class has no image, or the data has other base classes.
     """
+    if len(data.base_ids) != keeper.frozen.num_base:
+        raise InputError(
+            f'{data.data_dir} has {len(data.base_ids)} base classes in fold {data.fold}; the network has '
+            f'{keeper.frozen.num_base}. Give the data and the fold that it was trained on.'
+        )
     count = views_per_class(keeper.frozen, size, limit_mb)
     base, class_lists = data.base_images(Augmentation(size, SCALE_RANGE, fit=True))
     views = base_views(base, class_lists, count)
@@ -100,11 +106,7 @@ def write_memory(path: Path, memory: Memory):
         },
     }  # fmt: skip
 
-    def write():
-        with atomic_write(path, 'wb') as file:
-            torch.save(content, file)
-
-    on_main(write)
+    on_main(lambda: write_file(path, lambda file: torch.save(content, file)))
 
 
 def read_memory(path: Path, net: POP, network: str, device: torch.device) -> Memory:
@@ -145,6 +147,8 @@ def read_memory(path: Path, net: POP, network: str, device: torch.device) -> Mem
         }
         if {name: (array.dtype, tuple(array.shape)) for name, array in arrays.items()} != expected:
             raise ValueError('arrays of other shapes')
+        if not _knows_only(arrays['mask'], net.num_base):
+            raise ValueError(f'labels beyond those of {net.num_base} base classes')
         support = {
             name: [SupportImage(photograph, image.numpy(), mask.numpy()) for photograph, image, mask in images]
             for name, images in content['support'].items()
@@ -152,6 +156,11 @@ def read_memory(path: Path, net: POP, network: str, device: torch.device) -> Mem
     except (KeyError, ValueError, AttributeError, TypeError) as error:
         raise InputError(f'{path} is damaged ({error}). Make it again with python -m utils.memory') from error
     return Memory(network, KeptFeatures(arrays, rows, range(len(arrays['mask'])), device), support)
+
+
+def _knows_only(masks, num_base):
+    """Whether masks have no other labels than background, base classes and ignored pixels."""
+    return bool(((masks <= num_base) | (masks == IGNORE_INDEX)).all())
 
 
 def is_memory_of(path: Path, network: str) -> bool:

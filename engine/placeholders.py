@@ -6,6 +6,7 @@ of. So neither the code of the file nor that of its libraries runs, and the libr
 """
 
 import collections
+import functools
 import io
 import pickle
 import types
@@ -30,6 +31,9 @@ TENSOR_MAKERS |= {
     'torch._tensor._rebuild_from_type_v2': lambda make, kind, arguments, state: make(*arguments),
     'torch.storage._load_from_bytes': lambda content: torch.load(io.BytesIO(content), weights_only=True),
 }  # fmt: skip
+
+
+IMMUTABLE_TYPE, HEAP_TYPE = 1 << 8, 1 << 9  # flags of types: attributes cannot be set; made by a class statement
 
 
 class Placeholder(dict):
@@ -73,7 +77,7 @@ def extract(path: Path | str) -> tuple[object, list[str]]:
         def find_class(self, module, name):
             full = f'{module}.{name}'.replace('__builtin__.', 'builtins.')
             if known := PLAIN_TYPES.get(full) or TENSOR_MAKERS.get(full):
-                return known
+                return _of_its_own(known)
             return replaced.setdefault(full, type(name.rpartition('.')[2], (Placeholder,), {}))
 
     unpickling = types.SimpleNamespace(
@@ -93,6 +97,15 @@ def extract(path: Path | str) -> tuple[object, list[str]]:
         raise InputError(
             f'{path} is damaged, or no file of PyTorch tensors ({type(error).__name__}: {reason})'
         ) from error
+
+
+def _of_its_own(known):
+    """A function or class that does the same as one that is known: a pickle can set attributes of what it gets."""
+    if isinstance(known, types.FunctionType):
+        return functools.partial(known)
+    if isinstance(known, type) and known.__flags__ & HEAP_TYPE and not known.__flags__ & IMMUTABLE_TYPE:
+        return type(known.__name__, (known,), {})
+    return known
 
 
 def _state_dicts(value, outer):

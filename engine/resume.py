@@ -34,8 +34,9 @@ EXECUTION_FLAGS = {
 # What a run that resumes from a file (--resume FILE) must share with it: its network, optimiser and steps depend on it.
 FIXED_FLAGS = (
     'dataset', 'fold', 'model', 'backbone', 'os', 'shot', 'batch_size', 'start_epoch', 'fix_bn',
-    'freeze_backbone', 'filter_novel', 'content of training list', 'content of base network',
+    'freeze_backbone', 'filter_novel', 'train', 'content of training list', 'content of base network',
 )  # fmt: skip
+LATER_FLAGS = {'views': 0}  # flags that runs of earlier versions do not name, with the value that these had in effect
 CHECKPOINTS = ('last', 'previous', 'best')  # stage 2 appends the seed
 RUN_FILES = (
     'last*.pth', 'last*.damaged', 'previous*.pth', 'best*.pth', 'epoch_*.pth', 'metrics.jsonl', 'log.txt', 'args.json',
@@ -243,6 +244,7 @@ class RunFolder:
 
 def _differing(earlier, now, names=None):
     """Descriptions of the arguments that differ, of all names that both have or of some of them."""
+    earlier = LATER_FLAGS | earlier
     return [
         f'{name} was {earlier[name]}, is {now[name]}'
         for name in sorted({*earlier} & {*now} & {*(names or now)})

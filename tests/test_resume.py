@@ -214,7 +214,9 @@ def test_runs_saved_before_an_argument_existed_resume(whole, tmp_path):
     state['training']['arguments']['a former flag'] = 1
     torch.save(state, run / 'last.pth')
     classes = DATASETS['shapes'].legend(0).classes
-    assert RunFolder(run, {None: arguments}, 'auto', classes=classes).holds()
+    assert RunFolder(run, {None: arguments | {'views': 0, 'a new flag': 1}}, 'auto', classes=classes).holds()
+    with pytest.raises(InputError, match='views was 0, is 20'):
+        RunFolder(run, {None: arguments | {'views': 20}}, 'auto', classes=classes)
 
 
 def test_lost_and_damaged_records_are_reported(whole, tmp_path, capsys):

@@ -1,8 +1,10 @@
 """Weights of others: wrappers, formats, objects beside the weights, and files that are none. Ours, written alone."""
 
 import argparse
+import contextlib
 import gzip
 import io
+import pathlib
 import pickle
 import shlex
 import tarfile
@@ -17,6 +19,7 @@ from torch import nn
 
 from core.errors import InputError
 from engine.checkpoint import read_checkpoint, read_state
+from engine.placeholders import extract
 from engine.weights import read_content
 from model import build_model
 
@@ -119,6 +122,17 @@ def test_weights_are_extracted_from_among_python_objects_without_their_code(tmp_
     code, output = run_script('utils/checkpoint.py', *command[3:-1], to)
     assert code == 0, output
     assert equal_weights(read_checkpoint(to)) and equal_weights(read_checkpoint(to, placeholders=True))
+
+
+@pytest.mark.parametrize('target', (argparse.Namespace, pathlib.PurePosixPath, torch._utils._rebuild_tensor_v2))
+def test_a_file_cannot_change_the_classes_and_functions_that_make_its_values(tmp_path, target):
+    module, name = target.__module__, target.__qualname__
+    # GLOBAL, then BUILD with (None, {'changed': '1'}), which sets this attribute
+    pickled = f"c{module}\n{name}\n(N(S'changed'\nS'1'\ndtb.".encode()
+    (tmp_path / 'a.pth').write_bytes(b'\x80\x02' + pickled)
+    with contextlib.suppress(InputError):
+        extract(tmp_path / 'a.pth')
+    assert not hasattr(target, 'changed')
 
 
 def archive(kind, names):
