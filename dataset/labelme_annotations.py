@@ -31,7 +31,7 @@ WITHOUT_AREA = ('point', 'points', 'line', 'linestrip')
 SHAPE_TYPES = (*POLYGONS, 'circle', 'mask', *WITHOUT_AREA)
 FIELDS = {
     'label': TEXT,
-    'shape_type': (lambda value: value in SHAPE_TYPES, f'one of {", ".join(SHAPE_TYPES)}'),
+    'shape_type': (lambda value: value in (None, *SHAPE_TYPES), f'one of {", ".join(SHAPE_TYPES)}'),
     'points': (lambda value: isinstance(value, list) and all(map(_is_point, value)), 'a list of points [x, y]'),
 }
 FILE_FIELDS = {
@@ -39,7 +39,7 @@ FILE_FIELDS = {
     'shapes': (lambda value: isinstance(value, list), 'a list'),
     'imageData': (lambda value: value is None or isinstance(value, str), 'a text or null'),
 }
-DEFAULTS = {'shape_type': 'polygon', 'imageData': None}
+DEFAULTS = {'shape_type': None, 'imageData': None}  # no type: a polygon
 
 
 def _is_point(value):
@@ -147,7 +147,7 @@ def _decoded(text):
 
 def _outline(shape: Mapping, height: int, width: int) -> Outline | None:
     """The outline of a shape whose fields have the right types, None if it has no area. Raises Fault."""
-    kind, points = shape.get('shape_type', 'polygon'), shape['points']
+    kind, points = shape.get('shape_type') or 'polygon', shape['points']
     if kind in WITHOUT_AREA:
         return None
     if kind in ('circle', 'mask') or (kind == 'rectangle' and len(points) != 4):

@@ -1,7 +1,6 @@
 """Annotations of other tools: the embedded data written out as each of them does, imported, and compared."""
 
 import base64
-import itertools
 import json
 import os
 import re
@@ -28,7 +27,6 @@ from dataset.cards import read_card
 from dataset.images import read_image
 from dataset.masks import read_mask
 from dataset.shapes import draw_scene
-from dataset.splitting import choose_evaluation, on_one_side
 
 
 @pytest.fixture(scope='module')
@@ -251,6 +249,7 @@ LABELME_REFUSED = {
     'points as texts': (lambda f: small_labelme(f, ('car', 'polygon', [['1', '2']] * 3)), 'a list of points'),
     'mask without picture': (lambda f: small_labelme(f, ('car', 'mask', BOX[2])), 'must have its picture'),
     'no size': (lambda f: small_labelme(f, BOX, imageHeight='30'), 'imageHeight must be an integer > 0'),
+    'no image': (lambda f: (small_labelme(f, BOX, imagePath='a.gif'), (f / 'a.gif').write_bytes(b'GIF')), 'convert'),
     'no photograph': (lambda f: small_labelme(f, BOX, imagePath='x/b.png'), 'missing', 'x/b.png'),
     'damaged photograph': (lambda f: small_labelme(f, BOX, imagePath='b.png', imageData='*'), 'base64'),
     'other photograph': (
@@ -322,17 +321,19 @@ def test_hard_links_where_symbolic_ones_are_not_possible(imported, tmp_path, mon
     assert code == 1 and 'cannot link' in output and '--copy' in output, output
 
 
-def test_every_class_that_can_be_is_on_both_sides():
-    rng = np.random.default_rng(0)
-    for seed in range(60):
-        shows = rng.random((rng.integers(2, 9), rng.integers(1, 6))) < rng.uniform(0.2, 0.8)
-        chosen, several = choose_evaluation(shows, 0.2, seed), shows[:, shows.sum(axis=0) >= 2]
-        assert np.array_equal(chosen, choose_evaluation(shows, 0.2, seed))
-        fewest = min(
-            on_one_side(np.array(sides), several).sum() for sides in itertools.product((False, True), repeat=len(shows))
-        )
-        assert on_one_side(chosen, several).sum() == fewest
-    shows = rng.random((500, 10)) < rng.uniform(0.02, 0.3, 10)
-    chosen = choose_evaluation(shows, 0.2, 1)
-    assert 0.17 < chosen.mean() < 0.25 and (abs(shows[chosen].sum(0) / shows.sum(0) - 0.2) < 0.15).all()
-    assert not choose_evaluation(shows, 0, 1).any() and (chosen != choose_evaluation(shows, 0.2, 2)).any()
+def test_names_that_yaml_takes_for_other_things(imported, tmp_path, run_script):
+    """Names reach the card as they are; a large photograph, and a mask of an earlier import, are noted."""
+    names = ['no', '1', 'none', 'a: b', '#x', 'Größe, 大', '~', '1e3', '[car]', '- y', "it's", 'null', ' blank ']
+    folder, size = tmp_path / 'export', (30, 1000, 3)
+    write_photograph(folder / 'a.png', np.zeros(size, np.uint8))
+    objects = [(0, name, [rectangle(9 * i, 2, 9 * i + 5, 9)]) for i, name in enumerate(names)]
+    write_json(folder / 'instances.json', coco_content([('a.png', *size[:2])], objects, names))
+    code, output = imported('coco', '--novel', '1', 'null')
+    spec = read_card(tmp_path / 'data/dataset.yaml')
+    assert code == 0 and spec.classes == {i: name.strip() for i, name in enumerate(names, 1)}, output
+    assert spec.folds == ((2, 12),) and spec.min_pixels == 600 and 'scale_range: [0.43, 0.52]' in output
+    (tmp_path / 'data/masks/b.png').write_bytes((tmp_path / 'data/masks/a.png').read_bytes())
+    code, output = imported('coco', '--novel', '1', '2')
+    assert code == 1 and "--novel '2'" in output
+    code, output = imported('coco', '--novel', '1')
+    assert code == 0 and 'has other novel classes: 1, null' in output and 'no photograph here: b' in output

@@ -28,10 +28,11 @@ from tabulate import tabulate
 from core import IGNORE_INDEX
 from core.errors import InputError, exits_cleanly, some
 from core.files import atomic_write, check_writable
+from core.names import files_by_id
 from core.parallel import parallel_map
 from dataset.cards import DATASETS, FILE_NAME, read_card
 from dataset.coco_annotations import check_sizes
-from dataset.formats import undecodable
+from dataset.formats import SUFFIXES, undecodable
 from dataset.images import check_same_size
 from dataset.imported import Classes, apply_crowd, choose_classes, draw
 from dataset.labelme_annotations import displayed_size, embedded_photograph
@@ -41,9 +42,10 @@ from dataset.outlines import RASTERIZERS
 from dataset.photographs import unique_ids
 from dataset.sources import READERS, Export, Source
 from dataset.splitting import choose_evaluation, on_one_side
-from utils.cli import make_parser, not_negative, positive
+from utils.cli import BASE_SIZE, make_parser, not_negative, positive
 from utils.preparation import place_photograph
 
+SHRUNK = 0.7  # by which evaluation shrinks photographs, and less, is worth a note
 PART_OF_IMAGE = 0.02  # that a class covers in its support images, by default
 
 
@@ -220,6 +222,8 @@ def chosen_sources(export: Export, classes: Classes, keep_empty: bool) -> Export
             absent.append(source.photograph.name)
             continue
         kept.append(source)
+        if source.photograph.suffix.lower() not in SUFFIXES:
+            raise InputError(f'{source.photograph} of {source.where} is no {" ".join(SUFFIXES)}; convert such files')
         other = first.setdefault(source.embedded or source.photograph.resolve(), source)
         if other is not source:
             raise InputError(f'{source.photograph} is annotated twice: {other.where}, and {source.where}; remove one')
@@ -272,7 +276,26 @@ def main(args: argparse.Namespace):
         print(keep_or_write_ids(args.out / 'list' / f'{split}.txt', listed, args.overwrite))
     names = {split: f'list/{split}.txt' for split in lists}
     names = {'train': names['train'], 'val': names.get('val', 'none')} | names
-    print(write_card(card, classes, [source.size for source in sources], names, args.overwrite))
+    sizes = [source.size for source in sources]
+    print(write_card(card, classes, sizes, names, args.overwrite))
+    for note in notes(args.out, ids, sizes):
+        print(f'note: {note}')
+
+
+def notes(out: Path, ids: list[str], sizes: Sequence[tuple[int, int]]) -> list[str]:
+    """What the user should know: masks of earlier imports, and photographs that evaluation shrinks much."""
+    found = []
+    if others := sorted(set(files_by_id(out / 'masks', '.png')) - set(ids)):
+        found.append(f'{len(others)} masks in {out / "masks"} are of no photograph here: {some(others)}')
+    longest = float(np.median([max(size) for size in sizes]))
+    factor = max(BASE_SIZE) / longest
+    if factor < SHRUNK:
+        found.append(
+            f'the photographs are {longest:.0f} pixels long (median), of which evaluation makes {max(BASE_SIZE)}. '
+            f'For objects of the same scale in training, write scale_range: [{0.9 * factor:.2g}, {1.1 * factor:.2g}] '
+            'into the card; or evaluate with --slide (docs/own_data.md#image-sizes)'
+        )
+    return found
 
 
 if __name__ == '__main__':
