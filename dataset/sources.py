@@ -16,10 +16,12 @@ import numpy as np
 from core.errors import InputError, some
 from core.names import canonical, is_companion
 from core.parallel import parallel_map
-from dataset.coco_annotations import Instance, read_instances
+from dataset.coco_annotations import Instance, check_sizes, read_instances
 from dataset.color_masks import TABLE, read_color_names, read_color_table
 from dataset.entries import Faults
-from dataset.labelme_annotations import read_labelme
+from dataset.formats import undecodable
+from dataset.images import check_same_size
+from dataset.labelme_annotations import displayed_size, embedded_photograph, read_labelme
 from dataset.lists import read_ids
 from dataset.photographs import PhotographIndex, PhotographIndices, made_folders
 
@@ -215,6 +217,20 @@ def _voc_splits(folder):
         if split := split_of(path.stem):
             splits |= dict.fromkeys(read_ids(path, allow_empty=True), split)
     return splits
+
+
+def check_photographs(sources: Sequence[Source], workers: int | None = None):
+    """Compare the sizes of all photographs with those of their annotations. Raises InputError where they differ."""
+    check_sizes([(s.photograph, f'the size of {s.where}', s.size) for s in sources if not s.embedded], workers)
+    parallel_map(_check_embedded, [s for s in sources if s.embedded], 'reading embedded images', workers)
+
+
+def _check_embedded(source):
+    content = embedded_photograph(source.embedded)
+    size = displayed_size(content)
+    if not size:
+        raise undecodable(source.photograph.name, f'{source.where}: embedded image', content)
+    check_same_size(source.photograph, size, f'the size of {source.where}', source.size)
 
 
 READERS = {'coco': read_coco, 'labelme': read_labelme_files, 'colors': read_colors}

@@ -249,6 +249,11 @@ LABELME_REFUSED = {
     'points as texts': (lambda f: small_labelme(f, ('car', 'polygon', [['1', '2']] * 3)), 'a list of points'),
     'mask without picture': (lambda f: small_labelme(f, ('car', 'mask', BOX[2])), 'must have its picture'),
     'no size': (lambda f: small_labelme(f, BOX, imageHeight='30'), 'imageHeight must be an integer > 0'),
+    'no photograph inside': (
+        lambda f: small_labelme(f, BOX, imagePath='b.png', imageData='aGVsbG8='),
+        'a.json',
+        'cannot be dec',
+    ),
     'no image': (lambda f: (small_labelme(f, BOX, imagePath='a.gif'), (f / 'a.gif').write_bytes(b'GIF')), 'convert'),
     'no photograph': (lambda f: small_labelme(f, BOX, imagePath='x/b.png'), 'missing', 'x/b.png'),
     'damaged photograph': (lambda f: small_labelme(f, BOX, imagePath='b.png', imageData='*'), 'base64'),

@@ -31,16 +31,14 @@ from core.files import atomic_write, check_writable
 from core.names import files_by_id
 from core.parallel import parallel_map
 from dataset.cards import DATASETS, FILE_NAME, read_card
-from dataset.coco_annotations import check_sizes
-from dataset.formats import SUFFIXES, undecodable
-from dataset.images import check_same_size
+from dataset.formats import SUFFIXES
 from dataset.imported import Classes, apply_crowd, choose_classes, draw
-from dataset.labelme_annotations import displayed_size, embedded_photograph
+from dataset.labelme_annotations import embedded_photograph
 from dataset.lists import check_ids, keep_or_write_ids
 from dataset.masks import read_mask, save_palette_png
 from dataset.outlines import RASTERIZERS
 from dataset.photographs import unique_ids
-from dataset.sources import READERS, Export, Source
+from dataset.sources import READERS, Export, Source, check_photographs
 from dataset.splitting import choose_evaluation, on_one_side
 from utils.cli import BASE_SIZE, make_parser, not_negative, positive
 from utils.preparation import place_photograph
@@ -118,10 +116,6 @@ def make_image(job: tuple[str, Source], classes: Classes, args: argparse.Namespa
 
 def _write_embedded(source, target, overwrite):
     content = embedded_photograph(source.embedded)
-    size = displayed_size(content)
-    if not size:
-        raise undecodable(source.photograph.name, 'embedded image', content)
-    check_same_size(target, size, f'the size of {source.where}', source.size)
     if target.exists():
         if target.read_bytes() == content:
             return 'same'
@@ -251,9 +245,7 @@ def main(args: argparse.Namespace):
     sources, card = export.sources, args.out / FILE_NAME
     ids = unique_ids([source.photograph for source in sources])
     check_ids(args.out / 'list', ids)
-    check_sizes(
-        [(s.photograph, f'the size of {s.where}', s.size) for s in sources if not s.embedded], args.workers
-    )  # fmt: skip
+    check_photographs(sources, args.workers)
     if not args.overwrite:
         check_card(card, classes)
     for folder in ('images', 'masks', 'list'):
