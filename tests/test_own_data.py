@@ -13,7 +13,7 @@ from PIL import Image
 from dataset.lists import read_ids
 from tests.conftest import TINY, TINY_TRAINING
 
-NETWORK, SMALL = TINY[2:], (*TINY_TRAINING, '--batch-size', 4, '--num-epoch', 1)
+NETWORK, SMALL = TINY[2:], (*TINY_TRAINING, '--num-epoch', 1)
 COLORS = {0: (90, 90, 90), 7: (200, 60, 40), 11: (30, 160, 50)}
 SUFFIXES = ('.png', '.TIF', '.tiff', '.JPG', '.bmp', '.webp')
 CARD = """\
@@ -51,6 +51,7 @@ def street(tmp_path_factory):
     lines = [f'./data/all/{i}{SUFFIXES[k % 6]},data/labels/{i}.png\n' for k, i in enumerate(ids)]
     (folder / 'val.txt').write_text(''.join(lines[18:]))
     (folder / 'dataset.yaml').write_text(CARD)
+    (folder / 'unlabelled.yaml').write_text(CARD.replace('val: val.txt', 'val: none'))
     return folder
 
 
@@ -65,6 +66,7 @@ def run(run_script):
 
 
 def test_from_a_card_to_segmented_photographs(street, run, run_script, tmp_path):
+    data, unlabelled = (('--dataset', street / name, *NETWORK) for name in ('dataset.yaml', 'unlabelled.yaml'))
     output = run('utils/check_data.py', '--dataset', street, '--shot', 2)
     assert '18 training and 6 evaluation images: 0 errors, 0 notes' in output
     for row in (
@@ -72,82 +74,74 @@ def test_from_a_card_to_segmented_photographs(street, run, run_script, tmp_path)
         'novel        fold 0: tree', r'min_pixels   100 of a class .* line 10', r'batch_size   8 .* default',
     ):  # fmt: skip
         assert re.search(row, output), output
-    data = ('--dataset', street, *NETWORK)
-    base = run('train_base.py', *data, *SMALL, '--restore-from', 'none', '--snapshot-dir', tmp_path / 'base')
-    assert '18 training and 6 validation images, base classes (0, 7)' in base
-    assert read_ids(street / 'fold0/train_base_class0.txt') == read_ids(street / 'train.txt')  # beside the train list
-    run('utils/gen_fs_list.py', '--dataset', street / 'dataset.yaml', '--shot', 2)
-    run('ft_pop.py', *data, *SMALL, '--shot', 2, '--restore-from', tmp_path / 'base', '--snapshot-dir', tmp_path / '2')
-    run('test.py', *data, '--shot', 2, '--restore-from', tmp_path / '2', '--save')
-    confusion = np.load(tmp_path / '2/confusion_123.npy')
-    assert not confusion[0].any() and not confusion[:, 0].any()  # neither a truth nor a prediction
-    pixels = sum(
-        np.isin(np.array(Image.open(street / f'masks/IMG {i}.png')), list(COLORS)).sum() for i in range(18, 24)
+    output = run('utils/check_data.py', *unlabelled[:2], '--shot', 2)
+    assert '18 training and 0 evaluation images: 0 errors, 0 notes' in output and 'val          none' in output
+
+    base, few = tmp_path / 'base', tmp_path / '2shot'
+    output = run(
+        'train_base.py', *unlabelled, *SMALL, '--batch-size', 6, '--restore-from', 'none', '--snapshot-dir', base
     )
-    assert confusion.sum() == pixels
-    results = json.loads((tmp_path / '2/results.json').read_text())
+    assert '18 training and 0 validation images, base classes (0, 7)' in output
+    assert f'no validation list, so only the last checkpoint is kept: {base}/last.pth' in output
+    assert (base / 'memory.pt').is_file() and not list(base.glob('best*'))
+    assert read_ids(street / 'fold0/train_base_class0.txt') == read_ids(street / 'train.txt')  # beside the train list
+
+    run('utils/gen_fs_list.py', '--dataset', street, '--shot', 2)
+    run('ft_pop.py', *data, *SMALL, '--shot', 2, '--restore-from', base, '--snapshot-dir', few)
+    run('test.py', *data, '--shot', 2, '--restore-from', few, '--save')
+    check_results(street, few)
+    check_predictions(street, run, few, tmp_path)
+
+    # another data set than that of the network
+    (tmp_path / 'dataset.yaml').write_text(CARD.replace('car', 'van'))
+    code, output = run_script('utils/memory.py', '--restore-from', base, '--data-dir', tmp_path)
+    assert code == 1 and 'Give the --data-dir that it was trained on' in output
+    check_teaching(street, run, base, tmp_path)
+
+    # stage 2 without evaluation images
+    output = run(
+        'ft_pop.py', *unlabelled, *SMALL, '--shot', 2, '--restore-from', base, '--snapshot-dir', tmp_path / 'u'
+    )
+    assert f'no validation list, so only the last checkpoint is kept: {tmp_path}/u/last_123.pth' in output
+    assert 'mIoU' not in output and not list(tmp_path.glob('u/best*'))
+    one, other = (torch.load(tmp_path / name, weights_only=True) for name in ('u/last_123.pth', '2shot/last_123.pth'))
+    assert all(torch.equal(one['model'][name], value) for name, value in other['model'].items())
+    code, output = run_script('test.py', *unlabelled, '--shot', 2, '--restore-from', tmp_path / 'u')
+    assert code == 2 and 'has no images to evaluate (val: none in' in output and 'python -m utils.predict' in output
+
+
+def check_results(street, folder):
+    """Only pixels of classes are counted, and the background is in no mean."""
+    confusion = np.load(folder / 'confusion_123.npy')
+    assert not confusion[0].any() and not confusion[:, 0].any()  # neither a truth nor a prediction
+    masks = [np.array(Image.open(street / f'masks/IMG {i}.png')) for i in range(18, 24)]
+    assert confusion.sum() == sum(np.isin(mask, list(COLORS)).sum() for mask in masks)
+    results = json.loads((folder / 'results.json').read_text())
     seed = results['seeds']['123']
     assert results['dataset'] == 'street' and seed['base'] == seed['base_without_background']
     assert seed['total'] == pytest.approx(np.mean([seed['iou'][name] for name in ('road', 'car', 'tree')]))
     assert seed['classes_without_pixels'] == []
 
-    # the checkpoint knows values, names and colours without the card
-    moved = street.with_name('elsewhere')
-    shutil.copytree(street / 'photos', moved)
-    run('utils/predict.py', '--restore-from', tmp_path / '2', '--images', moved, '--save-path', tmp_path / 'out')
-    written = [Image.open(path) for path in sorted((tmp_path / 'out').glob('*.png'))]
+
+def check_predictions(street, run, few, folder):
+    """The checkpoint knows values and colours without the card, and predicts what test.py has evaluated."""
+    shutil.copytree(street / 'photos', folder / 'photos')
+    run('utils/predict.py', '--restore-from', few, '--images', folder / 'photos', '--save-path', folder / 'out')
+    written = [Image.open(path) for path in sorted((folder / 'out').glob('*.png'))]
     assert len(written) == 24 and {value for mask in written for value in np.unique(mask)} <= {0, 7, 11}
     assert written[0].getpalette()[21:24] == [9, 8, 7]
     for i in range(18, 24):
-        saved, predicted = (Image.open(tmp_path / f'{folder}/IMG {i}.png') for folder in ('2/predictions_123', 'out'))
+        saved, predicted = (Image.open(path / f'IMG {i}.png') for path in (few / 'predictions_123', folder / 'out'))
         assert np.array_equal(saved, predicted)
-    # stage 1 has label 0, of novel pixels, but predicts none of it either
-    run('utils/predict.py', '--restore-from', tmp_path / 'base', '--images', moved, '--save-path', tmp_path / 'out1')
-    assert {value for path in (tmp_path / 'out1').glob('*.png') for value in np.unique(Image.open(path))} <= {0, 7}
 
-    # a class that is taught gets a value of its own, the data set's classes have theirs
-    support = tmp_path / 'support'
+
+def check_teaching(street, run, base, folder):
+    """A class that is taught gets a value of its own, the data set's classes have theirs."""
     for name, i in (('tree', 1), ('lamp', 2)):
-        (support / name).mkdir(parents=True)
-        shutil.copy(next(street.glob(f'photos/IMG 0{i}.*')), support / name)
-        Image.fromarray(np.eye(50, 60, dtype=np.uint8)).save(support / name / f'IMG 0{i}.png')
-    run('utils/teach.py', '--restore-from', tmp_path / 'base', '--support', support, '--out', tmp_path / 'taught',
+        (folder / 'support' / name).mkdir(parents=True)
+        shutil.copy(next(street.glob(f'photos/IMG 0{i}.*')), folder / 'support' / name)
+        Image.fromarray(np.eye(50, 60, dtype=np.uint8)).save(folder / f'support/{name}/IMG 0{i}.png')
+    run('utils/teach.py', '--restore-from', base, '--support', folder / 'support', '--out', folder / 'taught',
         '--steps', 2, '--views', 2, '--no-leave-out')  # fmt: skip
-    config = torch.load(tmp_path / 'taught/best.pth', weights_only=True)['config']
+    config = torch.load(folder / 'taught/best.pth', weights_only=True)['config']
     assert dict(config['classes']) == {0: 'road', 7: 'car', 12: 'lamp', 11: 'tree'}
-
-    # another data set in the folder that the network was not trained on
-    (moved / 'dataset.yaml').write_text(CARD.replace('car', 'van'))
-    code, output = run_script('utils/memory.py', '--restore-from', tmp_path / 'base', '--data-dir', moved)
-    assert code == 1 and 'Give the --data-dir that it was trained on' in output
-
-
-def test_without_evaluation_images(street, run, run_script, tmp_path):
-    card = tmp_path / 'card.yaml'
-    card.write_text(CARD.replace('background: none\n', '').replace('val: val.txt', 'val: none'))
-    for name in ('photos', 'masks', 'train.txt'):
-        (tmp_path / name).symlink_to(street / name)
-    data = ('--dataset', card, *NETWORK)
-    output = run('utils/check_data.py', '--dataset', card, '--shot', 2)
-    assert '18 training and 0 evaluation images: 0 errors, 0 notes' in output and 'val          none' in output
-    output = run('train_base.py', *data, *SMALL, '--restore-from', 'none', '--snapshot-dir', tmp_path / 'base')
-    assert f'no validation list, so only the last checkpoint is kept: {tmp_path}/base/last.pth' in output
-    run('utils/gen_fs_list.py', '--dataset', card, '--shot', 2)
-    few_shot = (*data, '--shot', 2)
-    flags = ('ft_pop.py', *few_shot, *SMALL, '--restore-from', tmp_path / 'base', '--snapshot-dir', tmp_path / '1')
-    output = run(*flags)
-    assert 'no validation list' in output and f'{tmp_path}/1/last_123.pth' in output and 'mIoU' not in output
-    assert 'finished earlier' in run(*flags)
-    assert not list(tmp_path.glob('*/best*.pth')) and (tmp_path / 'base/memory.pt').is_file()
-    code, output = run_script('test.py', *few_shot, '--restore-from', tmp_path / '1')
-    assert code == 2 and 'has no images to evaluate (val: none in' in output and 'python -m utils.predict' in output
-    run(
-        'utils/predict.py',
-        '--restore-from',
-        tmp_path / '1',
-        '--images',
-        street / 'photos',
-        '--save-path',
-        tmp_path / 'o',
-    )
-    run('test.py', *few_shot, '--restore-from', tmp_path / '1', '--val-list', street / 'val.txt')
