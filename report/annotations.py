@@ -8,7 +8,7 @@ import torch
 
 from core.files import atomic_write
 from dataset.legend import Legend
-from dataset.regions import find_regions
+from dataset.regions import find_regions, polygon_of
 from engine.distributed import all_gather, on_main
 from report.tensorboard import label_array
 
@@ -16,16 +16,17 @@ from report.tensorboard import label_array
 class CocoWriter:
     """Collects predictions and writes them as a COCO instances file.
 
-    Every connected region of a class is an annotation, its outline run lengths, so that the masks drawn from the file
-    are the predicted ones. Category ids are class ids.
+    Every connected region of a class is an annotation. The masks that pycocotools draws from the file are the predicted
+    ones. Category ids are class ids.
 
     Args:
         legend: names of the labels.
         file_names: image id -> file name of its photograph, in the order of the file.
+        polygons: outlines are polygons along the borders of pixels; otherwise run lengths.
     """
 
-    def __init__(self, legend: Legend, file_names: Mapping[str, str]):
-        self.legend, self.file_names = legend, file_names
+    def __init__(self, legend: Legend, file_names: Mapping[str, str], polygons: bool = False):
+        self.legend, self.file_names, self.polygons = legend, file_names, polygons
         self._images = {}  # image id -> shape and annotations without numbers
 
     def __call__(self, image_id: str, prediction: torch.Tensor, truth: torch.Tensor):
@@ -37,9 +38,10 @@ class CocoWriter:
         )
 
     def _annotation(self, region, shape):
+        runs = {'size': list(shape), 'counts': region.counts.tolist()}
         return {
             'category_id': int(self.legend.class_ids[region.label]), 'iscrowd': 0, 'bbox': list(region.box),
-            'area': region.area, 'segmentation': {'size': list(shape), 'counts': region.counts.tolist()},
+            'area': region.area, 'segmentation': [polygon_of(region)] if self.polygons else runs,
         }  # fmt: skip
 
     def write(self, path: Path):

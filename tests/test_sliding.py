@@ -16,7 +16,7 @@ from dataset import DATASETS, transforms
 from dataset.coco_annotations import read_instances
 from dataset.masks import read_mask
 from dataset.outlines import rasterize
-from dataset.regions import find_regions
+from dataset.regions import find_regions, polygon_of
 from engine.checkpoint import save_checkpoint
 from engine.evaluation import segment
 from engine.sliding import Axis, Blended, View, Views, WindowLogits, segment_views
@@ -150,10 +150,14 @@ def test_regions_cover_the_labels_once():
     labels = np.random.default_rng(0).choice(np.array([0, 0, 0, 3, 255], np.uint8), (23, 31))
     labels[5:9, 4:11] = 3
     labels[-1] = 7
+    labels[9:20, 9:20] = 4
+    labels[11:18, 11:18] = 0
+    labels[13:15, 13:15] = 4
     for labelled in (labels, np.full((4, 5), 2, np.uint8), np.zeros((4, 5), np.uint8)):
         regions = list(find_regions(labelled))
-        drawn = rasterize(*labelled.shape, [(region.label, region.counts) for region in regions])
-        np.testing.assert_array_equal(drawn, labelled)
+        for outlines in ([region.counts for region in regions], [[polygon_of(region)] for region in regions]):
+            objects = [(region.label, outline) for region, outline in zip(regions, outlines, strict=True)]
+            np.testing.assert_array_equal(rasterize(*labelled.shape, objects, 'coco'), labelled)
         assert sum(region.area for region in regions) == np.count_nonzero(labelled)
         for label in np.unique(labelled[labelled > 0]):
             count = cv2.connectedComponents((labelled == label).astype(np.uint8))[0] - 1
@@ -163,6 +167,10 @@ def test_regions_cover_the_labels_once():
             assert region.area == own.sum() == region.counts[1::2].sum()
             assert region.box == cv2.boundingRect(own)
             assert region.counts[1:].min(initial=1) > 0
+            x, y = np.array(polygon_of(region)).reshape(-1, 2).T
+            assert (
+                region.area == (x * np.roll(y, -1) - y * np.roll(x, -1)).sum() / 2
+            )  # holes are run round the other way
 
 
 @pytest.fixture
@@ -190,7 +198,7 @@ def test_predictions_of_views_and_their_annotations(run_script, shapes, checkpoi
     flags = ('--restore-from', checkpoint, '--images', folder, '--num-workers', 1, '--slide', '--flip')
     for name, *more in (
         ('all', '--probabilities', '--format', 'coco'),
-        ('same', '--scale', 1.3, '--test-batch-size', 4),
+        ('same', '--scale', 1.3, '--test-batch-size', 4, '--format', 'coco-polygons'),
         ('other', '--scale', 1, '--scales', '0.5,1'),
     ):
         code, output = run_script('utils/predict.py', *flags, '--save-path', tmp_path / name, *more)
@@ -204,16 +212,16 @@ def test_predictions_of_views_and_their_annotations(run_script, shapes, checkpoi
     assert len(list((tmp_path / 'overlay_123').iterdir())) == 1
 
     masks = {image_id: read_mask(tmp_path / f'all/{image_id}.png') for image_id in ids}
-    written = read_instances(tmp_path / 'all/instances.json')
-    class_names = DATASETS['shapes'].legend(0)
-    class_of = {name: class_id for class_id, name in class_names.classes}
-    assert set(written.images) == set(ids) and set(written.categories) == set(class_of)
+    written = [read_instances(tmp_path / f'{name}/instances.json') for name in ('all', 'same')]
+    class_of = {name: class_id for class_id, name in DATASETS['shapes'].legend(0).classes}
     for image_id, mask in masks.items():
-        image = written.images[image_id]
-        assert (folder / image.file_name).is_file() and (image.height, image.width) == mask.shape
-        objects = [(class_of[instance.category], instance.outline) for instance in image.instances]
-        np.testing.assert_array_equal(rasterize(*mask.shape, objects, 'coco'), mask)
-        assert len(np.unique(mask)) > 1 and len(objects) > 1
+        for instances in written:
+            assert set(instances.images) == set(ids) and set(instances.categories) == set(class_of)
+            image = instances.images[image_id]
+            assert (folder / image.file_name).is_file() and (image.height, image.width) == mask.shape
+            objects = [(class_of[instance.category], instance.outline) for instance in image.instances]
+            np.testing.assert_array_equal(rasterize(*mask.shape, objects, 'coco'), mask)
+            assert len(np.unique(mask)) > 1 and len(objects) > 1
         np.testing.assert_array_equal(read_mask(tmp_path / f'same/{image_id}.png'), mask)
         np.testing.assert_array_equal(read_mask(tmp_path / f'predictions_123/{image_id}.png'), mask)
         assert (read_mask(tmp_path / f'other/{image_id}.png') != mask).any()

@@ -5,7 +5,7 @@
 The checkpoint says which network it holds and which classes it knows. Writes to --save-path, for each image ID:
 ID.png, a palette PNG of class ids at the original size, and ID_overlay.jpg, the image with its classes coloured; and
 legend.svg, the colours of the classes. With --probabilities also ID_confidence.png, how sure each pixel is; with
---format coco also instances.json, the predictions as COCO annotations.
+--format also instances.json, the predictions as COCO annotations.
 """
 
 import argparse
@@ -42,8 +42,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='also write ID_confidence.png: the probability of each predicted label, 0..255',
     )  # fmt: skip
     parser.add_argument(
-        '--format', choices=('coco',), help='also write the predictions as annotations that labelling tools import'
-    )
+        '--format', choices=('coco', 'coco-polygons'),
+        help='also write instances.json, the predictions as COCO annotations for labelling tools: as masks (run '
+        'lengths) or as polygons along the borders of pixels',
+    )  # fmt: skip
     parser.add_argument('--skip-bad-images', action='store_true', help='skip images that cannot be read')
     cli.add_evaluation_flags(parser)
     cli.add_device_flags(parser)
@@ -74,7 +76,8 @@ def main(args: argparse.Namespace):
         size = args.base_size or tuple(checkpoint.config.get('base_size', cli.BASE_SIZE))
         dataset = SegmentationDataset(photographs.ids, photographs, fit_size=size, skip_bad=args.skip_bad_images)
         overlays = OverlayWriter(legend, photographs.read_image, args.save_path)
-        annotations = CocoWriter(legend, photographs.file_names) if args.format == 'coco' else None
+        polygons = args.format == 'coco-polygons'
+        annotations = CocoWriter(legend, photographs.file_names, polygons) if args.format else None
         counted = Counted(overlays, annotations)
         segmenter.run(
             dataset, counted, ConfidenceWriter(args.save_path) if args.probabilities else None,
