@@ -1,11 +1,11 @@
 """Data sets of both stages and of evaluation, made from a `DatasetSpec` and list files."""
 
-from dataset.cards import DATASETS
-from dataset.classes import DatasetSpec
+from dataset.classes import DATASETS
 from dataset.fewshot import FewShotDataset
 from dataset.fold import FoldData
 from dataset.images import Photographs
 from dataset.segmentation import SegmentationDataset
+from dataset.spec import DatasetSpec
 from dataset.transforms import Augmentation
 
 __all__ = [

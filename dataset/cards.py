@@ -1,6 +1,6 @@
 """Read cards: a data set as a file, dataset.yaml. docs/own_data.md explains the keys.
 
-The built-in data sets are cards too (`DATASETS`). Every error names the file, the line and the key.
+The built-in data sets are cards too (`classes`). Every error names the file, the line and the key.
 """
 
 import difflib
@@ -12,8 +12,8 @@ from pathlib import Path
 import yaml
 
 from core.errors import InputError, some
-from dataset.classes import MAX_CLASSES, DatasetSpec
 from dataset.legend import PALETTES, Palette, colors_of
+from dataset.spec import MAX_CLASSES, DatasetSpec
 
 FILE_NAME = 'dataset.yaml'
 BUILT_IN = Path(__file__).parent / 'cards'
@@ -121,26 +121,6 @@ class Entry:
                 raise key.refused(f'{name!r} is there twice; the first is in line {first[name]}')
             first[name] = key.line
         return pairs
-
-
-def find_dataset(text: str) -> DatasetSpec:
-    """The data set that --dataset names: a built-in one, a card, or the folder of one. Raises InputError."""
-    if text in DATASETS:
-        return DATASETS[text]
-    path = Path(text)
-    if path.is_dir():
-        path = path / FILE_NAME
-    if not path.is_file():
-        raise InputError(
-            f'got {text!r}; expected one of {", ".join(DATASETS)}, the folder of a {FILE_NAME}, or such a file '
-            f'(docs/own_data.md); there is no file {path}'
-        )
-    spec = read_card(path)
-    if spec.name in DATASETS:
-        raise InputError(
-            f'{path}: the name {spec.name!r} is that of a built-in data set; give it another: name: my_data'
-        )
-    return spec
 
 
 def read_entries(path: Path) -> dict[str, Entry]:
@@ -333,6 +313,3 @@ def _palette(entry, classes, background, values: Collection[int]) -> Palette:
         if other != value:
             raise entry.refused(f'the values {other} and {value} have the same colour {colors[value].tolist()}')
     return tuple(own)
-
-
-DATASETS = {spec.name: spec for spec in (read_card(BUILT_IN / f'{name}.yaml') for name in ('voc', 'coco', 'shapes'))}

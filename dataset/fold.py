@@ -11,13 +11,13 @@ from core import IGNORE_INDEX
 from core.errors import InputError, some
 from core.names import printable
 from dataset.class_index import CACHE_NAME, ClassIndex
-from dataset.classes import DatasetSpec
 from dataset.fewshot import FewShotDataset
 from dataset.formats import other_suffixes
 from dataset.images import MASK_SUFFIXES, Samples, find_file
 from dataset.legend import Legend
 from dataset.lists import FoldLists, ensure_class_lists, read_ids
 from dataset.segmentation import SegmentationDataset
+from dataset.spec import DatasetSpec
 from dataset.transforms import Augmentation
 
 

@@ -9,11 +9,11 @@ import numpy as np
 
 from core import IGNORE_INDEX
 from core.errors import InputError, some
-from dataset.classes import MAX_CLASSES
 from dataset.color_masks import read_color_names
 from dataset.legend import Palette, colors_of
 from dataset.outlines import rasterize
 from dataset.sources import Export, Source
+from dataset.spec import MAX_CLASSES
 
 BACKGROUND = ('background', '_background_')  # names of no class, in any case
 IGNORED = '__ignore__'  # of labelme

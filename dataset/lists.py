@@ -24,9 +24,9 @@ from core.errors import InputError, some
 from core.files import atomic_write
 from core.names import canonical
 from dataset.class_index import CACHE_NAME, ClassIndex
-from dataset.classes import DatasetSpec
 from dataset.formats import SUFFIXES
 from dataset.images import Samples
+from dataset.spec import DatasetSpec
 
 BLANKS = ' \t\r\v\f'  # around a line; other blanks of Unicode are part of a name
 # the image of an id and its mask, which may be left out

@@ -15,11 +15,11 @@ import numpy as np
 
 from core.errors import InputError, some
 from core.names import canonical, is_companion, printable
-from dataset.classes import MAX_CLASSES
 from dataset.formats import SUFFIXES
 from dataset.images import check_same_size, read_image
 from dataset.legend import Legend
 from dataset.masks import read_binary_mask
+from dataset.spec import MAX_CLASSES
 from dataset.transforms import resize_to_fit
 
 MASK_ENDING = '_mask'

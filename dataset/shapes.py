@@ -17,7 +17,7 @@ import numpy as np
 
 from core import IGNORE_INDEX
 from core.errors import exits_cleanly
-from dataset.cards import DATASETS
+from dataset.classes import DATASETS
 from dataset.lists import write_ids
 
 TRAIN_IMAGES, VAL_IMAGES = 800, 100

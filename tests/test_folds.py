@@ -7,7 +7,8 @@ import pytest
 
 from core.errors import InputError
 from dataset import DATASETS
-from dataset.cards import find_dataset, read_card
+from dataset.cards import read_card
+from dataset.classes import find_dataset
 from dataset.labels import INVALID, label_table, ranges
 from dataset.shapes import SHAPES
 

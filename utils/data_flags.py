@@ -5,7 +5,7 @@ from pathlib import Path
 
 from core.errors import InputError
 from dataset import DATASETS, DatasetSpec
-from dataset.cards import find_dataset
+from dataset.classes import find_dataset
 
 
 def dataset(text: str) -> DatasetSpec:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from core.errors import InputError, some
 from core.ranks import is_main
 from dataset import DATASETS, FoldData
-from dataset.cards import find_dataset
+from dataset.classes import find_dataset
 from engine import run
 from engine.distributed import main_first
 from engine.optim import Optimization

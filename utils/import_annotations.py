@@ -30,7 +30,8 @@ from core.errors import InputError, exits_cleanly, some
 from core.files import atomic_write, check_writable
 from core.names import files_by_id
 from core.parallel import parallel_map
-from dataset.cards import DATASETS, FILE_NAME, read_card
+from dataset.cards import FILE_NAME, read_card
+from dataset.classes import DATASETS
 from dataset.formats import SUFFIXES
 from dataset.imported import Classes, apply_crowd, choose_classes, draw
 from dataset.labelme_annotations import embedded_photograph

@@ -13,7 +13,7 @@ import numpy as np
 from core.errors import InputError
 from core.files import atomic_write, check_writable
 from core.names import files_by_id
-from dataset.cards import DATASETS
+from dataset.classes import DATASETS
 from utils.cli import positive
 
 

@@ -30,7 +30,7 @@ from core import signals
 from core.errors import InputError, exits_cleanly
 from core.files import atomic_write, check_writable, parse_json
 from core.parallel import usable_cores
-from dataset.cards import find_dataset
+from dataset.classes import find_dataset
 from report.sweep_tables import read_results, write_tables
 from utils.cli import add_seeds, make_parser, not_negative, positive
 from utils.data_flags import check_folds
