@@ -213,13 +213,17 @@ class Agreement:
         """Compare PyTorch's logits [B, K, H, W] with labels [B, H, W] or logits [B, K, H, W]."""
         labels = output.long() if output.dim() == 3 else output.argmax(dim=1)
         best, ours = expected.max(dim=1)
+        self.scale = max(self.scale, float(expected[:, 1:].abs().max()))
         gap = best - expected.gather(1, labels[:, None])[:, 0]  # 0 where the label is ours, or as good
-        largest = gap.max() if output.dim() == 3 else torch.maximum(gap.max() / 2, (expected - output).abs().max())
+        largest = gap.max()
+        if output.dim() == 4:
+            # a background that is never predicted has a huge logit, and so are its roundings
+            share = self.scale / expected.abs().clamp_min(self.scale)
+            largest = torch.maximum(largest / 2, ((expected - output).abs() * share).max())
         self.images += len(labels)
         self.pixels += labels.numel()
         self.differing += int((labels != ours).sum())
         self.difference = max(self.difference, float(largest.nan_to_num(torch.inf)))
-        self.scale = max(self.scale, float(expected[:, 1:].abs().max()))
 
     def __str__(self) -> str:
         ties = ', all ties' if self.differing and self.holds else ''
