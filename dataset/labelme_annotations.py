@@ -11,6 +11,7 @@ base64. Points and lines have no area.
 import base64
 import binascii
 import contextlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -22,7 +23,7 @@ from core.errors import InputError
 from core.names import canonical
 from dataset.coco_annotations import Instance, image_id_of
 from dataset.entries import SIZE, TEXT, Fault, check_fields, read_json, shortened
-from dataset.formats import open_with_pillow, read_picture
+from dataset.formats import fits, open_with_pillow, read_picture
 from dataset.images import read_header
 from dataset.outlines import Outline, read_outline, run_lengths
 
@@ -131,10 +132,12 @@ def _size(content, path):
         beside = path.parent / content['imagePath'].replace('\\', '/')
         if content.get('imageData'):
             size = displayed_size(_decoded(content['imageData'])) or size
-        elif beside.is_file():
+        elif os.path.isfile(beside):
             return read_header(beside)[0]
     if not all(map(SIZE[0], size)):
         check_fields(content, {'imageWidth': SIZE, 'imageHeight': SIZE}, {})
+    if not fits(size):
+        raise Fault('an image must have at most 2^30 pixels, and 2^20 a side', f'{size[0]}x{size[1]}')
     return size
 
 
@@ -166,8 +169,15 @@ def _outline(shape: Mapping, height: int, width: int) -> Outline | None:
 def _disc(points, height, width):
     """The pixels whose centres are in a circle, bool [H, W]."""
     (x, y), edge = points
-    rows, columns = np.ogrid[:height, :width]
-    return np.hypot(columns + 0.5 - x, rows + 0.5 - y) <= np.hypot(edge[0] - x, edge[1] - y)
+    radius = float(np.hypot(edge[0] - x, edge[1] - y))
+    (top, bottom), (left, right) = (
+        np.clip([center - radius, center + radius + 1], 0, side).astype(int)
+        for center, side in ((y, height), (x, width))
+    )
+    rows, columns = np.ogrid[top:bottom, left:right]
+    region = np.zeros((height, width), bool)
+    region[top:bottom, left:right] = np.hypot(columns + 0.5 - x, rows + 0.5 - y) <= radius
+    return region
 
 
 def _mask(shape, height, width):

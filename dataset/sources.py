@@ -4,6 +4,7 @@ COCO: instances files, also one for each split as Roboflow writes them. labelme:
 Colour masks: a PNG for each photograph, and a table of names and colours.
 """
 
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -159,7 +160,7 @@ def read_labelme_files(paths: Iterable[Path], images: Path | None, out: Path, wo
             continue
         left_out['shapes without area (points and lines)'] += content.left_out
         photograph, embedded = file.parent / content.image_path, None
-        if images or not photograph.is_file():
+        if images or not os.path.isfile(photograph):  # False for names that no disk can hold
             found = indices[images or root].find(content.image_path, required=not content.embedded)
             photograph, embedded = found or photograph, None if found else file
         split = split_of(file.relative_to(root).parts[0]) if file.parent != root else None
