@@ -87,7 +87,7 @@ class FeatureStore:
 
     @contextlib.contextmanager
     def using(self, name: str, log: Callable[[str], None] = print) -> Iterator[None]:
-        """Keep other runs from building or removing a set; waits for one that does. Ends with the process at the latest.
+        """Keep other runs from building or removing a set; waits for one that does. Ends with the process at latest.
 
         Without locks on this file system, or in a folder that is read-only, nothing is kept off: two runs may then
         compute the same set, and the first one to finish keeps it.

@@ -5,8 +5,8 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
+from functools import partial
 
 import pytest
 from conftest import LAUNCH, ROOT, run_process, same_results, stage_1, stage_2, start
@@ -16,22 +16,24 @@ from core.ranks import check_ranks
 
 
 @pytest.mark.parametrize('stage', (1, pytest.param(2, marks=pytest.mark.slow)))
-def test_two_processes_and_micro_batches_follow_the_losses_of_one(shapes, base_run, few_shot_run, tmp_path, stage):
-    def curve(launch, name, *flags):
+def test_two_processes_and_micro_batches_follow_the_losses_of_one(
+    run_script, shapes, base_run, few_shot_run, tmp_path, stage
+):
+    def curve(run, name, *flags):
         folder = tmp_path / name
         if stage == 1:
             command = stage_1(shapes, folder, '--fix-bn', '--num-epoch', 1, *flags)
         else:
             command = stage_2(shapes, base_run, folder, '--random-seed', 123, '--num-epoch', 1, *flags)
-        code, output = run_process(*launch, *command)
+        code, output = run(*command)
         assert code == 0, output
         records = map(json.loads, (folder / 'metrics.jsonl').read_text().splitlines())
         return [record['ce'] + record['orth'] for record in records if record['kind'] == 'train']
 
-    one = curve((sys.executable,), 'one')
+    one = curve(run_script, 'one')
     assert len(one) > 2 and len(set(one)) == len(one)
-    assert curve(LAUNCH, 'two') == pytest.approx(one, abs=1e-4)
-    assert curve((sys.executable,), 'micro_batches', '--accumulate', 2) == pytest.approx(one, abs=1e-4)
+    assert curve(partial(run_process, *LAUNCH), 'two') == pytest.approx(one, abs=1e-4)
+    assert curve(run_script, 'micro_batches', '--accumulate', 2) == pytest.approx(one, abs=1e-4)
 
 
 def test_an_error_of_one_process_ends_all_with_its_message(shapes, tmp_path):

@@ -58,7 +58,7 @@ def test_entry_points_run_one_after_the_other(tmp_path, name, base, novel, evalu
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    run(base, RESTORE_PATH='none', SAVE_DIR='base', BS='20', NPROC=processes)
+    run(base, '--no-memory', RESTORE_PATH='none', SAVE_DIR='base', BS='20', NPROC=processes)
     assert (tmp_path / 'base' / 'best.pth').is_file()
     output = run(novel, '--select', 'last', RESTORE_PATH='base', SAVE_DIR='shots')
     assert 'seed 123, last (selected)' in output

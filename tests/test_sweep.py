@@ -24,13 +24,14 @@ TRAINING = ' '.join(map(str, (*TINY_TRAINING, '--num-epoch', 1)))
 def command(shapes, out, *more):
     return [
         '--data', f'shapes={shapes}', '--fold', '0', '--shot', '1', '--seed', '123', '234', '--out', str(out),
-        '--flags', FLAGS, '--training-flags', TRAINING, '--base-flags', '--restore-from none --batch-size 40',
-        '--novel-flags', '--batch-size 5', *more,
+        '--flags', FLAGS, '--training-flags', TRAINING, '--base-flags',
+        '--restore-from none --batch-size 40 --no-memory', '--novel-flags', '--batch-size 5', *more,
     ]  # fmt: skip
 
 
 def row(fold, seed, confusion, shot=1):
-    place = {'dataset': 'voc', 'fold': fold, 'shot': shot, 'seed': seed, 'run': f'voc_fold{fold}/{shot}shot'}
+    run = f'voc_fold{fold}/{shot}shot'
+    place = {'method': 'POP', 'dataset': 'voc', 'fold': fold, 'shot': shot, 'seed': seed, 'run': run}
     return place | summarize(np.array(confusion), num_base=1)
 
 
