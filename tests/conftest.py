@@ -51,6 +51,15 @@ def run_script(monkeypatch, capsys):
     return run
 
 
+@pytest.fixture
+def imported(run_script, tmp_path):
+    """Run utils.import_annotations on folder `export` with `--out data`; returns (exit code, output)."""
+    return lambda kind, *flags: run_script(
+        'utils/import_annotations.py', '--format', kind, '--annotations', tmp_path / 'export', '--out',
+        tmp_path / 'data', '--workers', 1, *flags,
+    )  # fmt: skip
+
+
 def run_process(*command, env=None, cwd=ROOT, timeout=240):
     """Run a command in a process of its own; returns (exit code, output)."""
     done = subprocess.run(

@@ -1,6 +1,5 @@
 """Annotations of other tools: the embedded data written out as each of them does, imported, and compared."""
 
-import base64
 import json
 import os
 import re
@@ -9,6 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from exports import (
     NAMES,
     SPLITS,
@@ -18,30 +18,22 @@ from exports import (
     rectangle,
     small_coco,
     small_labelme,
-    write_colors,
     write_json,
     write_photograph,
 )
 
 from dataset.cards import read_card
+from dataset.classes import DATASETS
 from dataset.images import read_image
 from dataset.masks import read_mask
 from dataset.shapes import draw_scene
+from report.annotations import CocoWriter
 
 
 @pytest.fixture(scope='module')
 def scenes():
     """Six scenes of the embedded data: photographs, RGB, and masks."""
     return [draw_scene(np.random.default_rng((3, i)), first_class=1 + i % 3) for i in range(len(SUFFIXES))]
-
-
-@pytest.fixture
-def imported(run_script, tmp_path):
-    """Run the command on folder `export` with `--out data`; returns (exit code, output)."""
-    return lambda kind, *flags: run_script(
-        'utils/import_annotations.py', '--format', kind, '--annotations', tmp_path / 'export', '--out',
-        tmp_path / 'data', '--workers', 1, *flags,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize('kind', WRITERS)
@@ -124,6 +116,24 @@ def test_tolerance_of_polygons(imported, scenes, tmp_path):
         square = np.ones((3, 3), np.uint8)
         assert (cv2.erode(region, square, borderValue=0) <= exact).all() and (exact <= cv2.dilate(region, square)).all()
         assert 0 < (exact != region).sum() < 0.1 * region.sum()
+
+
+@pytest.mark.parametrize('polygons', (False, True))
+def test_predictions_written_for_labelling_tools_come_back(imported, scenes, tmp_path, polygons):
+    """Polygons along the borders of pixels are exact too."""
+    legend = DATASETS['shapes'].legend(-1)
+    writer = CocoWriter(legend, {f'{i}': f'{i}.png' for i in range(len(scenes))}, polygons)
+    labels = [np.where(mask == 255, 0, mask) for _, mask in scenes]
+    for i, (image, _) in enumerate(scenes):
+        write_photograph(tmp_path / f'export/images/{i}.png', image)
+        writer(f'{i}', torch.from_numpy(labels[i]), None)
+    writer.write(tmp_path / 'export/instances.json')
+    code, output = imported('coco', '--copy')
+    spec = read_card(tmp_path / 'data/dataset.yaml')
+    value_of = {name: value for value, name in spec.classes.items()}
+    for i, truth in enumerate(labels):
+        values = np.array([0, *(value_of.get(name, 99) for name in legend.names[1:])], np.uint8)
+        assert code == 0 and np.array_equal(read_mask(tmp_path / f'data/masks/{i}.png'), values[truth]), output
 
 
 def state(folder):
@@ -212,111 +222,11 @@ def test_crowd_regions(imported, tmp_path):
         assert ('1 crowd regions' in output) == (crowd != 'draw'), output
 
 
-CAR = ('car', [rectangle(1, 1, 9, 9)])
-BOX = ('car', 'rectangle', [[1, 1], [9, 9]])
-
-
-def _labelmap(text):
-    def write(folder):
-        write_colors(folder, [])
-        (folder / 'labelmap.txt').write_text(text)
-        write_photograph(folder / 'JPEGImages/a.jpg', np.zeros((30, 40, 3), np.uint8))
-        mask = np.zeros((30, 40, 3), np.uint8)
-        mask[3:5, 7:9] = 1, 2, 3
-        write_photograph(folder / 'SegmentationClass/a.png', mask)
-
-    return write
-
-
-COCO_REFUSED = {
-    'polygon of two points': (lambda f: small_coco(f, CAR, ('car', [[1, 1, 9, 9]])), 'annotation 91 of image 0'),
-    'other size': (lambda f: small_coco(f, CAR, width=50), 'image 0 (a.png) of'),
-    'no such photograph': (lambda f: small_coco(f, CAR, file_name='b.png'), 'missing in', 'b.png', '--images'),
-    'other suffix': (lambda f: small_coco(f, CAR, file_name='a.jpg'), 'a.jpg (there is a.png)'),
-    'names twice': (lambda f: small_coco(f, CAR, ('Car', CAR[1]), names=('car', 'Car')), "'car', 'Car'", 'capit'),
-    'control character': (lambda f: small_coco(f, ('a\tb', CAR[1]), names=('a\tb',)), "'a\\tb'"),
-    'nothing': (lambda f: small_coco(f), '0 classes'),
-    'no file': (lambda f: f.mkdir(), 'no COCO instances file'),
-}
-LABELME_REFUSED = {
-    'damaged JSON': (lambda f: (f.mkdir(), (f / 'b.json').write_text('{"shapes": [')), 'b.json is not one of'),
-    'no labelme file': (lambda f: write_json(f / 'b.json', {'images': []}), 'no file of labelme'),
-    'outside': (lambda f: small_labelme(f, BOX, ('car', 'rectangle', [[1, 1], [90, 9]])), 'shape 1 (car) of', 'x = 90'),
-    'two points': (lambda f: small_labelme(f, ('car', 'polygon', [[1, 1], [9, 9]])), 'shape 0 (car)', 'at least 6'),
-    'three corners': (lambda f: small_labelme(f, ('car', 'circle', [[1, 1]] * 3)), 'a circle must have 2 points'),
-    'no label': (lambda f: small_labelme(f, (None, 'circle', [[1, 1]] * 2)), 'shape 0 of', 'label must be a text'),
-    'unknown shape': (lambda f: small_labelme(f, ('car', 'blob', [])), 'shape_type must be one of', '"blob"'),
-    'points as texts': (lambda f: small_labelme(f, ('car', 'polygon', [['1', '2']] * 3)), 'a list of points'),
-    'mask without picture': (lambda f: small_labelme(f, ('car', 'mask', BOX[2])), 'must have its picture'),
-    'no size': (lambda f: small_labelme(f, BOX, imageHeight='30'), 'imageHeight must be an integer > 0'),
-    'no photograph inside': (
-        lambda f: small_labelme(f, BOX, imagePath='b.png', imageData='aGVsbG8='),
-        'a.json',
-        'cannot be dec',
-    ),
-    'no image': (lambda f: (small_labelme(f, BOX, imagePath='a.gif'), (f / 'a.gif').write_bytes(b'GIF')), 'convert'),
-    'no photograph': (lambda f: small_labelme(f, BOX, imagePath='x/b.png'), 'missing', 'x/b.png'),
-    'damaged photograph': (lambda f: small_labelme(f, BOX, imagePath='b.png', imageData='*'), 'base64'),
-    'other photograph': (
-        lambda f: small_labelme(
-            f,
-            BOX,
-            imagePath='b.png',
-            imageWidth=50,
-            imageData=base64.b64encode(cv2.imencode('.png', np.zeros((30, 40), np.uint8))[1]).decode(),
-        ),
-        'is 50x30',
-        '40x30',
-    ),
-}
-COLORS_REFUSED = {
-    'unknown colour': (_labelmap('background:0,0,0::\ncar:1,2,4::'), 'a.png', '(1, 2, 3) at x = 7, y = 3', '4, of 1'),
-    'colour twice': (_labelmap('a:1,2,3::\nb:1,2,3::'), 'line 2: line 1 has the same colour'),
-    'name twice': (_labelmap('a:1,2,3::\n\na:1,2,4::'), 'line 3: line 1 has the same name'),
-    'no colour': (_labelmap('background:0,0,0::\ncar:::'), "line 2: got 'car:::'"),
-    'colour of 300': (_labelmap('car:300,0,0::'), 'line 1', '0..255'),
-    'no line': (_labelmap('# label:color_rgb:parts:actions\n'), 'holds no class'),
-    'no table': (lambda f: f.mkdir(), 'labelmap.txt does not exist'),
-}
-REFUSED = {
-    **{name: ('coco', *case) for name, case in COCO_REFUSED.items()},
-    **{name: ('labelme', *case) for name, case in LABELME_REFUSED.items()},
-    **{name: ('colors', *case) for name, case in COLORS_REFUSED.items()},
-}
-
-
-@pytest.mark.parametrize('name', REFUSED)
-def test_what_is_wrong_is_named_and_nothing_is_written(imported, tmp_path, name):
-    kind, write, *messages = REFUSED[name]
-    write(tmp_path / 'export')
-    code, output = imported(kind)
-    assert code == 1 and all(message in output for message in messages) and 'Traceback' not in output, output
-    assert not list((tmp_path / 'data').rglob('*.png')) and not (tmp_path / 'data/dataset.yaml').exists()
-
-
-@pytest.mark.parametrize(
-    'flags, message',
-    (
-        (('--classes', 'car', 'tre'), "'tre': nothing is annotated so; there is tree"),
-        (('--novel', 'dog'), "--novel 'dog'"),
-        (('--novel', 'car', 'tree'), 'at least one must be a base class'),
-        (('--ignore', 'edge'), "--ignore 'edge'"),
-        (('--classes', 'car', '--ignore', 'car'), "--ignore 'car'"),
-        (('--images', 'nowhere'), 'folder nowhere of the photographs does not exist'),
-        (('--val-fraction', '1'), 'expected a number of 0..1'),
-    ),
-)
-def test_flags_that_do_not_fit(imported, tmp_path, flags, message):
-    small_coco(tmp_path / 'export', CAR, ('tree', [rectangle(9, 9, 12, 12)]))
-    code, output = imported('coco', *flags)
-    assert code in (1, 2) and message in output and not (tmp_path / 'data/dataset.yaml').exists(), output
-
-
 def test_hard_links_where_symbolic_ones_are_not_possible(imported, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(1, 'Operation not permitted')
 
-    small_coco(tmp_path / 'export', CAR)
+    small_coco(tmp_path / 'export', ('car', [rectangle(1, 1, 9, 9)]))
     monkeypatch.setattr(Path, 'symlink_to', refuse)
     code, output = imported('coco')
     photograph = tmp_path / 'data/images/a.png'
