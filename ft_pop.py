@@ -7,7 +7,8 @@
 Writes to the snapshot folder, for each seed: best_{seed}.pth, last_{seed}.pth, epoch_N_{seed}.pth with
 --save-pred-every; args.json, log.txt, metrics.jsonl, tb/. `best` is selected on the evaluation images, as in the
 released protocol, so it is optimistically biased; `last` is always reported beside it. Without a validation list
-there is only `last`.
+there is only `last`. With --model pspnet_capl nothing is trained: prototypes are registered from the whole support
+images, as evaluation reads them, without augmentation, and validated once.
 """
 
 import argparse
@@ -17,23 +18,32 @@ from dataclasses import dataclass
 import torch
 
 from core.errors import InputError, exits_cleanly
-from dataset import Augmentation, FewShotDataset, FoldData
+from core.ranks import is_main, world_size
+from dataset import Augmentation, FewShotDataset, FoldData, SegmentationDataset
 from dataset.views import KeptPairs, base_views, support_views
-from engine.checkpoint import Checkpoint, imagenet_checkpoint, read_checkpoint, resolve_checkpoint
+from engine.checkpoint import Checkpoint, read_checkpoint, resolve_checkpoint
 from engine.distributed import main_first, wrap_ddp
 from engine.feature_store import FeatureStore, digest
 from engine.features import PLACES, FeatureKeeper, FrozenFeatures, KeptFeatures
 from engine.loaders import training_loader
 from engine.precision import autocast, compile_features, name_of, precision, to_device
+from engine.pretrained import imagenet_checkpoint
+from engine.registration import Registration, supports_by_class
 from engine.resume import RunFolder, digests, run_arguments
 from engine.run import Run
 from engine.stage import Stage
-from model import BACKBONES, MODELS, POP, Head, build_model
+from engine.trainer import Trainer
+from model import BACKBONES, MODELS, Head, Network, build_model
 from model.kernels import fuse
-from model.losses import novel_losses
 from report.tables import summary_table
 from report.tensorboard import ValidationPanel
 from utils import cli, from_flags
+
+# of the training, which does not take place where a method registers its novel classes
+TRAINING_FLAGS = (
+    'input_size', 'scale_range', 'batch_size', 'learning_rate', 'momentum', 'weight_decay', 'power', 'num_epoch',
+    'start_epoch', 'fix_lr', 'accumulate', 'update_base', 'update_epoch', 'views', 'base_views', 'val_every',
+)  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -47,6 +57,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--update-epoch', type=cli.positive, default=1, metavar='N',
         help='with --update-base: draw every N epochs (default: 1)',
+    )  # fmt: skip
+    variants = dict.fromkeys(variant for method in MODELS.values() for variant in method.VARIANTS)
+    parser.add_argument(
+        '--train', choices=list(variants),
+        help='pspnet_ft: what is trained, the rows of the novel classes (head, default) or the decoder too',
     )  # fmt: skip
     group = parser.add_argument_group('kept features')
     group.add_argument(
@@ -71,7 +86,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         '--features-disk-gb', type=cli.rate, default=50, metavar='GB',
         help='size of the features folder; those used least recently make room (default: 50)',
     )  # fmt: skip
-    args = cli.check(parser, parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    method = MODELS[args.model]
+    args.train = args.train or method.VARIANTS[0]
+    if args.train not in method.VARIANTS:
+        parser.error(f'--train {args.train}: {args.model} has {", ".join(method.VARIANTS)}')
+    if method.REGISTERS:
+        forget_training_flags(parser, args)
+    cli.check(parser, args)
     if args.start_epoch and args.restore_from in ('none', 'imagenet'):
         parser.error(f'--start-epoch needs a stage-2 checkpoint; --restore-from {args.restore_from} is none')
     if args.views and args.features == 'off':
@@ -81,17 +103,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def forget_training_flags(parser: argparse.ArgumentParser, args: argparse.Namespace):
+    """Set the flags of the training back to their defaults; those that were given are named in a note."""
+    defaults = {name: parser.get_default(name) for name in TRAINING_FLAGS}
+    given = [f'--{name.replace("_", "-")}' for name, value in defaults.items() if getattr(args, name) != value]
+    if given and is_main():
+        print(f'note: {args.model} registers prototypes and trains nothing, so {", ".join(given)} have no effect')
+    vars(args).update(defaults | {'num_epoch': 1, 'batch_size': world_size()})
+
+
 @dataclass(kw_only=True)
 class NovelStage(Stage):
-    """Learns the novel prototypes and phi_n, on maps of the frozen base network.
+    """Learns the novel classes, on maps of the frozen base network.
 
     Attributes:
         frozen: the base network, fused; gives the maps.
         kept: maps of the support and base views where these are kept (--views).
+        supports: whole support images, as many of each class, in the order of the labels.
     """
 
-    frozen: POP
+    frozen: Network
     kept: dict[str, KeptFeatures] | None = None
+    supports: SegmentationDataset | None = None
 
     def losses(self, batch: dict, pixel_weight: float, micro_batches: int) -> dict[str, torch.Tensor]:
         support, base = batch['support'], batch['base']
@@ -99,9 +132,12 @@ class NovelStage(Stage):
         masks = torch.cat([half['mask'].to(self.device, non_blocking=True) for half in (support, base)]).long()
         with autocast(self.device, self.dtype):
             logits = self.model(self.maps(batch))  # [2B, 1 + Kb + Kn, h, w]
-        return novel_losses(
-            logits, masks, self.net.novel_emb, self.net.base_emb, pixel_weight=pixel_weight, micro_batches=micro_batches
-        )  # fmt: skip
+        return self.net.novel_losses(logits, masks, pixel_weight=pixel_weight, micro_batches=micro_batches)
+
+    def register(self):
+        """Let the network register the novel classes, where its method does that."""
+        shot = len(self.supports) // self.net.num_novel
+        self.net.register(supports_by_class(self.supports, shot, self.frozen, self.device, self.dtype))
 
     def maps(self, batch: dict) -> dict[str, torch.Tensor]:
         """What the head classifies of a batch of B pairs: name -> [2B, channels, h, w], the support images first."""
@@ -120,13 +156,14 @@ class NovelStage(Stage):
         return gain >= 0 and (gain > 0.1 or metrics['novel'] >= best['novel'])
 
 
-def restore_base(args: argparse.Namespace, data: FoldData, folder: RunFolder) -> POP:
+def restore_base(args: argparse.Namespace, data: FoldData, folder: RunFolder) -> Network:
     """The network that stage 2 starts from: of --restore-from, or the base parts of the stage-2 run to resume."""
     torch.manual_seed(args.random_seed[0])
-    base = build_model(args.backbone, len(data.base_ids), output_stride=args.os)
+    base = build_network(args, data)
     config = from_flags.network_config(args, data)
     earlier = None
-    if folder.any_path():
+    # 'head' is all that stage 2 adds: the rest of what it saves is the base network
+    if folder.any_path() and args.train == 'head':
         earlier = read_checkpoint(folder.any_path())
     elif args.start_epoch:
         earlier = start_epoch_checkpoint(args, args.random_seed[0])
@@ -152,20 +189,28 @@ def start_epoch_checkpoint(args: argparse.Namespace, seed: int) -> Checkpoint:
     return checkpoint
 
 
-def build_novel(args: argparse.Namespace, data: FoldData, seed: int, base: POP, folder: RunFolder) -> POP:
-    """The network to train for a seed: the base network with novel prototypes and phi_n; all else is frozen."""
-    net = build_model(args.backbone, len(data.base_ids), len(data.novel_ids), args.os)
+def build_network(args: argparse.Namespace, data: FoldData, num_novel: int = 0) -> Network:
+    """A network of the flags, with random weights."""
+    net = build_model(args.backbone, len(data.base_ids), num_novel, args.os, args.model)
+    net.variant, net.background = args.train, args.dataset.background is not None
+    return net
+
+
+def build_novel(args: argparse.Namespace, data: FoldData, seed: int, base: Network, folder: RunFolder) -> Network:
+    """The network to train for a seed: the base network with what stage 2 adds; all else is frozen."""
+    net = build_network(args, data, len(data.novel_ids))
     net.start_from(base)
+    net.freeze_base()
     if args.start_epoch and not folder.holds(seed):
         earlier = start_epoch_checkpoint(args, seed)
         earlier.load_into(net, from_flags.network_config(args, data, seed))
-        if any(not torch.equal(net.state_dict()[key], value.cpu()) for key, value in base.state_dict().items()):
+        trained = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
+        frozen = {name: value for name, value in base.state_dict().items() if name not in trained}
+        if any(not torch.equal(net.state_dict()[name], value.cpu()) for name, value in frozen.items()):
             raise InputError(
                 f'{earlier.path} has another base network than the checkpoint of seed {args.random_seed[0]}'
             )
-    net.freeze_base()
-    net.background = args.dataset.background is not None
-    return net.to(base.base_emb.device, memory_format=torch.channels_last)
+    return net.to(next(base.parameters()).device, memory_format=torch.channels_last)
 
 
 def few_shot_set(args: argparse.Namespace, data: FoldData, seed: int) -> FewShotDataset:
@@ -176,14 +221,16 @@ def few_shot_set(args: argparse.Namespace, data: FoldData, seed: int) -> FewShot
     )  # fmt: skip
 
 
-def feature_keeper(args: argparse.Namespace, base: POP, frozen: POP, dtype: torch.dtype, run: Run) -> FeatureKeeper:
+def feature_keeper(
+    args: argparse.Namespace, base: Network, frozen: Network, device: torch.device, dtype: torch.dtype, run: Run
+) -> FeatureKeeper:
     """What keeps the features of the frozen base network, in the folder of its checkpoint if that can be written to."""
     folder = args.snapshot_dir
     if args.restore_from not in ('none', 'imagenet'):
         beside = resolve_checkpoint(args.restore_from, 'last', args.random_seed[0]).parent
         folder = beside if os.access(beside, os.W_OK) else folder
     return FeatureKeeper(
-        frozen=frozen, network=digest(base.state_dict()), device=base.base_emb.device, dtype=dtype, place=args.features,
+        frozen=frozen, network=digest(base.state_dict()), device=device, dtype=dtype, place=args.features,
         memory_gb=args.features_gb, store=FeatureStore(folder / 'features', args.features_disk_gb),
         batch_size=args.test_batch_size, num_workers=args.num_workers, log=run.logger.info,
     )  # fmt: skip
@@ -207,7 +254,7 @@ def train_seed(
     seed: int,
     *,
     train_set: FewShotDataset,
-    base: POP,
+    base: Network,
     keeper: FeatureKeeper,
     val_batches: FrozenFeatures | KeptFeatures | None,
     run: Run,
@@ -218,9 +265,11 @@ def train_seed(
         Validation metrics of 'best' and of 'last'; none without a validation list.
     """
     device, kept = keeper.device, None
+    support = train_set.support
+    supports = SegmentationDataset(support.image_ids, support.samples, fit_size=args.base_size, resize_mask=True)
     if args.views:
         kept = keep_views(args, train_set, seed, keeper)
-        train_set = KeptPairs(**kept, num_base=len(data.base_ids), support_ids=train_set.support.image_ids,
+        train_set = KeptPairs(**kept, num_base=len(data.base_ids), support_ids=support.image_ids,
                               shot=args.shot, seed=seed)  # fmt: skip
     loader = training_loader(
         train_set, args.batch_size, seed, num_workers=0 if kept else args.num_workers, device=device, fill_last=True,
@@ -232,12 +281,12 @@ def train_seed(
     if val_batches is not None:
         panel = ValidationPanel(data.legend, data.samples('val', novel_as_background=False).read_image)
     stage = NovelStage(
-        net=net, frozen=keeper.frozen, kept=kept, model=wrap_ddp(Head(net), device, sync_bn=False), device=device,
-        dtype=keeper.dtype, val_batches=val_batches, panel=panel,
+        net=net, frozen=keeper.frozen, kept=kept, supports=supports, model=wrap_ddp(Head(net), device, sync_bn=False),
+        device=device, dtype=keeper.dtype, val_batches=val_batches, panel=panel,
         class_names=data.legend.names, config=from_flags.network_config(args, data, seed), seed=seed,
         listed=len(data.ids('val')), patience=args.num_epoch // 4,
     )  # fmt: skip
-    return from_flags.trainer(args, stage, loader, run).fit()
+    return from_flags.trainer(args, stage, loader, run, Registration if net.REGISTERS else Trainer).fit()
 
 
 def arguments_of_seeds(args: argparse.Namespace, data: FoldData, dtype: torch.dtype) -> dict[int, dict]:
@@ -274,7 +323,7 @@ def main(args: argparse.Namespace):
             f'{args.shot}-shot, novel classes {data.novel_ids}, {len(val_set or ())} validation images; '
             f'computing in {name_of(dtype)}'
         )
-        keeper = feature_keeper(args, base, frozen, dtype, run)
+        keeper = feature_keeper(args, base, frozen, device, dtype, run)
         val_batches = keeper.keep(val_set, 'validation', args.base_size) if val_set else None
         rows = {}
         for seed, train_set in train_sets.items():

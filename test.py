@@ -28,13 +28,14 @@ from core.errors import InputError, exits_cleanly, some
 from core.files import atomic_write, check_writable
 from core.ranks import is_main
 from dataset import FoldData
-from engine.checkpoint import Checkpoint, imagenet_checkpoint, read_checkpoint, resolve_checkpoint
+from engine.checkpoint import Checkpoint, read_checkpoint, resolve_checkpoint
 from engine.described import taught_classes
 from engine.distributed import main_first, process_group
 from engine.evaluation import Counted
 from engine.inference import Segmenter
 from engine.precision import name_of, precision
-from model import BACKBONES, MODELS, POP, build_model
+from engine.pretrained import imagenet_checkpoint
+from model import BACKBONES, MODELS, Network, build_model
 from report.panels import ImageScores, draw_examples
 from report.results import Results, draw_seed, seed_result
 from utils import cli, from_flags
@@ -91,7 +92,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load_network(args: argparse.Namespace, data: FoldData, seed: int) -> tuple[POP, Checkpoint | None]:
+def load_network(args: argparse.Namespace, data: FoldData, seed: int) -> tuple[Network, Checkpoint | None]:
     """Load the network that --restore-from names for a seed.
 
     Returns:
@@ -99,13 +100,13 @@ def load_network(args: argparse.Namespace, data: FoldData, seed: int) -> tuple[P
     """
     if args.restore_from in UNTRAINED:
         torch.manual_seed(seed)
-        net = build_model(args.backbone, len(data.base_ids), len(data.novel_ids), args.os)
+        net = build_model(args.backbone, len(data.base_ids), len(data.novel_ids), args.os, args.model)
         if args.restore_from == 'imagenet':
             imagenet_checkpoint(args.backbone).load_backbone_into(net)
         return net, None
     checkpoint = read_checkpoint(resolve_checkpoint(args.restore_from, args.select, seed))
     num_novel = len(data.novel_ids) if checkpoint.class_counts[1] else 0
-    net = build_model(args.backbone, len(data.base_ids), num_novel, args.os)
+    net = build_model(args.backbone, len(data.base_ids), num_novel, args.os, args.model)
     net.background = data.spec.background is not None
     checkpoint.load_into(net, from_flags.network_config(args, data, seed))
     if data.novel_ids and not num_novel and is_main():
@@ -200,6 +201,7 @@ def main(args: argparse.Namespace):
             results = Results(
                 seeds=seeds, legend=data.legend.cut(num_logits), dataset=args.dataset.name, fold=args.fold,
                 shot=args.shot if data.taught is None else None, precision=name_of(dtype),
+                model=args.model,
             )  # fmt: skip
             print(f'\n{results.tables()}')
             results.write(folder)

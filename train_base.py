@@ -17,17 +17,17 @@ from core.errors import InputError, exits_cleanly
 from core.ranks import world_size
 from dataset import Augmentation, FoldData
 from engine import memory
-from engine.checkpoint import imagenet_checkpoint, read_checkpoint, resolve_checkpoint
+from engine.checkpoint import read_checkpoint, resolve_checkpoint
 from engine.distributed import main_first, on_main, wrap_ddp
 from engine.feature_store import digest
 from engine.loaders import evaluation_loader, training_loader
 from engine.precision import autocast, compile_features, name_of, precision, to_device
+from engine.pretrained import imagenet_checkpoint
 from engine.resume import run_arguments
 from engine.run import Run
 from engine.stage import Stage
-from model import BACKBONES, MODELS, POP, build_model
+from model import BACKBONES, MODELS, POP, Network, build_model
 from model.kernels import return_freed_memory
-from model.losses import pop_losses
 from report.tensorboard import ValidationPanel
 from utils import cli, from_flags
 
@@ -44,7 +44,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         '--memory', action=argparse.BooleanOptionalAction, default=True,
-        help='at the end, write memory.pt for utils.teach: views of each base class, at most 300 MB (default: on)',
+        help='at the end, write memory.pt for utils.teach: views of each base class, at most 300 MB (default: on, for '
+        'pspnet_pop)',
     )  # fmt: skip
     args = cli.check(parser, parser.parse_args(argv))
     on_gpus = args.device == 'cuda' or (args.device == 'auto' and torch.cuda.is_available())
@@ -55,28 +56,35 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             f'--batch-size {args.batch_size}: batch normalisation needs two images per process and micro-batch, '
             f'{smallest} in all; use that, or --fix-bn'
         )
+    unit = MODELS[args.model].BATCH_UNIT * world_size() * args.accumulate
+    if args.batch_size % unit:
+        parser.error(
+            f'--batch-size {args.batch_size}: {args.model} divides each batch of a process and micro-batch into '
+            f'{MODELS[args.model].BATCH_UNIT} parts; use a multiple of {unit}'
+        )
     return args
 
 
 class BaseStage(Stage):
-    """Learns backbone, decoder, phi and the base prototypes."""
+    """Learns backbone, decoder and the base classes."""
 
     def losses(self, batch: dict, pixel_weight: float, micro_batches: int) -> dict[str, torch.Tensor]:
         images = to_device(batch['image'], self.device)  # [B, 3, H, W]
         masks = batch['mask'].to(self.device, non_blocking=True).long()  # [B, H, W]
         with autocast(self.device, self.dtype):
-            logits = self.model(images)  # [B, 1 + Kb, h, w]
+            outputs = self.model(images)  # of POP: logits [B, 1 + Kb, h, w]
         return_freed_memory(self.device)  # before the backward pass through the whole network, which needs the most
-        return pop_losses(logits, masks, self.net.base_emb, pixel_weight=pixel_weight, micro_batches=micro_batches)
+        return self.net.base_losses(outputs, masks, pixel_weight=pixel_weight, micro_batches=micro_batches)
 
     @staticmethod
     def improves(metrics: dict, best: dict | None) -> bool:
         return best is None or metrics['base'] >= best['base']
 
 
-def build_network(args: argparse.Namespace, num_base: int, config: dict, resumes: bool) -> POP:
+def build_network(args: argparse.Namespace, num_base: int, config: dict, resumes: bool) -> Network:
     """The network of stage 1, with the weights of --restore-from unless the run resumes (`Trainer` loads them then)."""
-    net = build_model(args.backbone, num_base, output_stride=args.os)
+    net = build_model(args.backbone, num_base, output_stride=args.os, model=args.model)
+    net.start_base()
     if not resumes:
         restore(net, args, config)
     if args.freeze_backbone:
@@ -86,7 +94,7 @@ def build_network(args: argparse.Namespace, num_base: int, config: dict, resumes
     return net
 
 
-def restore(net: POP, args: argparse.Namespace, config: dict):
+def restore(net: Network, args: argparse.Namespace, config: dict):
     """Load what --restore-from names: nothing, a backbone, or a whole stage-1 network with this `network_config`."""
     checkpoint = None
     if args.restore_from == 'imagenet':
@@ -148,7 +156,7 @@ def main(args: argparse.Namespace):
             config=config, listed=len(data.ids('val')),
         )  # fmt: skip
         from_flags.trainer(args, stage, loader, run).fit()
-        if args.memory:
+        if args.memory and isinstance(net, POP):
             keep_memory(args, data, stage, run)
         run.logger.close()
 

@@ -4,10 +4,10 @@ from core.errors import InputError
 from dataset import DATASETS
 from dataset.legend import Legend
 from engine.checkpoint import Checkpoint
-from model import POP, build_model
+from model import Network, build_model
 
 
-def described_network(checkpoint: Checkpoint, base_only: bool = False) -> tuple[POP, Legend]:
+def described_network(checkpoint: Checkpoint, base_only: bool = False) -> tuple[Network, Legend]:
     """Build and load the network of a checkpoint.
 
     Args:
@@ -29,7 +29,8 @@ def described_network(checkpoint: Checkpoint, base_only: bool = False) -> tuple[
     num_base, num_novel = checkpoint.class_counts
     legend = _legend(checkpoint, num_base, num_novel)
     try:
-        net = build_model(config['backbone'], num_base, 0 if base_only else num_novel, config['os'])
+        net = build_model(config['backbone'], num_base, 0 if base_only else num_novel, config['os'],
+                          checkpoint.model)  # fmt: skip
     except ValueError as error:
         raise InputError(f'{path}: {error}') from error
     if base_only:

@@ -13,7 +13,7 @@ from core.ranks import is_main, world_size
 from engine.distributed import all_sum, sum_over_processes
 from engine.metrics import confusion_matrix
 from engine.precision import autocast, to_device
-from model import POP
+from model import Network
 from model.kernels import needed, predict
 
 # called with (image id, prediction, mask), integer tensors [h, w]
@@ -59,7 +59,7 @@ class Segmented(NamedTuple):
 
 
 def evaluate(
-    net: POP,
+    net: Network,
     batches: Iterable[dict],
     device: torch.device,
     dtype: torch.dtype = torch.float32,
@@ -106,23 +106,23 @@ def compare(
 
 @torch.no_grad()
 def one_pass(
-    net: POP, batches: Iterable[dict], device: torch.device, dtype: torch.dtype = torch.float32
+    net: Network, batches: Iterable[dict], device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Iterator[Segmented]:
     """Segment images in one pass each; arguments as `evaluate`."""
     net.eval()
-    scores = net.constants()
+    constants = net.constants()
     for batch in readable(batches):
-        if 'maps' in batch:
-            maps = batch['maps']
-        else:
-            with autocast(device, dtype):
-                maps = net.maps(to_device(batch['image'], device))
+        with autocast(device, dtype):
+            maps = batch['maps'] if 'maps' in batch else net.maps(to_device(batch['image'], device))
+            maps = net.finish_maps(maps)
         masks = batch['mask'].to(device, non_blocking=True)
-        for group in _groups(batch['canvas'], device):
+        # where classes depend on the whole image, what is shown of it must not depend on the others in the batch
+        alike = batch['canvas'] if net.POSITIONWISE else list(zip(batch['canvas'], batch['shape'], strict=True))
+        for group in _groups(alike, device):
             shapes = batch['shape'][group]
             height, width = map(max, zip(*shapes, strict=True))
             shown = {name: values[group] for name, values in maps.items()}
-            predictions = segment(net, shown, scores, batch['canvas'][group.start], (height, width), dtype)
+            predictions = segment(net, shown, constants, batch['canvas'][group.start], (height, width), dtype)
             yield Segmented(batch['id'][group], shapes, predictions, masks[group, :height, :width])
 
 
@@ -165,9 +165,9 @@ def _exchange_signals(finished):
 
 
 def segment(
-    net: POP,
+    net: Network,
     maps: dict[str, torch.Tensor],
-    scores: tuple[torch.Tensor, torch.Tensor],
+    constants,
     canvas: tuple[int, int],
     shape: tuple[int, int],
     dtype: torch.dtype = torch.float32,
@@ -176,8 +176,8 @@ def segment(
 
     Args:
         net: classifies the maps.
-        maps: of `POP.maps`, [B, channels, h, w] each.
-        scores: the network's `constants()`.
+        maps: of `Network.finish_maps`, [B, channels, h, w] each.
+        constants: the network's `constants()`.
         canvas: size that the whole maps are upsampled to.
         shape: (H, W) of the top left part that shows the images.
         dtype: of convolutions.
@@ -185,13 +185,13 @@ def segment(
     Returns:
         int64 [B, H, W].
     """
-    return predict(visible_logits(net, maps, scores, canvas, shape, dtype), canvas, shape)
+    return predict(visible_logits(net, maps, constants, canvas, shape, dtype), canvas, shape)
 
 
 def visible_logits(
-    net: POP,
+    net: Network,
     maps: dict[str, torch.Tensor],
-    scores: tuple[torch.Tensor, torch.Tensor],
+    constants,
     canvas: tuple[int, int],
     shape: tuple[int, int],
     dtype: torch.dtype = torch.float32,
@@ -199,21 +199,27 @@ def visible_logits(
     """What `segment` upsamples: logits [B, K, h, w], which are zero where they show only padding."""
     any_map = next(iter(maps.values()))
     sizes = any_map.shape[-2:]
-    rows, columns = (needed(*sides) for sides in zip(shape, canvas, sizes, strict=True))
+    count = needed if net.POSITIONWISE else _shown
+    rows, columns = (count(*sides) for sides in zip(shape, canvas, sizes, strict=True))
     with autocast(any_map.device, dtype):
-        logits = net.classify({name: values[:, :, :rows, :columns] for name, values in maps.items()}, scores)
+        logits = net.classify({name: values[:, :, :rows, :columns] for name, values in maps.items()}, constants)
     if not net.background:
         logits[:, 0] = NEVER
     return F.pad(logits, (0, sizes[1] - columns, 0, sizes[0] - rows))
 
 
-def _groups(canvases: list[tuple[int, int]], device: torch.device) -> Iterator[slice]:
+def _shown(count: int, size: int, source: int) -> int:
+    """As `needed`, without those of weights that only rounding makes: they lie beyond the image."""
+    return -(-(count - 1) * (source - 1) // max(size - 1, 1)) + 1
+
+
+def _groups(alike: list[tuple], device: torch.device) -> Iterator[slice]:
     """Split a batch into images that are classified at once.
 
-    A GPU takes as many as have the same canvas. A CPU takes one: leaving out its padding saves more time there.
+    A GPU takes neighbours that are alike. A CPU takes one: leaving out its padding saves more time there.
     """
     first = 0
-    for i in range(1, len(canvases) + 1):
-        if i == len(canvases) or device.type == 'cpu' or canvases[i] != canvases[first]:
+    for i in range(1, len(alike) + 1):
+        if i == len(alike) or device.type == 'cpu' or alike[i] != alike[first]:
             yield slice(first, i)
             first = i

@@ -11,7 +11,7 @@ from torch import nn
 
 from core.ranks import is_main
 from engine.evaluation import Counted, evaluate
-from model import POP
+from model import Network
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Panel(Protocol):
 
     def __call__(self, image_id: str, prediction: torch.Tensor, truth: torch.Tensor): ...
 
-    def pictures(self, net: POP) -> dict[str, np.ndarray]: ...
+    def pictures(self, net: Network) -> dict[str, np.ndarray]: ...
 
 
 @dataclass(kw_only=True)
@@ -62,7 +62,7 @@ class Stage(ABC):
         patience: stop after more than so many epochs without a new best, as the released code does; None: never.
     """
 
-    net: POP
+    net: Network
     model: nn.Module
     val_batches: Iterable[dict] | None
     device: torch.device

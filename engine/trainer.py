@@ -7,13 +7,14 @@ import time
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from core import IGNORE_INDEX, signals
 from core.errors import InputError
-from core.ranks import is_main, world_size
+from core.ranks import is_main, rank, world_size
 from engine.distributed import broadcast, broadcast_buffers, mean_over_processes, sum_over_processes
 from engine.metrics import iou_per_class, summarize
 from engine.optim import MIN_LOSS_SCALE, Optimization
@@ -70,7 +71,6 @@ class Trainer:
         training = state['training']
         self.optimization.load_state_dict(training['optimization'])
         self.progress = Progress(**training['progress'])
-        torch.set_rng_state(training['rng'])
         where = f'resumed at epoch {self.progress.epoch + 1}, step {self.progress.step + 1}'
         done = 'finished earlier; train longer: --resume FILE with more epochs; start over: --resume off --overwrite'
         self.logger.info(self.prefix + (done if self.progress.finished else where))
@@ -82,7 +82,6 @@ class Trainer:
             training = {
                 'optimization': self.optimization.state_dict(),
                 'progress': asdict(progress),
-                'rng': torch.get_rng_state(),  # nothing draws from it today
                 'step': progress.epoch * self.steps_per_epoch + progress.step,
             }
         self.run.save(name, self.stage, progress.epoch, progress.last, training)
@@ -194,6 +193,7 @@ class Trainer:
         values = {}
         for i, batch in enumerate(micro_batches):
             # processes exchange gradients once a step, in its last backward pass
+            self.seed_draws(i)
             exchanges = i + 1 == len(micro_batches) or not hasattr(self.stage.model, 'no_sync')
             with contextlib.nullcontext() if exchanges else self.stage.model.no_sync():
                 losses = self.stage.losses(batch, pixel_weight=pixel_weight, micro_batches=len(micro_batches))
@@ -201,6 +201,11 @@ class Trainer:
             values = {name: values.get(name, 0) + value.detach() for name, value in losses.items()}
         values['grad_norm'] = self.optimization.step()
         return values, received
+
+    def seed_draws(self, micro_batch: int):
+        """Make what losses and dropout draw a function of seed, epoch, step, micro-batch and process."""
+        place = (self.loader.batch_sampler.seed, self.progress.epoch, self.progress.step, micro_batch, rank())
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
 
     def log_step(self, bar: tqdm, values: dict, rates: dict, speed: '_Speed', images: int):
         """Log the step just done; `values` and `rates` are its losses and learning rates, `images` this process's."""

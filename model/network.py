@@ -18,8 +18,8 @@ Maps = dict[str, torch.Tensor]  # name -> [B, channels, h, w]
 class Network(nn.Module):
     """Segmenter of base and novel classes. A method is a subclass of its own and a row of `model.MODELS`.
 
-    A method makes the parameters of its head in `__init__`, and defines `classify`, `base_losses`, `prototypes` and
-    `count_classes`. The defaults of the rest suit a method whose stage 2 trains parameters on the decoder's features.
+    A method makes the parameters of its head in `__init__`, and defines `classify`, `prototypes` and `count_classes`.
+    The defaults of the rest suit a method whose stages both minimise cross-entropy on the decoder's features.
 
     Args:
         backbone: [B, 3, H, W] -> [B, Cb, h, w]; carries `output_stride` for `map_shapes`.
@@ -132,14 +132,14 @@ class Network(nn.Module):
     def base_losses(
         self, outputs, masks: torch.Tensor, *, pixel_weight: float | None = None, micro_batches: int = 1
     ) -> dict[str, torch.Tensor]:
-        """Terms of stage 1's objective; their sum is minimised.
+        """Terms of stage 1's objective, whose sum is minimised: cross-entropy.
 
         Args:
             outputs: of `forward` in training.
             masks: int64 [B, H, W].
             pixel_weight, micro_batches: as in `losses.pop_losses`.
         """
-        raise NotImplementedError
+        return {'ce': cross_entropy(outputs, masks, pixel_weight)}
 
     def start_from(self, base: 'Network') -> None:
         """Start stage 2 from a network of stage 1."""

@@ -67,6 +67,7 @@ class Results:
         dataset, fold, shot: what was evaluated; `shot` is not reported if there are no novel classes, and None for
             classes of `utils.teach`.
         precision: name of the type that the networks ran in.
+        model: one of `model.MODELS`.
     """
 
     seeds: dict[int, dict]
@@ -75,6 +76,7 @@ class Results:
     fold: int
     shot: int | None
     precision: str
+    model: str
 
     @property
     def weights(self) -> str:
@@ -117,7 +119,7 @@ class Results:
         columns = self.columns()
         summary = {
             'dataset': self.dataset, 'fold': self.fold, 'shot': self.shot if self.legend.novel_labels else None,
-            'weights': self.weights, 'precision': self.precision, 'seeds': self.seeds,
+            'model': self.model, 'weights': self.weights, 'precision': self.precision, 'seeds': self.seeds,
             'mean': {key: float(np.mean(values)) for key, values in columns.items()},
             'std': {key: float(np.std(values)) for key, values in columns.items()},
         }  # fmt: skip

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from core.files import atomic_write, parse_json
+from engine.checkpoint import DEFAULT_MODEL
 from engine.metrics import SUMMARY
+from model import MODELS
 from report.tables import latex_table, markdown_table, mean_and_std
 
 COLUMNS = ('base', 'novel', 'total', 'harmonic')
@@ -23,8 +25,8 @@ def read_results(folders: Iterable[Path], out: Path) -> list[dict]:
         out: folder of the sweep.
 
     Returns:
-        For each seed of each evaluation 'dataset', 'fold', 'shot', 'seed', the keys of `SUMMARY` in percent, 'images'
-        and 'listed_images' (`results.seed_result`), 'checkpoint' and 'run', the folder relative to `out`.
+        For each seed of each evaluation 'method', 'dataset', 'fold', 'shot', 'seed', the keys of `SUMMARY` in percent,
+        'images' and 'listed_images' (`results.seed_result`), 'checkpoint' and 'run', the folder relative to `out`.
     """
     rows = []
     for folder in folders:
@@ -34,7 +36,8 @@ def read_results(folders: Iterable[Path], out: Path) -> list[dict]:
         content = parse_json(path.read_bytes(), path)
         for seed, result in content['seeds'].items():
             means = {key: float('nan') if result[key] is None else result[key] for key in SUMMARY}
-            place = {'dataset': content['dataset'], 'fold': content['fold'], 'shot': content['shot'], 'seed': int(seed)}
+            method = MODELS[content.get('model', DEFAULT_MODEL)].title
+            place = {'method': method, **{key: content[key] for key in ('dataset', 'fold', 'shot')}, 'seed': int(seed)}
             rests_on = {key: result.get(key, '') for key in ('images', 'listed_images')}  # older results lack them
             source = {'checkpoint': Path(result['checkpoint']).name, 'run': os.path.relpath(folder, out)}
             rows.append(place | means | rests_on | source)
@@ -73,7 +76,7 @@ def table_lines(rows: Sequence[dict], folds: Sequence[int]) -> list[list[str]]:
     """The lines of the paper's table.
 
     Args:
-        rows: from `read_results`, of one data set.
+        rows: from `read_results`, of one data set and method.
         folds: all folds of the grid.
 
     Returns:
@@ -87,10 +90,10 @@ def table_lines(rows: Sequence[dict], folds: Sequence[int]) -> list[list[str]]:
         for fold in folds:
             of_fold = [row for row in of_shot if row['fold'] == fold]
             cells = [mean_and_std([row[key] for row in of_fold]) if of_fold else '-' for key in COLUMNS]
-            lines.append(['POP', f'{shot}', f'{fold}', *cells, of_fold[0]['run'] if of_fold else '-'])
+            lines.append([rows[0]['method'], f'{shot}', f'{fold}', *cells, of_fold[0]['run'] if of_fold else '-'])
         if len(folds) > 1:
             means = [_mean_over_folds(of_shot, key, len(folds)) for key in COLUMNS]
-            lines.append(['POP', f'{shot}', 'mean', *means, ''])
+            lines.append([rows[0]['method'], f'{shot}', 'mean', *means, ''])
     return lines
 
 

@@ -20,7 +20,7 @@ import torch
 from core.errors import InputError, exits_cleanly, some
 from engine.checkpoint import Checkpoint, read_checkpoint, save_checkpoint, write_weights
 from engine.metrics import SUMMARY
-from model import BACKBONES, build_backbone
+from model import BACKBONES, MODELS, build_backbone
 from report.tables import markdown_table
 from utils.cli import make_parser
 
@@ -60,9 +60,14 @@ def describe(checkpoint: Checkpoint) -> dict[str, str]:
     config, metrics = checkpoint.config, checkpoint.metrics
     rows = {'file': f'{checkpoint.path}, {Path(checkpoint.path).stat().st_size / 1e6:.1f} MB'}
     backbone = find_backbone(checkpoint)
-    if 'base_emb' in checkpoint.state:
-        base, novel = checkpoint.class_counts
-        rows['network'] = f'POP, stage {2 if novel else 1}: {base} base and {novel} novel classes'
+    try:
+        counts = checkpoint.class_counts
+    except InputError:
+        counts = None
+    if counts:
+        base, novel = counts
+        title = MODELS[checkpoint.model].title
+        rows['network'] = f'{title}, stage {2 if novel else 1}: {base} base and {novel} novel classes'
         classes = [f'{name} ({class_id})' for class_id, name in config.get('classes', ())]
         rows |= {'base classes': ', '.join(classes[:base]), 'novel classes': ', '.join(classes[base : base + novel])}
     else:

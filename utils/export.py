@@ -74,6 +74,7 @@ def main(args: argparse.Namespace):
     if args.format == 'onnx':
         export.check_onnx()
     checkpoint = read_checkpoint(resolve_checkpoint(args.restore_from))
+    checkpoint.expect_pop('utils.export')
     net, legend = described_network(checkpoint)
     out = args.out or Path(checkpoint.path).with_suffix(export.SUFFIXES[args.format])
     if out.exists() and not args.overwrite:

@@ -64,7 +64,7 @@ def network_config(args: argparse.Namespace, data: FoldData, seed: int | None = 
         seed: of stage 2.
     """
     config = {
-        'dataset': args.dataset.name, 'fold': args.fold, 'backbone': args.backbone, 'os': args.os,
+        'dataset': args.dataset.name, 'fold': args.fold, 'model': args.model, 'backbone': args.backbone, 'os': args.os,
         'classes': data.legend.classes, 'base_size': list(args.base_size), 'card': args.dataset.described(),
     }  # fmt: skip
     if 'scale_range' in args:
@@ -84,7 +84,9 @@ def run_folder(args: argparse.Namespace, data: FoldData, arguments: dict) -> Run
     return RunFolder(args.snapshot_dir, arguments, args.resume, args.overwrite, classes=data.legend.classes)
 
 
-def trainer(args: argparse.Namespace, stage: Stage, loader: DataLoader, training_run: run.Run) -> Trainer:
+def trainer(
+    args: argparse.Namespace, stage: Stage, loader: DataLoader, training_run: run.Run, kind: type[Trainer] = Trainer
+) -> Trainer:
     """A trainer with the optimiser, the schedule and the plan of the flags."""
     steps = loader.batch_sampler.steps
     optimization = Optimization(
@@ -92,4 +94,4 @@ def trainer(args: argparse.Namespace, stage: Stage, loader: DataLoader, training
         first_step=args.start_epoch * steps, power=0 if args.fix_lr else args.power, fp16=args.fp16,
     )  # fmt: skip
     plan = Plan(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Plan)})
-    return Trainer(stage, loader, optimization, training_run, plan)
+    return kind(stage, loader, optimization, training_run, plan)

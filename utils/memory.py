@@ -36,6 +36,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace):
     with process_group(args.device) as device:
         checkpoint = read_checkpoint(resolve_checkpoint(args.restore_from))
+        checkpoint.expect_pop('utils.memory')
         if checkpoint.class_counts[1]:
             raise InputError(
                 f'{checkpoint.path} has novel classes, whose photographs are in the memory of utils.teach; give '

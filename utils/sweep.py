@@ -31,6 +31,8 @@ from core.errors import InputError, exits_cleanly
 from core.files import atomic_write, check_writable, parse_json
 from core.parallel import usable_cores
 from dataset.classes import find_dataset
+from engine.checkpoint import DEFAULT_MODEL
+from model import MODELS
 from report.sweep_tables import read_results, write_tables
 from utils.cli import add_seeds, make_parser, not_negative, positive
 from utils.data_flags import check_folds
@@ -83,6 +85,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--shot', type=positive, nargs='+', default=(1, 5), help='default: 1 5')
     add_seeds(parser, '--seed', 'default: 123 234 345', (123, 234, 345))
     parser.add_argument('--out', type=Path, required=True, help='folder of all runs and of the tables')
+    parser.add_argument('--model', choices=list(MODELS), default=DEFAULT_MODEL, help=f'default: {DEFAULT_MODEL}')
     parser.add_argument('--jobs', type=positive, default=1, metavar='N', help='commands to run at a time (default: 1)')
     parser.add_argument(
         '--nproc', type=positive, default=1, metavar='N',
@@ -148,6 +151,8 @@ def plan(args: argparse.Namespace) -> list[Step]:
     launch = [*python, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', args.nproc]
     together = launch if args.nproc > 1 else python
     seeds = ','.join(map(str, args.seed))
+    # only where it is not the default, so that commands of earlier sweeps stay the same
+    model = ['--model', args.model] if args.model != DEFAULT_MODEL else []
     steps = []
 
     def add(name, script, folder, after, *command):
@@ -158,7 +163,7 @@ def plan(args: argparse.Namespace) -> list[Step]:
         for fold in args.fold:
             data = [*flags, *(['--train-list', args.train_list] if args.train_list else [])]
             name, base = f'{dataset} fold {fold}', args.out / f'{dataset}_fold{fold}' / 'base'
-            shared = [*data, '--fold', fold, *args.flags]
+            shared = [*data, '--fold', fold, *model, *args.flags]
             trained = add(
                 f'{name}, base', 'train_base', base, None, *together, ROOT / 'train_base.py', *shared,
                 *args.training_flags, '--snapshot-dir', base, *args.base_flags,

@@ -13,9 +13,10 @@ panels/*.png, the photographs with what the network says of them.
 """
 
 import argparse
+import difflib
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,8 @@ from report.teaching import draw_panel, teaching_table, write_teaching
 from utils import cli, from_flags
 
 STEPS = 150
+MOST_COVERED = 0.9  # of a photograph by its class; more is unusual, and usual for a mask that is inverted
+LEAST_IOU, MOST_LOST = 25, 5  # a class below this IoU on its own photographs was not learned; points of base mIoU
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -119,6 +122,7 @@ class Lesson:
 def read_lesson(args: argparse.Namespace, device: torch.device) -> Lesson:
     """Read network, memory and photographs. Raises InputError for what is wrong with them, and writes nothing."""
     checkpoint = read_checkpoint(resolve_checkpoint(args.restore_from))
+    checkpoint.expect_pop('utils.teach')
     base, legend = described_network(checkpoint, base_only=True)
     before = taught_before(checkpoint)
     if unknown := [name for name in args.forget if name not in before]:
@@ -142,11 +146,26 @@ def read_lesson(args: argparse.Namespace, device: torch.device) -> Lesson:
         size = tuple(memory.base.masks.shape[1:])
     support = {name: memory.support[name] for name in stay}
     support |= {name: [read_support(*pair, size) for pair in pairs] for name, pairs in found.items()}
+    for note in doubts({name: support[name] for name in found}, ids):
+        print(f'note: {note}')
     data = from_flags.described_data(args, checkpoint.config) if args.data_dir else None
     return Lesson(
         checkpoint=checkpoint, base=base.to(device, memory_format=torch.channels_last), legend=legend, support=support,
         new=list(found), size=size, base_views=None if data else memory.base, data=data,
     )  # fmt: skip
+
+
+def doubts(support: dict[str, list[SupportImage]], known: Collection[str]) -> list[str]:
+    """What looks like a mistake in new classes, class name -> images; `known` are the names in the data set."""
+    notes = []
+    for name, images in support.items():
+        if name not in known and (similar := difflib.get_close_matches(name, known, 1, 0.8)):
+            notes.append(f'{name!r} is a class of its own; the data set has {similar[0]!r}')
+        for image in images:
+            covered = image.mask.mean()
+            if covered > MOST_COVERED:
+                notes.append(f'the mask of {name}/{image.name} covers {covered:.0%} of the photograph: is it inverted?')
+    return notes
 
 
 def taught_before(checkpoint: Checkpoint) -> dict[str, int]:
@@ -232,6 +251,20 @@ def report(args: argparse.Namespace, lesson: Lesson, teacher: Teacher) -> dict[s
     return classes
 
 
+def disappointments(classes: dict[str, dict], lost: float) -> list[str]:
+    """What of a result is bad: IoU of `report`, and lost points of base mIoU."""
+    notes = [
+        f'{name} was not learned: look at panels/{name}.png. Are its masks right, and do they show all of it?'
+        for name, known in classes.items()
+        if known['new'] and known['trained_iou'] < LEAST_IOU
+    ]
+    if lost > MOST_LOST:
+        notes.append(
+            f'base mIoU fell by {lost:.1f} points: a class may look like a base class, or its masks cover others'
+        )
+    return notes
+
+
 @exits_cleanly
 def main(args: argparse.Namespace):
     began = time.perf_counter()
@@ -248,6 +281,8 @@ def main(args: argparse.Namespace):
         save(args, lesson, teacher.net, keeper.network, after)
         seconds = time.perf_counter() - began
         print(f'{args.out / "best.pth"} is written, after {seconds:.0f} s')
+        if args.leave_out and lesson.new:
+            print('photographs are left out in turn, to say what to expect; stopping this leaves best.pth as it is')
         classes = report(args, lesson, teacher)
         write_teaching(args.out, {
             'checkpoint': str(lesson.checkpoint.path), 'forgotten': args.forget, 'classes': classes,
@@ -256,6 +291,8 @@ def main(args: argparse.Namespace):
             'seconds': seconds,
         })  # fmt: skip
         print(f'\n{teaching_table(classes)}\n')
+        for note in disappointments(classes, before - after):
+            print(f'note: {note}')
         print(
             f'base mIoU on the {len(lesson.base_views.rows)} base views: {before:.1f} % before, {after:.1f} % now\n'
             f'pictures of the photographs: {args.out / "panels"}\n'
