@@ -135,7 +135,7 @@ def _holds(path, mask):
 
 
 def write_card(path: Path, classes: Classes, sizes: Sequence[tuple[int, int]], lists: dict, overwrite: bool) -> str:
-    """Write the card unless it exists; returns what was done."""
+    """Write the card, with the lists of these splits, unless it exists; returns what was done."""
     if path.is_file() and not overwrite:
         novel = [read_card(path).classes[c] for fold in read_card(path).folds[:1] for c in fold]
         same = sorted(novel) == sorted(classes.novel) or not classes.novel
@@ -144,7 +144,9 @@ def write_card(path: Path, classes: Classes, sizes: Sequence[tuple[int, int]], l
     content = {'name': f'my_{name}' if name in DATASETS else name, 'names': classes.names}
     content |= {} if classes.background == 0 else {'background': 'none'}
     content |= {'ignore': [IGNORE_INDEX]} | ({'novel': classes.novel} if classes.novel else {})
-    content |= {'images': 'images', 'masks': 'masks'} | lists
+    content |= {'images': 'images', 'masks': 'masks', 'train': '', 'val': 'none'} | {
+        split: f'list/{split}.txt' for split in lists
+    }
     content['min_pixels'] = max(1, round(PART_OF_IMAGE * float(np.median([w * h for w, h in sizes]))))
     if not isinstance(classes.palette, str):
         of_value = {0: 'background'} | dict(enumerate(classes.names, 1))
@@ -256,23 +258,20 @@ def main(args: argparse.Namespace):
     raise_differing(ids, made, args)
     shows = np.array([each.pixels[1 : len(classes.names) + 1] > 0 for each in made])
     lists = split_ids(ids, sources, shows, args)
+    done = [keep_or_write_ids(args.out / 'list' / f'{split}.txt', of, args.overwrite) for split, of in lists.items()]
+    sizes = [source.size for source in sources]
+    done.append(write_card(card, classes, sizes, lists, args.overwrite))
     written = sum(each.mask == 'made' for each in made)
     print(f'{len(made)} photographs; {written} masks written, {len(made) - written} existed')
     print(f'\n{report(classes, export, ids, made, lists)}')
-    chosen = np.isin(ids, lists.get('val', []))
-    alone = on_one_side(chosen, shows) if 'val' in lists else []
-    if alone := [name for name, one_side in zip(classes.names, alone, strict=False) if one_side]:
-        print(f'only training or only evaluation images show: {some(alone)}')
+    of_split = [np.isin(ids, lists.get(split, [])) for split in ('train', 'val')]
+    alone = on_one_side(of_split[1][of_split[0] | of_split[1]], shows[of_split[0] | of_split[1]])
+    if 'val' in lists and alone.any():
+        names = [name for name, one_side in zip(classes.names, alone, strict=True) if one_side]
+        print(f'not in both training and evaluation images: {some(names)}')
     if args.crowd == 'draw' and any(instance.crowd for source in sources for instance in source.instances):
         print('regions of "iscrowd": 1 are drawn as objects; --crowd ignore or leave-out changes that')
-    for split, listed in lists.items():
-        print(keep_or_write_ids(args.out / 'list' / f'{split}.txt', listed, args.overwrite))
-    names = {split: f'list/{split}.txt' for split in lists}
-    names = {'train': names['train'], 'val': names.get('val', 'none')} | names
-    sizes = [source.size for source in sources]
-    print(write_card(card, classes, sizes, names, args.overwrite))
-    for note in notes(args.out, ids, sizes):
-        print(f'note: {note}')
+    print(*done, *(f'note: {note}' for note in notes(args.out, ids, sizes)), sep='\n')
 
 
 def notes(out: Path, ids: list[str], sizes: Sequence[tuple[int, int]]) -> list[str]:
