@@ -74,8 +74,9 @@ def test_from_a_card_to_segmented_photographs(street, run, run_script, tmp_path)
         'novel        fold 0: tree', r'min_pixels   100 of a class .* line 10', r'batch_size   8 .* default',
     ):  # fmt: skip
         assert re.search(row, output), output
-    output = run('utils/check_data.py', *unlabelled[:2], '--shot', 2)
-    assert '18 training and 0 evaluation images: 0 errors, 0 notes' in output and 'val          none' in output
+    (street / 'tested.yaml').write_text(CARD.replace('val: val.txt', 'val: none\ntest: train.txt'))
+    output = run_script('utils/check_data.py', '--dataset', street / 'tested.yaml', '--shot', 2)[1]
+    assert 'val          none' in output and '18 ids are in both lists' in output and 'error  test' not in output
 
     base, few = tmp_path / 'base', tmp_path / '2shot'
     output = run(

@@ -57,6 +57,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.fold = args.fold or list(range(len(args.dataset.folds)))
     check_data_flags(parser, args, args.fold)
+    args.test_list = args.dataset.tested().list_path('val', args.data_dir) if args.dataset.test_list else None
     return args
 
 
@@ -75,7 +76,7 @@ def explained(spec: DatasetSpec, args: argparse.Namespace) -> str:
         'masks': '\n'.join(folders[1]),
         'train': args.train_list,
         'val': args.val_list or 'none: nothing is validated, and the last checkpoint is kept',
-        'test': spec.test_list or 'test.py evaluates val',
+        'test': args.test_list or 'test.py evaluates val',
         'scale_range': '{} to {} times the original size, in training'.format(*spec.scale_range),
         'min_pixels': f'{spec.min_pixels} of a class make an image one of its support images',
         'batch_size': f'{spec.batch_size} in stage 1',
@@ -126,17 +127,18 @@ def check_split(split: str, data: FoldData, workers: int | None) -> tuple[list[F
     """Examine every image of a split's list.
 
     Args:
-        split: 'train' or 'val'.
+        split: 'train', 'val', or 'test', for which `data` has the test split in place of 'val'.
         data: any fold.
         workers: number of processes; None: one per usable core.
 
     Returns:
         Findings, image ids, and what was found in each of them.
     """
-    ids = data.ids(split)
+    of_data = 'train' if split == 'train' else 'val'
+    ids = data.ids(of_data)
     if not ids:  # there is no validation list
         return [], [], []
-    samples = data.samples(split, novel_as_background=True)
+    samples = data.samples(of_data, novel_as_background=True)
     results = parallel_map(partial(examine, samples=samples), ids, f'examining {split} images', workers)
     findings = [Finding('error', f'{split} {i}', r.error) for i, r in zip(ids, results, strict=True) if r.error]
     pixels = np.array([result.pixels for result in results])
@@ -256,8 +258,14 @@ def main(args: argparse.Namespace):
     print(f'{explained(spec, args)}\n')
     all_classes = FoldData(spec, args.data_dir, -1, args.train_list, args.val_list)
     findings, train_ids, train = check_split('train', all_classes, args.workers)
-    val_findings, val_ids, val = check_split('val', all_classes, args.workers)
-    findings += val_findings + check_palettes(train_ids + val_ids, train + val)
+    val_ids, val = [], []
+    splits = {'val': all_classes}
+    if spec.test_list:
+        splits['test'] = FoldData(spec.tested(), args.data_dir, -1, args.train_list, args.test_list)
+    for split, data in splits.items():
+        split_findings, ids, results = check_split(split, data, args.workers)
+        findings, val_ids, val = findings + split_findings, val_ids + ids, val + results
+    findings += check_palettes(train_ids + val_ids, train + val)
     pixels = np.array([result.pixels for result in train])
     if shared := sorted(set(train_ids) & set(val_ids)):
         text = f'{len(shared)} ids are in both lists, so training would use evaluation images: {some(shared)}'
