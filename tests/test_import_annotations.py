@@ -21,6 +21,7 @@ from exports import (
     write_json,
     write_photograph,
 )
+from PIL import Image
 
 from dataset.cards import read_card
 from dataset.classes import DATASETS
@@ -95,6 +96,25 @@ def test_outlines_are_drawn_in_order_and_exactly(imported, tmp_path):
     expected[np.hypot(x - 10, y - 10) <= 3] = 2
     code, output = imported('labelme', '--annotations', labelme, '--out', tmp_path / 'other', '--val-fraction', 0)
     assert code == 0 and np.array_equal(read_mask(tmp_path / 'other/masks/a.png'), expected), output
+
+
+@pytest.mark.parametrize('mode', ('RGB', 'RGBA', 'P', 'L'))
+def test_colours_without_background(imported, tmp_path, mode):
+    """Masks of any kind of PNG; without a background in the table, every pixel is of a class or ignored."""
+    mask = Image.fromarray(np.tile(np.uint8([[30, 60, 90, 90]]), (30, 10))).convert('RGB')
+    mask = mask.quantize(4) if mode == 'P' else mask.convert(mode)
+    write_photograph(tmp_path / 'photographs/sub/a.tif', np.zeros((30, 40, 3), np.uint8))
+    (tmp_path / 'export').mkdir()
+    mask.save(tmp_path / 'export/a.PNG')
+    (tmp_path / 'export/labelmap.txt').write_text('\ufeffa:b: 30, 30, 30:x,y:act\n\nroad:60,60,60\nsky:90,90,90::\n')
+    flags = ('--images', tmp_path / 'photographs', '--val-fraction', 0)
+    for classes, values in (((), (1, 2, 3)), (('--classes', 'sky', 'a:b'), (2, 255, 1))):
+        out = tmp_path / f'data{len(classes)}'
+        code, output = imported('colors', *flags, *classes, '--out', out)
+        expected = np.tile(np.uint8([[*values, values[2]]]), (30, 10))
+        spec = read_card(out / 'dataset.yaml')
+        assert code == 0 and np.array_equal(read_mask(out / 'masks/a.png', spec.class_colors), expected), output
+        assert spec.background is None and spec.class_colors[bytes([90] * 3)] == values[2]
 
 
 def test_tolerance_of_polygons(imported, scenes, tmp_path):
