@@ -57,9 +57,9 @@ def main():
     figure = Figure(figsize=(12, 3.7), layout='constrained')
     with tempfile.TemporaryDirectory() as folder:
         Image.fromarray(image).save(f'{folder}/large.png')
-        for axes, (name, flags) in zip(
-            figure.subplots(1, 2), (('without --slide', ()), ('--slide', ('--slide', '--scale', args.scale))), strict=True
-        ):
+        for axes, slide in zip(figure.subplots(1, 2), (False, True), strict=True):
+            name = '--slide' if slide else 'without --slide'
+            flags = ('--slide', '--scale', args.scale) if slide else ()
             to = f'{folder}/{name}'
             predict.main(predict.parse_args([
                 '--restore-from', args.restore_from, '--images', f'{folder}/large.png', '--save-path', to, *flags,
