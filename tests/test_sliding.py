@@ -17,7 +17,7 @@ from dataset.coco_annotations import read_instances
 from dataset.masks import read_mask
 from dataset.outlines import rasterize
 from dataset.regions import find_regions, polygon_of
-from engine.checkpoint import save_checkpoint
+from engine.checkpoint import read_checkpoint, save_checkpoint
 from engine.evaluation import segment
 from engine.sliding import Axis, Blended, View, Views, WindowLogits, segment_views
 from model import Network, build_model
@@ -211,6 +211,9 @@ def test_predictions_of_views_and_their_annotations(run_script, shapes, checkpoi
     assert json.loads((tmp_path / 'results.json').read_text())['seeds']['123']['views'].startswith('windows')
     assert len(list((tmp_path / 'overlay_123').iterdir())) == 1
 
+    Image.open(folder / f'{ids[0]}.PNG').save(folder / f'{ids[0]}_confidence.bmp')
+    code, output = run_script('utils/predict.py', *flags, '--save-path', tmp_path / 'clash', '--probabilities')
+    assert code == 1 and f'also a photograph {ids[0]}_confidence' in output, output
     masks = {image_id: read_mask(tmp_path / f'all/{image_id}.png') for image_id in ids}
     written = [read_instances(tmp_path / f'{name}/instances.json') for name in ('all', 'same')]
     class_of = {name: class_id for class_id, name in DATASETS['shapes'].legend(0).classes}
@@ -229,7 +232,8 @@ def test_predictions_of_views_and_their_annotations(run_script, shapes, checkpoi
         assert confidence.shape == mask.shape and confidence.min() >= 255 // 21 and len(np.unique(confidence)) > 1
 
 
-def test_the_scale_of_checkpoints_that_do_not_say_it(run_script, shapes, checkpoint, tmp_path):
+def test_checkpoints_say_their_scale_and_what_happens_without(run_script, shapes, base_run, checkpoint, tmp_path):
+    assert read_checkpoint(base_run / 'best.pth').config['scale_range'] == [0.9, 1.1]
     content = torch.load(checkpoint, weights_only=True)
     del content['config']['scale_range']
     torch.save(content, checkpoint)

@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from core.errors import exits_cleanly, some
+from core.errors import InputError, exits_cleanly, some
 from core.files import check_writable
 from core.ranks import is_main
 from dataset import DATASETS, Photographs, SegmentationDataset
@@ -59,12 +59,24 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def refuse_names_of_confidences(image_ids: Sequence[str]):
+    """Raise InputError where the mask of one photograph would have the name of another one's confidences."""
+    known = set(image_ids)
+    if taken := [image_id for image_id in image_ids if f'{image_id}_confidence' in known]:
+        raise InputError(
+            f'--probabilities writes {taken[0]}_confidence.png for {taken[0]}, but there is also a photograph '
+            f'{taken[0]}_confidence, whose mask has this name. Rename the photograph, or leave it out of --images.'
+        )
+
+
 @exits_cleanly
 def main(args: argparse.Namespace):
     with process_group(args.device) as device:
         photographs = Photographs(args.images)
         if photographs.left_out and is_main():
             print(f'left out: {some(photographs.left_out)}')
+        if args.probabilities:
+            refuse_names_of_confidences(photographs.ids)
         checkpoint = read_checkpoint(resolve_checkpoint(args.restore_from))
         net, legend = described_network(checkpoint)
         if not net.num_novel and is_main():
