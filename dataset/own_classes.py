@@ -116,7 +116,8 @@ def read_support(photograph: Path, mask: Path, size: tuple[int, int]) -> Support
     """Read a photograph, as it is displayed, and its mask, and resize both to fit (H, W).
 
     Raises:
-        InputError: a file cannot be read, their sizes differ, or the mask shows nothing, also after the resizing.
+        InputError: a file cannot be read, their sizes differ, or the mask shows everything, or nothing, also after the
+            resizing.
     """
     image, shown = read_image(photograph), read_binary_mask(mask)
     check_same_size(photograph, image.shape[1::-1], mask, shown.shape[::-1])
@@ -124,6 +125,11 @@ def read_support(photograph: Path, mask: Path, size: tuple[int, int]) -> Support
         raise InputError(
             f'mask {mask} is empty: all its pixels are zero. Give the pixels of the class any other value, or remove '
             'the photograph.'
+        )
+    if shown.all():
+        raise InputError(
+            f'mask {mask} has no pixel that is zero, so the class would cover the whole photograph. Is the background '
+            'stored as another value, or is the mask inverted? Zero is all that is not the class.'
         )
     image, fitted = resize_to_fit(image, shown.astype(np.uint8), size)
     if not fitted.any():

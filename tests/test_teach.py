@@ -1,7 +1,6 @@
 """Classes of one's own: what is read, what is learned from it, the memory, and the commands."""
 
 import json
-import re
 import shutil
 
 import numpy as np
@@ -14,11 +13,16 @@ from torch import nn
 from core.errors import InputError
 from dataset.masks import read_binary_mask, read_mask
 from dataset.own_classes import SupportImage, SupportSamples, find_support, read_support, support_positions
+from engine import memory as memory_file
+from engine.checkpoint import read_checkpoint
+from engine.described import described_network
+from engine.feature_store import digest
 from engine.features import KeptFeatures
 from engine.memory import views_per_class
 from engine.teaching import Recipe, label_rest, learn
 from model import POP, build_model
 from utils import memory
+from utils import teach as teach_command
 
 FAST = ('--steps', 3, '--views', 4)
 
@@ -151,29 +155,44 @@ def test_classes_of_the_data_set_are_evaluated(teach, run_script, shapes, base, 
     assert confusion.sum(axis=1).tolist() == [counts[0] + counts[2:6].sum(), *counts[6:21], counts[1]]
 
 
-def test_a_memory_belongs_to_its_network(teach, base, photographs, tmp_path):
+def test_a_memory_belongs_to_its_network(base, tmp_path):
+    net, _ = described_network(read_checkpoint(base / 'best.pth'))
+    network, path = digest(net.state_dict()), tmp_path / 'memory.pt'
     whole = (base / 'memory.pt').read_bytes()
-    shutil.copy(base / 'best.pth', tmp_path / 'best.pth')
-    code, output, out = teach(tmp_path, 'out', '--support', photographs)
-    assert code == 1 and 'there is no' in output and 'utils.memory' in output
-    other = tmp_path / 'memory.pt'
     changed = torch.load(base / 'memory.pt', weights_only=True)
+    beyond = changed['arrays']['mask'].clone()
+    beyond[0, 0] = 16
+    assert memory_file.read_memory(base / 'memory.pt', net, network, torch.device('cpu')).support == {}
     for content, message in (
+        (None, 'there is no .*utils.memory'),
         (whole[: len(whole) // 2], 'is damaged'),
         (whole[:999] + bytes([whole[999] ^ 1]) + whole[1000:], 'is damaged'),
         ((base / 'best.pth').read_bytes(), 'is no memory of a network'),
         (changed | {'version': 0}, 'is of version 0'),
         (changed | {'network': 'another'}, 'memory of another network'),
         (changed | {'arrays': {name: array[:, :2] for name, array in changed['arrays'].items()}}, 'is damaged'),
+        (changed | {'arrays': changed['arrays'] | {'mask': beyond}}, 'labels beyond those of 15 base classes'),
         (changed | {'support': {'scooter': [('a.jpg', 3, 4)]}}, 'is damaged'),
     ):
         if isinstance(content, bytes):
-            other.write_bytes(content)
-        else:
-            torch.save(content, other)
-        code, output, out = teach(tmp_path, 'out', '--support', photographs)
-        assert code == 1 and message in output, output
-        assert not out.exists()
+            path.write_bytes(content)
+        elif content:
+            torch.save(content, path)
+        with pytest.raises(InputError, match=message):
+            memory_file.read_memory(path, net, network, torch.device('cpu'))
+
+
+def test_a_memory_that_cannot_be_written_is_named(base, tmp_path, monkeypatch):
+    net, _ = described_network(read_checkpoint(base / 'best.pth'))
+    known = memory_file.read_memory(base / 'memory.pt', net, digest(net.state_dict()), torch.device('cpu'))
+
+    def full(*_):
+        raise RuntimeError('[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file')
+
+    monkeypatch.setattr(torch, 'save', full)
+    with pytest.raises(InputError, match=r'cannot write .*memory.pt \(\d+ MB are free'):
+        memory_file.write_memory(tmp_path / 'memory.pt', known)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_memory_has_a_size_limit():
@@ -214,8 +233,8 @@ MISTAKES = (
     ('photo.png cannot be decoded: .*web page', lambda f: (f / 'bin/photo.png').write_text('<html>404')),
     ('photo_mask.png is a JPEG file', lambda f: save(f / 'bin/photo_mask.png', 9, 9, format='JPEG')),
     ('differ by their suffix only', lambda f: save(f / 'bin/photo.webp', 9, 9)),
-    ("'Pinstriped Star': the network has the class 'pinstriped star' already; rename the folder",
-     lambda f: (f / 'bin').rename(f / 'Pinstriped Star')),
+    ('photo_mask.png has no pixel that is zero', lambda f: save(f / 'bin/photo_mask.png',
+                                                                *Image.open(f / 'bin/photo.png').size, value=1)),
     ('holds no photograph', lambda f: (f / 'empty').mkdir()),
     ('holds no folder of a class, but photo.jpg', lambda f: [shutil.rmtree(f), f.mkdir(), save(f / 'photo.jpg', 9, 9)]),
     ('No such file or directory; expected FOLDER/CLASS/IMG.jpg', shutil.rmtree),
@@ -223,12 +242,33 @@ MISTAKES = (
 
 
 @pytest.mark.parametrize(('message', 'mistake'), MISTAKES)
-def test_mistakes_are_named_and_nothing_is_written(photographs, teach, base, message, mistake):
+def test_mistakes_are_named(photographs, message, mistake):
     mistake(photographs)
+    with pytest.raises(InputError, match=message):
+        for pairs in find_support(photographs)[0].values():
+            for pair in pairs:
+                read_support(*pair, (65, 65))
+
+
+def test_nothing_is_written_where_something_is_wrong(photographs, teach, base):
+    (photographs / 'bin').rename(photographs / 'Pinstriped Star')
     code, output, out = teach(base, 'out', '--support', photographs)
-    assert code == 1 and 'error: ' in output, output
-    assert re.search(message, output), output
-    assert not out.exists()
+    assert code == 1 and not out.exists()
+    assert "'Pinstriped Star': the network has the class 'pinstriped star' already; rename the folder" in output
+
+
+def test_what_looks_like_a_mistake_is_said():
+    image = np.zeros((10, 10, 3), np.uint8)
+    small, large = np.zeros((10, 10), np.uint8), np.ones((10, 10), np.uint8)
+    small[0], large[0, 0] = 1, 0
+    support = {'dotted dics': [SupportImage('a.jpg', image, small)], 'lamp': [SupportImage('b.jpg', image, large)]}
+    assert teach_command.doubts(support, ['dotted disc', 'lamp']) == [
+        "'dotted dics' is a class of its own; the data set has 'dotted disc'",
+        'the mask of lamp/b.jpg covers 99% of the photograph: is it inverted?',
+    ]
+    classes = {'a': {'new': True, 'trained_iou': 3.0}, 'b': {'new': True, 'trained_iou': 60.0}}
+    assert [note.split()[0] for note in teach_command.disappointments(classes, 0.5)] == ['a']
+    assert 'fell by 9.0 points' in teach_command.disappointments({}, 9.0)[0]
 
 
 def test_masks_of_any_kind(tmp_path):
