@@ -14,6 +14,7 @@ images, as evaluation reads them, without augmentation, and validated once.
 import argparse
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -227,7 +228,8 @@ def feature_keeper(
     """What keeps the features of the frozen base network, in the folder of its checkpoint if that can be written to."""
     folder = args.snapshot_dir
     if args.restore_from not in ('none', 'imagenet'):
-        beside = resolve_checkpoint(args.restore_from, 'last', args.random_seed[0]).parent
+        source = Path(args.restore_from)
+        beside = source if source.is_dir() else source.parent
         folder = beside if os.access(beside, os.W_OK) else folder
     return FeatureKeeper(
         frozen=frozen, network=digest(base.state_dict()), device=device, dtype=dtype, place=args.features,

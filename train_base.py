@@ -113,11 +113,11 @@ def restore(net: Network, args: argparse.Namespace, config: dict):
 def keep_memory(args: argparse.Namespace, data: FoldData, stage: BaseStage, run: Run):
     """Write memory.pt for best.pth, or last.pth where that is all, unless it is there; what prevents it is a note."""
     net, path = stage.net, run.folder.path() / memory.NAME
-    read_checkpoint(resolve_checkpoint(run.folder.path())).load_into(net, stage.config)
-    if on_main(lambda: memory.is_memory_of(path, digest(net.state_dict()))):
-        return
-    keeper = memory.keeper_in_memory(net, stage.device, stage.dtype, run.logger.info, args.num_workers)
     try:
+        read_checkpoint(resolve_checkpoint(run.folder.path())).load_into(net, stage.config)
+        if on_main(lambda: memory.is_memory_of(path, digest(net.state_dict()))):
+            return
+        keeper = memory.keeper_in_memory(net, stage.device, stage.dtype, run.logger.info, args.num_workers)
         memory.write_memory(path, memory.look_at_base(keeper, data, args.base_size))
     except InputError as error:
         run.logger.info(f'note: no {path}: {error}')

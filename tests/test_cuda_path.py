@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from core.errors import InputError
 from engine import distributed
 from engine.evaluation import evaluate
+from engine.features import KeptFeatures
 from engine.inference import Segmenter
 from engine.loaders import evaluation_loader
 from engine.metrics import _count_without_reading, confusion_matrix
@@ -93,6 +94,30 @@ def test_losses_of_stage_2(dtype):
         losses = novel.losses(batch, pixel_weight=0.1, micro_batches=1)
         assert all(loss.device == CUDA and loss.dtype == torch.float32 for loss in losses.values())
         assert losses['ce'].requires_grad
+
+
+@pytest.mark.parametrize('place', (CUDA, CPU), ids=('gpu', 'memory'))
+def test_losses_of_stage_2_on_kept_views(dtype, monkeypatch, place):
+    make = torch.empty
+    # pinned memory needs a GPU; that it is asked for is what matters
+    pinned = []
+    monkeypatch.setattr(
+        torch, 'empty', lambda *size, pin_memory=False, **more: pinned.append(pin_memory) or make(*size, **more)
+    )
+    with fake_gpu():
+        net = network(5)
+        net.freeze_base()
+        arrays = {
+            name: make(4, h, w, c, dtype=torch.float16, device=place)
+            for name, (c, h, w) in net.map_shapes((SIZE, SIZE)).items()
+        } | {'mask': make(4, SIZE, SIZE, dtype=torch.uint8)}
+        kept = KeptFeatures(arrays, {row: {'id': str(row)} for row in range(4)}, range(4), CUDA)
+        novel = stage(NovelStage, net, dtype, frozen=None, kept={'support': kept, 'base': kept})
+        view = views(2) | {'row': make(2, dtype=torch.int64)}
+        losses = novel.losses({'support': view, 'base': view}, pixel_weight=0.1, micro_batches=1)
+        assert all(loss.device == CUDA and loss.dtype == torch.float32 for loss in losses.values())
+    assert any(pinned) == (place == CPU)
+    assert kept[1]['mask'].device == CPU  # what a loader collates and pins
 
 
 def loaded(count):

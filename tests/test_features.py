@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -279,11 +280,13 @@ def test_a_run_without_the_cache_has_the_same_metrics(run_script, shapes, base_r
         records = map(json.loads, (folder / 'metrics.jsonl').read_text().splitlines())
         return [record for record in records if record['kind'] == 'val' and record['seed'] == 123]
 
+    (tmp_path / 'base').mkdir()
+    shutil.copy(base_run / 'best.pth', tmp_path / 'base')  # alone, as it is passed on
     code, output = run_script(
-        'ft_pop.py', *TINY, *TINY_TRAINING, '--data-dir', shapes, '--restore-from', base_run, '--snapshot-dir',
+        'ft_pop.py', *TINY, *TINY_TRAINING, '--data-dir', shapes, '--restore-from', tmp_path / 'base', '--snapshot-dir',
         tmp_path / 'cached', '--num-epoch', 2, '--update-base', '--val-limit', 5,
     )  # fmt: skip
-    assert code == 0 and 'kept on disk' in output, output
+    assert code == 0 and 'kept on disk' in output and list((tmp_path / 'base/features').glob('validation-*')), output
     for without, cached in zip(validations(tmp_path), validations(tmp_path / 'cached'), strict=True):
         for name in ('base', 'novel', 'total'):
             assert without[name] == pytest.approx(cached[name], abs=0.05)
