@@ -25,7 +25,7 @@ from dataset.views import KeptPairs, base_views, support_views
 from engine.checkpoint import Checkpoint, read_checkpoint, resolve_checkpoint
 from engine.distributed import main_first, wrap_ddp
 from engine.feature_store import FeatureStore, digest
-from engine.features import PLACES, FeatureKeeper, FrozenFeatures, KeptFeatures
+from engine.features import PLACES, FeatureKeeper, FrozenFeatures, KeptFeatures, join
 from engine.loaders import training_loader
 from engine.precision import autocast, compile_features, name_of, precision, to_device
 from engine.pretrained import imagenet_checkpoint
@@ -143,8 +143,7 @@ class NovelStage(Stage):
     def maps(self, batch: dict) -> dict[str, torch.Tensor]:
         """What the head classifies of a batch of B pairs: name -> [2B, channels, h, w], the support images first."""
         if self.kept:
-            halves = [self.kept[name].take(batch[name]['row']) for name in ('support', 'base')]
-            return {name: torch.cat([half[name] for half in halves]) for name in halves[0]}
+            return join(self.kept[name].take(batch[name]['row']) for name in ('support', 'base'))
         images = [to_device(batch[name]['image'], self.device) for name in ('support', 'base')]
         return self.frozen.maps(torch.cat(images))
 

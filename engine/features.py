@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -261,6 +261,13 @@ class FeatureKeeper:
         if skipped:
             self.log(f'{title}: {len(skipped)} images skipped: {some(skipped)}')
         return rows
+
+
+def join(parts: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Maps of several batches as one batch, in their type: autocast on CPUs joins no float16 tensors."""
+    parts = list(parts)
+    with torch.autocast(next(iter(parts[0].values())).device.type, enabled=False):
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def kept_shapes(frozen: Network, size: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -12,7 +12,7 @@ from dataset import Augmentation, SegmentationDataset
 from dataset.own_classes import SupportSamples, support_positions
 from dataset.views import DrawnViews, KeptPairs
 from engine.evaluation import evaluate
-from engine.features import FeatureKeeper, KeptFeatures
+from engine.features import FeatureKeeper, KeptFeatures, join
 from engine.loaders import training_loader
 from engine.optim import Optimization
 from engine.precision import autocast
@@ -75,7 +75,7 @@ def learn(net: POP, support: KeptFeatures, base: KeptFeatures, recipe: Recipe, d
         maps = [kept.take(half['row']) for kept, half in halves]
         masks = torch.cat([half['mask'].to(device, non_blocking=True) for _, half in halves]).long()
         with autocast(device, dtype):
-            logits = net.classify({name: torch.cat([half[name] for half in maps]) for name in maps[0]})
+            logits = net.classify(join(maps))
         loss = sum(net.novel_losses(logits, masks).values())
         optimization.backward(loss)
         optimization.step()

@@ -6,12 +6,16 @@ import runpy
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+import model
 from dataset.shapes import make_shapes
+from model import BACKBONES, PSP
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / 'shared'
@@ -127,6 +131,37 @@ def few_shot_run(shapes, base_run, tmp_path_factory):
         assert code == 0, output
 
     return made_once(tmp_path_factory, 'few_shot', train)
+
+
+class Tiny(nn.Module):
+    """A backbone that costs nothing."""
+
+    out_channels, middle_channels = 16, 8
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.layer3, self.layer4 = (
+            nn.Sequential(nn.Conv2d(*sizes, stride=stride, padding=1, bias=False), nn.BatchNorm2d(sizes[1]), nn.ReLU())
+            for sizes, stride in (((3, 8, 3), 8), ((8, 8, 3), 2), ((8, 16, 3), 2))
+        )
+
+    @property
+    def dilatable_layers(self):
+        return self.layer3, self.layer4
+
+    def middle(self, images):
+        return self.layer3(self.stem(images))
+
+    def forward(self, images):
+        return self.layer4(self.middle(images))
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Makes `build_model` and the scripts build small networks; the name of a backbone."""
+    monkeypatch.setitem(BACKBONES, 'tiny', Tiny)
+    monkeypatch.setattr(model, 'PSP', partial(PSP, channels=32))
+    return 'tiny'
 
 
 LAUNCH = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2')

@@ -1,22 +1,17 @@
 """The methods beside POP: CAPL against plain loops written from its formulas, fine-tuning, and what all share."""
 
 import copy
-import json
 import math
-import re
-import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, TINY_TRAINING, same_results
 from torch import nn
 
 from core.errors import InputError
 from engine import evaluation, precision
 from engine.checkpoint import read_checkpoint, save_checkpoint
-from engine.trainer import Trainer
-from model import BACKBONES, MODELS, PSP, Head, build_model
+from model import MODELS, PSP, Head, build_model
 from model.capl import CAPL
 from model.kernels import fuse
 
@@ -161,10 +156,10 @@ def test_a_class_smaller_than_a_position_is_registered_from_where_it_is():
 
 
 @pytest.mark.parametrize('name', METHODS)
-def test_stage_1_gives_every_parameter_a_gradient(name):
+def test_stage_1_gives_every_parameter_a_gradient(tiny, name):
     """Also where no class is context: DistributedDataParallel waits for all gradients."""
     torch.manual_seed(0)
-    net = build_model('resnet18', 3, output_stride=32, model=name)
+    net = build_model(tiny, 3, output_stride=32, model=name)
     net.start_base()
     net.train()
     images = torch.randn(4, 3, 65, 65)
@@ -188,10 +183,10 @@ def outputs(net, images):
 
 
 @pytest.mark.parametrize(('variant', 'trained'), (('head', {'classifier_n'}), ('decoder', {'classifier_n', 'decoder'})))
-def test_fine_tuning_trains_what_its_variant_says(variant, trained):
+def test_fine_tuning_trains_what_its_variant_says(tiny, variant, trained):
     torch.manual_seed(0)
-    base = build_model('mobilenet_v2', 3, output_stride=32, model='pspnet_ft')
-    net = build_model('mobilenet_v2', 3, 2, output_stride=32, model='pspnet_ft')
+    base = build_model(tiny, 3, output_stride=32, model='pspnet_ft')
+    net = build_model(tiny, 3, 2, output_stride=32, model='pspnet_ft')
     base.variant = net.variant = variant
     net.start_from(base)
     net.freeze_base()
@@ -219,9 +214,9 @@ def test_fine_tuning_trains_what_its_variant_says(variant, trained):
 
 
 @pytest.mark.parametrize('device', ('cpu', 'cuda'))
-def test_an_image_is_segmented_alike_whatever_is_beside_it(device, monkeypatch):
+def test_an_image_is_segmented_alike_whatever_is_beside_it(tiny, device, monkeypatch):
     """CAPL looks at whole images: their padding, and others of the batch, must have no effect."""
-    net = build_model('resnet18', 2, 1, output_stride=8, model='pspnet_capl')
+    net = build_model(tiny, 2, 1, output_stride=8, model='pspnet_capl')
     torch.manual_seed(0)
     images = torch.zeros(2, 3, 65, 65)
     images[0, :, :33, :49], images[1, :, :65, :25] = torch.randn(3, 33, 49), torch.randn(3, 65, 25)
@@ -249,19 +244,19 @@ def test_an_image_is_segmented_alike_whatever_is_beside_it(device, monkeypatch):
 
 
 @pytest.mark.parametrize('name', METHODS[1:])
-def test_checkpoints_say_their_method_and_leave_the_auxiliary_head_out(name, tmp_path):
+def test_checkpoints_say_their_method_and_leave_the_auxiliary_head_out(tiny, name, tmp_path):
     torch.manual_seed(0)
-    base = build_model('resnet18', 3, output_stride=32, model=name)
+    base = build_model(tiny, 3, output_stride=32, model=name)
     base.start_base()
     save_checkpoint(tmp_path / 'base.pth', base, {'model': name, 'fold': 0}, 1, {})
-    save_checkpoint(tmp_path / 'pop.pth', build_model('resnet18', 3), {'fold': 0}, 1, {})  # as before there was --model
+    save_checkpoint(tmp_path / 'pop.pth', build_model(tiny, 3), {'fold': 0}, 1, {})  # as before there was --model
     checkpoint = read_checkpoint(tmp_path / 'base.pth')
     assert checkpoint.model == name and checkpoint.class_counts == (3, 0)
     with pytest.raises(InputError, match=f'of --model {name}; utils.teach takes pspnet_pop'):
         checkpoint.expect_pop('utils.teach')
-    novel = build_model('resnet18', 3, 2, output_stride=32, model=name)
+    novel = build_model(tiny, 3, 2, output_stride=32, model=name)
     assert all(key.startswith(novel.STAGE_2_PREFIXES) for key in checkpoint.load_into(novel, {'model': name}))
-    resumed = build_model('resnet18', 3, output_stride=32, model=name)
+    resumed = build_model(tiny, 3, output_stride=32, model=name)
     resumed.start_base()
     assert checkpoint.load_into(resumed) == []
     state = resumed.state_dict()
@@ -269,7 +264,7 @@ def test_checkpoints_say_their_method_and_leave_the_auxiliary_head_out(name, tmp
     save_checkpoint(tmp_path / 'novel.pth', novel, {'model': name}, 1, {})
     second = read_checkpoint(tmp_path / 'novel.pth')
     assert second.class_counts == (3, 2)
-    again = build_model('resnet18', 3, output_stride=32, model=name)
+    again = build_model(tiny, 3, output_stride=32, model=name)
     second.load_base_into(again, {'model': name})
     assert torch.equal(again.decoder.bottleneck[3].weight, base.decoder.bottleneck[3].weight)
     for path, expected, theirs in (('base.pth', 'pspnet_pop', name), ('pop.pth', name, 'pspnet_pop')):
@@ -282,63 +277,6 @@ def test_checkpoints_say_their_method_and_leave_the_auxiliary_head_out(name, tmp
     torch.save({'format': 'pop', 'config': {'model': 'later'}, 'model': damaged}, tmp_path / 'later.pth')
     with pytest.raises(InputError, match='--model later; this version has pspnet_pop'):
         _ = read_checkpoint(tmp_path / 'later.pth').class_counts
-
-
-@pytest.mark.parametrize(
-    ('name', 'flags'),
-    (('pspnet_ft', ('--train', 'decoder', '--views', 1, '--base-views', 2)), ('pspnet_capl', ('--fp16',))),
-)
-def test_interrupted_runs_resume_to_the_same_weights(run_script, shapes, tmp_path, monkeypatch, name, flags):
-    data = (*TINY, '--data-dir', shapes, '--model', name)
-    train = (*data, *TINY_TRAINING, '--input-size', '33,33', '--num-epoch', 1, '--save-every-steps', 1)
-    monkeypatch.setattr(precision, 'computes_in_bfloat16', lambda: True)
-    run_script('utils/gen_fs_list.py', '--dataset', 'shapes', '--data-dir', shapes, '--shot', 1, '--seed', 123)
-    whole, killed = tmp_path / 'whole', tmp_path / 'killed'
-
-    def stage_1(folder):
-        return run_script(
-            'train_base.py', *train, '--restore-from', 'none', '--snapshot-dir', folder / 'base', '--batch-size', 50
-        )
-
-    def stage_2(folder):
-        return run_script(
-            'ft_pop.py', *train, '--restore-from', whole / 'base', '--snapshot-dir', folder / 'novel', *flags,
-            '--batch-size', 8, '--features-disk-gb', 0,
-        )  # fmt: skip
-
-    for stage, part, names in ((stage_1, 'base', ('best', 'last')), (stage_2, 'novel', ('best_123', 'last_123'))):
-        code, output = stage(whole)
-        assert code == 0, output
-        with monkeypatch.context() as patch:
-            patch.setattr(Trainer, 'step', ends_after(1, Trainer.step))
-            patch.setattr(CAPL, 'register', ends_after(0, CAPL.register))
-            assert stage(killed)[0] == 9
-        code, output = stage(killed)
-        assert code == 0 and ('resumed at epoch 1, step 2' in output or name == 'pspnet_capl'), output
-        same_results(whole / part, killed / part, names)
-    code, output = stage_2(killed)
-    assert code == 0 and 'finished earlier' in output, output
-    assert ('so --input-size, --batch-size, --num-epoch have no effect' in output) is (
-        name == 'pspnet_capl'
-    )
-    novel, base = (torch.load(folder, weights_only=True)['model'] for folder in
-                   (whole / 'novel/last_123.pth', whole / 'base/best.pth'))  # fmt: skip
-    shared = {key.split('.')[0] for key in novel if key in base and not torch.equal(novel[key], base[key])}
-    assert shared == ({'decoder'} if name == 'pspnet_ft' else set())
-    assert not any(key.startswith('auxiliary') for key in novel)
-    code, output = run_script('test.py', *data[:-2], '--restore-from', whole / 'novel')
-    assert code == 1 and f'is a checkpoint of {name}, expected pspnet_pop. Give --model {name}' in output
-    (tmp_path / 'photographs').mkdir()
-    shutil.copy(next((shapes / 'JPEGImages').glob('*.jpg')), tmp_path / 'photographs')
-    code, output = run_script(
-        'utils/predict.py', '--restore-from', whole / 'novel', '--images', tmp_path / 'photographs', '--save-path',
-        tmp_path / 'segmented', '--num-workers', 0,
-    )  # fmt: skip
-    assert code == 0 and '1 of 1 images segmented' in output, output
-    for command in ('utils/teach.py', 'utils/memory.py'):
-        own = ('--support', shapes, '--out', tmp_path / 'out') if 'teach' in command else ('--data-dir', shapes)
-        code, output = run_script(command, '--restore-from', whole / 'base', *own)
-        assert code == 1 and 'takes pspnet_pop only' in output, output
 
 
 @pytest.mark.parametrize('name', METHODS[1:])
@@ -364,62 +302,3 @@ def build_small_stage_1(method):
     net.backbone.dilatable_layers = (None, nn.Identity())
     net.start_base()
     return net
-
-
-def ends_after(count, function):
-    """The function, which ends the program after so many calls."""
-    calls = iter(range(count))
-
-    def call(*args):
-        if next(calls, None) is None:
-            raise SystemExit(9)
-        return function(*args)
-
-    return call
-
-
-@pytest.mark.parametrize(
-    ('script', 'flags', 'words'),
-    (
-        ('train_base.py', ('--model', 'pspnet_capl', '--batch-size', 7), 'into 2 parts; use a multiple of 2'),
-        (
-            'train_base.py',
-            ('--model', 'pspnet_capl', '--batch-size', 6, '--accumulate', 2, '--fix-bn'),
-            'use a multiple of 4',
-        ),
-        ('ft_pop.py', ('--train', 'decoder'), '--train decoder: pspnet_pop has head'),
-        ('ft_pop.py', ('--model', 'pspnet'), 'pspnet_capl'),
-    ),
-)
-def test_flags_that_do_not_fit_a_method_are_refused(run_script, shapes, tmp_path, script, flags, words):
-    code, output = run_script(
-        script, *TINY, '--data-dir', shapes, '--restore-from', 'none', '--snapshot-dir', tmp_path, *flags
-    )
-    assert code == 2 and words in output
-
-
-def test_the_examples_of_the_documentation_run(run_script, shapes, tmp_path):
-    """A method and a backbone of one's own, through all scripts."""
-    run_script('utils/gen_fs_list.py', '--dataset', 'shapes', '--data-dir', shapes, '--shot', 1, '--seed', 123)
-    blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'docs' / 'extend.md').read_text(), re.DOTALL)
-    for block in blocks:
-        exec(block, {})
-    try:
-        network = ('--model', 'pspnet_linear', '--backbone', 'regnet_x_400mf')
-        data = (*TINY, '--data-dir', shapes, *network)
-        train = (*data, *TINY_TRAINING, '--input-size', '33,33', '--num-epoch', 1)
-        base, novel = tmp_path / 'base', tmp_path / 'novel'
-        for command in (
-            ('train_base.py', *train, '--restore-from', 'none', '--snapshot-dir', base, '--batch-size', 100),
-            ('ft_pop.py', *train, '--restore-from', base, '--snapshot-dir', novel, '--batch-size', 15),
-            ('test.py', *data, '--restore-from', novel, '--plots'),
-        ):
-            code, output = run_script(*command)
-            assert code == 0, output
-        results = json.loads((novel / 'results.json').read_text())
-        assert results['model'] == 'pspnet_linear'
-        states = [torch.load(path, weights_only=True)['model'] for path in (base / 'best.pth', novel / 'last_123.pth')]
-        assert {key for key in states[1] if key not in states[0]} == {'novel.weight', 'novel.bias'}
-        assert all(torch.equal(states[1][key], value) for key, value in states[0].items())
-    finally:
-        del MODELS['pspnet_linear'], BACKBONES['regnet_x_400mf']

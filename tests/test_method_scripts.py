@@ -1,0 +1,132 @@
+"""The methods beside POP through all scripts, and the examples of docs/extend.md."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT, TINY, TINY_TRAINING, same_results
+
+from engine import precision
+from engine.trainer import Trainer
+from model import BACKBONES, MODELS
+from model.capl import CAPL
+
+
+@pytest.mark.parametrize('in_half', ((), ('--fp16',)))
+@pytest.mark.parametrize(
+    ('name', 'flags'), (('pspnet_ft', ('--train', 'decoder', '--views', 1, '--base-views', 2)), ('pspnet_capl', ()))
+)
+def test_every_script_runs_and_interrupted_runs_resume_to_the_same_weights(
+    tiny, run_script, shapes, tmp_path, monkeypatch, name, flags, in_half
+):
+    data = (*TINY, '--backbone', tiny, '--data-dir', shapes, *in_half, '--model', name)
+    train = (*data, *TINY_TRAINING, '--input-size', '33,33', '--num-epoch', 1, '--save-every-steps', 1)
+    monkeypatch.setattr(precision, 'computes_in_bfloat16', lambda: True)
+    run_script('utils/gen_fs_list.py', '--dataset', 'shapes', '--data-dir', shapes, '--shot', 1, '--seed', 123)
+    whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+
+    def stage_1(folder):
+        return run_script(
+            'train_base.py', *train, '--restore-from', 'none', '--snapshot-dir', folder / 'base', '--batch-size', 50
+        )
+
+    def stage_2(folder):
+        return run_script(
+            'ft_pop.py', *train, '--restore-from', whole / 'base', '--snapshot-dir', folder / 'novel', *flags,
+            '--batch-size', 8, '--features-disk-gb', 0,
+        )  # fmt: skip
+
+    for stage, part, names in ((stage_1, 'base', ('best', 'last')), (stage_2, 'novel', ('best_123', 'last_123'))):
+        code, output = stage(whole)
+        assert code == 0, output
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, 'step', ends_after(1, Trainer.step))
+            patch.setattr(CAPL, 'register', ends_after(0, CAPL.register))
+            assert stage(killed)[0] == 9
+        code, output = stage(killed)
+        assert code == 0 and ('resumed at epoch 1, step 2' in output or name == 'pspnet_capl'), output
+        same_results(whole / part, killed / part, names)
+    code, output = stage_2(killed)
+    assert code == 0 and 'finished earlier' in output, output
+    assert ('so --input-size, --batch-size, --num-epoch have no effect' in output) is (name == 'pspnet_capl')
+    novel, base = (torch.load(folder, weights_only=True)['model'] for folder in
+                   (whole / 'novel/last_123.pth', whole / 'base/best.pth'))  # fmt: skip
+    shared = {key.split('.')[0] for key in novel if key in base and not torch.equal(novel[key], base[key])}
+    assert shared == ({'decoder'} if name == 'pspnet_ft' else set())
+    assert not any(key.startswith('auxiliary') for key in novel)
+    code, output = run_script('test.py', *data, '--restore-from', whole / 'novel')
+    assert code == 0 and f'"model": "{name}"' in (whole / 'novel/results.json').read_text(), output
+    code, output = run_script('test.py', *data[:-2], '--restore-from', whole / 'novel')
+    assert code == 1 and f'is a checkpoint of {name}, expected pspnet_pop. Give --model {name}' in output
+    (tmp_path / 'photographs').mkdir()
+    shutil.copy(next((shapes / 'JPEGImages').glob('*.jpg')), tmp_path / 'photographs')
+    code, output = run_script(
+        'utils/predict.py', '--restore-from', whole / 'novel', '--images', tmp_path / 'photographs', '--save-path',
+        tmp_path / 'segmented', '--num-workers', 0,
+    )  # fmt: skip
+    assert code == 0 and '1 of 1 images segmented' in output, output
+    for command in ('utils/teach.py', 'utils/memory.py'):
+        own = ('--support', shapes, '--out', tmp_path / 'out') if 'teach' in command else ('--data-dir', shapes)
+        code, output = run_script(command, '--restore-from', whole / 'base', *own)
+        assert code == 1 and 'takes pspnet_pop only' in output, output
+
+
+def ends_after(count, function):
+    """The function, which ends the program after so many calls."""
+    calls = iter(range(count))
+
+    def call(*args):
+        if next(calls, None) is None:
+            raise SystemExit(9)
+        return function(*args)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ('script', 'flags', 'words'),
+    (
+        ('train_base.py', ('--model', 'pspnet_capl', '--batch-size', 7), 'into 2 parts; use a multiple of 2'),
+        (
+            'train_base.py',
+            ('--model', 'pspnet_capl', '--batch-size', 6, '--accumulate', 2, '--fix-bn'),
+            'use a multiple of 4',
+        ),
+        ('ft_pop.py', ('--train', 'decoder'), '--train decoder: pspnet_pop has head'),
+        ('ft_pop.py', ('--model', 'pspnet'), 'pspnet_capl'),
+    ),
+)
+def test_flags_that_do_not_fit_a_method_are_refused(run_script, shapes, tmp_path, script, flags, words):
+    code, output = run_script(
+        script, *TINY, '--data-dir', shapes, '--restore-from', 'none', '--snapshot-dir', tmp_path, *flags
+    )
+    assert code == 2 and words in output
+
+
+def test_the_examples_of_the_documentation_run(tiny, run_script, shapes, tmp_path):
+    """A method and a backbone of one's own, through all scripts."""
+    run_script('utils/gen_fs_list.py', '--dataset', 'shapes', '--data-dir', shapes, '--shot', 1, '--seed', 123)
+    blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'docs' / 'extend.md').read_text(), re.DOTALL)
+    for block in blocks:
+        exec(block, {})
+    try:
+        network = ('--model', 'pspnet_linear', '--backbone', 'regnet_x_400mf')
+        data = (*TINY, '--data-dir', shapes, *network)
+        train = (*data, *TINY_TRAINING, '--input-size', '33,33', '--num-epoch', 1)
+        base, novel = tmp_path / 'base', tmp_path / 'novel'
+        for command in (
+            ('train_base.py', *train, '--restore-from', 'none', '--snapshot-dir', base, '--batch-size', 100),
+            ('ft_pop.py', *train, '--restore-from', base, '--snapshot-dir', novel, '--batch-size', 15),
+            ('test.py', *data, '--restore-from', novel),
+        ):
+            code, output = run_script(*command)
+            assert code == 0, output
+        results = json.loads((novel / 'results.json').read_text())
+        assert results['model'] == 'pspnet_linear'
+        states = [torch.load(path, weights_only=True)['model'] for path in (base / 'best.pth', novel / 'last_123.pth')]
+        assert {key for key in states[1] if key not in states[0]} == {'novel.weight', 'novel.bias'}
+        assert all(torch.equal(states[1][key], value) for key, value in states[0].items())
+    finally:
+        del MODELS['pspnet_linear'], BACKBONES['regnet_x_400mf']
