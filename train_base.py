@@ -47,7 +47,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help='at the end, write memory.pt for utils.teach: views of each base class, at most 300 MB (default: on, for '
         'pspnet_pop)',
     )  # fmt: skip
-    args = cli.check(parser, parser.parse_args(argv))
+    parser.set_defaults(learning_rate=None)
+    args = parser.parse_args(argv)
+    if args.learning_rate is None:
+        args.learning_rate = MODELS[args.model].BASE_LEARNING_RATE
+    cli.check(parser, args)
     on_gpus = args.device == 'cuda' or (args.device == 'auto' and torch.cuda.is_available())
     per_process = 1 if args.sync_bn and on_gpus and world_size() > 1 else 2
     smallest = per_process * world_size() * args.accumulate

@@ -35,6 +35,7 @@ class CAPL(Network):
     STAGE_1_PREFIXES = ('auxiliary.', 'auxiliary_proto')
     STAGE_2_PREFIXES = ('registered',)
     POSITIONWISE = False
+    BASE_LEARNING_RATE = 1e-2
     BATCH_UNIT = 2
     REGISTERS = True
 

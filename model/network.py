@@ -36,6 +36,7 @@ class Network(nn.Module):
         auxiliary: a head that only the training of stage 1 has, where the method has one (`start_base`).
         background: False: every pixel is of a class, so that evaluation never predicts label 0.
         POSITIONWISE: `classify` treats every position for itself. Otherwise it gets no padding.
+        BASE_LEARNING_RATE: default of stage 1, of the backbone.
         BATCH_UNIT: number of images of which a batch of stage 1 must be a multiple.
         REGISTERS: `register` takes the place of stage 2.
     """
@@ -45,6 +46,7 @@ class Network(nn.Module):
     STAGE_2_PREFIXES: tuple[str, ...] = ()
     VARIANTS: tuple[str, ...] = ('head',)
     POSITIONWISE = True
+    BASE_LEARNING_RATE = 1e-3
     BATCH_UNIT = 1
     REGISTERS = False
 

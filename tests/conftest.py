@@ -13,9 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-import model
 from dataset.shapes import make_shapes
-from model import BACKBONES, PSP
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / 'shared'
@@ -159,8 +157,10 @@ class Tiny(nn.Module):
 @pytest.fixture
 def tiny(monkeypatch):
     """Makes `build_model` and the scripts build small networks; the name of a backbone."""
-    monkeypatch.setitem(BACKBONES, 'tiny', Tiny)
-    monkeypatch.setattr(model, 'PSP', partial(PSP, channels=32))
+    import model  # here: tests that need no network start without it
+
+    monkeypatch.setitem(model.BACKBONES, 'tiny', Tiny)
+    monkeypatch.setattr(model, 'PSP', partial(model.PSP, channels=32))
     return 'tiny'
 
 

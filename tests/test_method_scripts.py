@@ -56,6 +56,8 @@ def test_every_script_runs_and_interrupted_runs_resume_to_the_same_weights(
     shared = {key.split('.')[0] for key in novel if key in base and not torch.equal(novel[key], base[key])}
     assert shared == ({'decoder'} if name == 'pspnet_ft' else set())
     assert not any(key.startswith('auxiliary') for key in novel)
+    rate = json.loads((whole / 'base/args.json').read_text())['learning_rate']
+    assert rate == MODELS[name].BASE_LEARNING_RATE == {'pspnet_ft': 1e-3, 'pspnet_capl': 1e-2}[name]
     code, output = run_script('test.py', *data, '--restore-from', whole / 'novel')
     assert code == 0 and f'"model": "{name}"' in (whole / 'novel/results.json').read_text(), output
     code, output = run_script('test.py', *data[:-2], '--restore-from', whole / 'novel')

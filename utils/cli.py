@@ -188,7 +188,7 @@ def _add_recipe_flags(group, batch_size, num_epoch):
     )  # fmt: skip
     group.add_argument(
         '--learning-rate', type=rate, default=1e-3,
-        help='of the backbone; everything else has ten times this rate (default: 1e-3)',
+        help='of the backbone; everything else has ten times this rate (default: 1e-3; pspnet_capl: 1e-2)',
     )  # fmt: skip
     group.add_argument('--momentum', type=rate, default=0.9, help='default: 0.9')
     group.add_argument('--weight-decay', type=rate, default=1e-4, help='default: 1e-4')
