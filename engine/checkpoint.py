@@ -20,7 +20,7 @@ from core.files import atomic_write
 from core.ranks import is_main
 from engine.placeholders import extract
 from engine.weights import METADATA, SUFFIXES, find_weights, read_content
-from model import MODELS, Network
+from model import MODELS, Network, find_backbone
 
 DEFAULT_MODEL = 'pspnet_pop'  # of checkpoints that do not name theirs
 # what classification networks have beyond our backbones
@@ -106,14 +106,15 @@ def check_config(path: Path | str, config: dict, expected: dict):
             f'{path} is a checkpoint of {model}, expected {expected["model"]}. Give --model {model}, or another file.'
         )
     differing = [
-        f'{key} is {config[key]}, expected {value}'
-        for key, value in expected.items()
+        key for key, value in expected.items()
         if key in config and config[key] != value and key not in ('classes', 'base_size', 'scale_range', 'card')
     ]  # fmt: skip
     if differing:
+        flags = [f'--{"random-seed" if key == "seed" else key} {config[key]}' for key in differing]
+        what = [f'{key} is {config[key]}, expected {expected[key]}' for key in differing]
         raise InputError(
-            f'{path} is a checkpoint of another run: {"; ".join(differing)}. Give the flags that it was made with, or '
-            'another file.'
+            f'{path} is a checkpoint of another run: {"; ".join(what)}. Give the flags that it was made with '
+            f'({" ".join(flags)}), or another file.'
         )
     theirs, ours = (dict(each.get('classes', ())) for each in (config, expected))
     changed = [f'{c} is {theirs.get(c, "no class")}, expected {ours.get(c, "none")}'
@@ -225,7 +226,11 @@ class Checkpoint:
             InputError: the keys do not fit.
         """
         state = {key: value for key, value in self.state.items() if not key.startswith(CLASSIFIER_PREFIXES)}
-        _load_exactly(net.backbone, state, self.path)
+        try:
+            _load_exactly(net.backbone, state, self.path)
+        except InputError as error:
+            found = find_backbone(state)
+            raise InputError(f'{self.path} holds {found}: give --backbone {found}') if found else error from None
 
 
 def read_checkpoint(path: Path | str, entry: str | None = None, placeholders: bool = False) -> Checkpoint:

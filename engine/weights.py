@@ -32,6 +32,7 @@ OTHER_FILES = (  # how files begin that are found in place of weights
     (rb'\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf|Rar!', 'a compressed file. Unpack it'),
     (rb'\x89HDF', 'an HDF5 file, as Keras writes. Expected weights of PyTorch'),
     (rb'\x93NUMPY', 'a NumPy array. Expected parameter names with tensors'),
+    (rb'\xff\xd8\xff|\x89PNG|RIFF....WEBP|II\*\0|MM\0\*', 'an image. Expected weights of PyTorch'),
     (rb'GGUF', 'a GGUF file. Expected weights of PyTorch'),
     (rb'(?i)\s*\{.*"weight_map"', 'an index of weights that are in several files. Expected one file with all of them'),
 )
@@ -90,7 +91,7 @@ def check_is_weights(path: Path | str):
     except FileNotFoundError:
         raise InputError(f'checkpoint {path} does not exist') from None
     except IsADirectoryError:
-        raise InputError(f'{path} is a folder; expected a checkpoint file, e.g. {path}/last.pth') from None
+        raise InputError(f'{path} is a folder; expected a checkpoint file, e.g. {path}/best.pth') from None
     except OSError as error:
         raise InputError(f'checkpoint {path} cannot be read: {error.strerror}') from None
     if not start:

@@ -1,7 +1,7 @@
 """The networks: backbone, PSP decoder, and the head of a method."""
 
 from model import kernels
-from model.backbones import BACKBONES, build_backbone
+from model.backbones import BACKBONES, build_backbone, find_backbone
 from model.capl import CAPL
 from model.finetuning import FineTuned
 from model.network import Head, Network
@@ -37,4 +37,4 @@ def build_model(
     return net
 
 
-__all__ = ['BACKBONES', 'MODELS', 'POP', 'PSP', 'Head', 'Network', 'build_backbone', 'build_model']
+__all__ = ['BACKBONES', 'MODELS', 'POP', 'PSP', 'Head', 'Network', 'build_backbone', 'build_model', 'find_backbone']

@@ -3,7 +3,7 @@
 `resnet50v2` / `resnet101v2` are the ResNets of PSPNet: a stem of three 3x3 convolutions in place of the 7x7 one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -131,3 +131,19 @@ def _dilate(layer, dilation):
                 if conv.groups > 1:
                     # advances the random state, so that seeded decoder weights stay as in earlier versions
                     torch.rand_like(conv.weight)
+
+
+def find_backbone(state: Mapping[str, torch.Tensor], prefix: str = '') -> str | None:
+    """The backbone whose parameters a state dict holds, by their names and shapes; None where it is none of ours.
+
+    Args:
+        state: parameter name -> tensor; other parameters may be among them.
+        prefix: of the backbone's names.
+    """
+    for backbone in BACKBONES:
+        with torch.device('meta'):  # no memory, no initialisation
+            wanted = build_backbone(backbone).state_dict()
+        names = [name for name in wanted if not name.endswith('num_batches_tracked')]
+        if all(prefix + name in state and state[prefix + name].shape == wanted[name].shape for name in names):
+            return backbone
+    return None

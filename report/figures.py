@@ -1,6 +1,6 @@
 """Figures of results: panels of predictions, confusion matrix, IoU of each class, prototypes, support images."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -57,8 +57,8 @@ def panel_figure(
         axis.set_axis_off()
     figure.suptitle(plain_text(title), fontsize=13)
     kinds = [_patch(name, color) for name, color in list(ERRORS.items())[1:]]
-    figure.legend(handles=[*_patches(legend, present), *kinds], loc='outside lower center', ncols=6, frameon=False,
-                  fontsize=12)  # fmt: skip
+    figure.legend(handles=[*class_patches(legend, present), *kinds], loc='outside lower center', ncols=6,
+                  frameon=False, fontsize=12)  # fmt: skip
     return figure
 
 
@@ -163,7 +163,7 @@ def support_figure(support: Sequence[tuple[str, np.ndarray, np.ndarray]], legend
         axis.imshow(color_classes(image, labels, legend))
         axis.set_title(plain_text(f'{legend.names[label]}\n{image_id}'), fontsize=9)
     present = sorted({k for _, _, labels in support for k in np.unique(labels) if 0 < k < len(legend.names)})
-    figure.legend(handles=_patches(legend, present), loc='outside lower center', ncols=max(2, columns + 1),
+    figure.legend(handles=class_patches(legend, present), loc='outside lower center', ncols=max(2, columns + 1),
                   frameon=False, fontsize=10)  # fmt: skip
     return figure
 
@@ -182,7 +182,7 @@ def legend_figure(legend: Legend) -> Figure:
     """The colours of all classes but background."""
     count = len(legend.names) - 1
     figure = Figure(figsize=(8, 0.6 + 0.25 * -(-count // 4)), layout='constrained')
-    figure.legend(handles=_patches(legend, range(1, count + 1)), loc='center', ncols=4, frameon=False, fontsize=10)
+    figure.legend(handles=class_patches(legend, range(1, count + 1)), loc='center', ncols=4, frameon=False, fontsize=10)
     return figure
 
 
@@ -191,7 +191,7 @@ def _patch(name, color):
     return Patch(facecolor=np.asarray(color) / 255, edgecolor='grey', label=name)
 
 
-def _patches(legend, labels):
+def class_patches(legend: Legend, labels: Iterable[int]) -> list[Patch]:
     """Entries of a matplotlib legend for labels."""
     return [_patch(legend.names[k], legend.colors[k]) for k in labels]
 

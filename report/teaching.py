@@ -8,7 +8,7 @@ import numpy as np
 
 from core.files import atomic_write, json_ready
 from dataset.legend import Legend
-from report.figures import color_classes
+from report.figures import class_patches, color_classes
 from report.plotting import Figure, plain_text, save_figure
 from report.tables import markdown_table
 
@@ -52,7 +52,7 @@ def draw_panel(
     """
     rows = rows[:MOST_ROWS]
     ratios = [mask.shape[0] / mask.shape[1] for _, _, mask, _, _ in rows]
-    figure = Figure(figsize=(9, 3 * sum(ratios) + 0.45 * len(rows) + 0.4), layout='constrained')
+    figure = Figure(figsize=(9, 3 * sum(ratios) + 0.45 * len(rows) + 0.8), layout='constrained')
     axes = figure.subplots(len(rows), 3, squeeze=False, height_ratios=ratios)
     for line, (file, image, mask, prediction, left_out) in zip(axes, rows, strict=True):
         shown = (image, color_classes(image, mask, legend), color_classes(image, prediction, legend))
@@ -61,5 +61,9 @@ def draw_panel(
             axis.imshow(picture)
             axis.set_title(plain_text(title), fontsize=9)
             axis.set_axis_off()
+    shown = {label for _, _, mask, prediction, _ in rows for label in (*np.unique(mask), *np.unique(prediction))}
+    present = sorted(label for label in shown if 0 < label < len(legend.names))
+    figure.legend(handles=class_patches(legend, present), loc='outside lower center', ncols=6, frameon=False,
+                  fontsize=9)  # fmt: skip
     figure.suptitle(plain_text(name), fontsize=13)
     save_figure(path, figure)

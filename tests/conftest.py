@@ -222,3 +222,15 @@ def whole(shapes, tmp_path_factory):
         return folders[processes]
 
     return run
+
+
+@pytest.fixture(scope='session')
+def remembered(shapes, base_run, tmp_path_factory):
+    """The base network with a small memory, which `utils.memory` made."""
+    from utils import memory  # here: tests that need no network start without it
+
+    folder = tmp_path_factory.mktemp('remembered')
+    shutil.copy(base_run / 'best.pth', folder)
+    args = ('--restore-from', folder, '--data-dir', shapes, '--memory-mb', 1)
+    memory.main(memory.parse_args([str(arg) for arg in args]))
+    return folder

@@ -13,15 +13,9 @@ from torch import nn
 from core.errors import InputError
 from dataset.masks import read_binary_mask, read_mask
 from dataset.own_classes import SupportImage, SupportSamples, find_support, read_support, support_positions
-from engine import memory as memory_file
-from engine.checkpoint import read_checkpoint
-from engine.described import described_network
-from engine.feature_store import digest
 from engine.features import KeptFeatures
-from engine.memory import views_per_class
 from engine.teaching import Recipe, label_rest, learn
-from model import POP, build_model
-from utils import memory
+from model import POP
 from utils import teach as teach_command
 
 FAST = ('--steps', 3, '--views', 4)
@@ -47,16 +41,6 @@ def photographs(shapes, tmp_path):
     return folder
 
 
-@pytest.fixture(scope='module')
-def base(shapes, base_run, tmp_path_factory):
-    """The base network with a small memory, which `utils.memory` made."""
-    folder = tmp_path_factory.mktemp('base')
-    shutil.copy(base_run / 'best.pth', folder)
-    args = ('--restore-from', folder, '--data-dir', shapes, '--memory-mb', 1)
-    memory.main(memory.parse_args([str(arg) for arg in args]))
-    return folder
-
-
 @pytest.fixture
 def teach(run_script, tmp_path):
     """Run utils.teach with few steps; returns (exit code, output, folder)."""
@@ -75,8 +59,8 @@ def checkpoint(folder):
     return torch.load(folder / 'best.pth', weights_only=True)
 
 
-def test_teaches_again_and_again_and_forgets(teach, run_script, shapes, base, photographs, tmp_path):
-    code, output, first = teach(base, 'first', '--support', photographs)
+def test_teaches_again_and_again_and_forgets(teach, run_script, shapes, remembered, photographs, tmp_path):
+    code, output, first = teach(remembered, 'first', '--support', photographs)
     assert code == 0 and 'left out: notes.txt' in output and 'base mIoU on the ' in output, output
     assert f'python -m utils.predict --restore-from {first} ' in output
     assert {path.name for path in first.iterdir()} == {'best.pth', 'memory.pt', 'teach.json', 'panels'}
@@ -86,7 +70,7 @@ def test_teaches_again_and_again_and_forgets(teach, run_script, shapes, base, ph
         'bin': (1, 21), 'scooter': (3, 22)
     }  # fmt: skip
     assert told['bin']['left_out_iou'] is None and 0 <= told['scooter']['left_out_iou'] <= 100
-    before, taught = checkpoint(base), checkpoint(first)
+    before, taught = checkpoint(remembered), checkpoint(first)
     assert taught['config']['classes'] == [*before['config']['classes'][:15], [21, 'bin'], [22, 'scooter']]
     assert all(torch.equal(value, taught['model'][key]) for key, value in before['model'].items())
 
@@ -121,30 +105,30 @@ def test_teaches_again_and_again_and_forgets(teach, run_script, shapes, base, ph
 
 
 def test_the_same_seed_gives_the_same_weights_from_memory_and_from_data(
-    teach, run_script, shapes, base, base_run, photographs, tmp_path
+    teach, run_script, shapes, remembered, base_run, photographs, tmp_path
 ):
     runs = {}
     data = ('--data-dir', shapes, '--memory-mb', 1)
     for name, flags in (('a', ()), ('b', data), ('c', ('--seed', 5))):
-        code, output, out = teach(base, name, '--support', photographs, '--no-leave-out', *flags)
+        code, output, out = teach(remembered, name, '--support', photographs, '--no-leave-out', *flags)
         assert code == 0, output
         runs[name] = checkpoint(out)['model']
     assert all(torch.equal(runs['a'][key], runs['b'][key]) for key in runs['a'])
     assert not torch.equal(runs['a']['novel_emb'], runs['c']['novel_emb'])
 
-    small, whole = (torch.load(folder / 'memory.pt', weights_only=True) for folder in (base, base_run))
-    assert small['network'] == whole['network'] and (base / 'memory.pt').stat().st_size < 1.2e6
+    small, whole = (torch.load(folder / 'memory.pt', weights_only=True) for folder in (remembered, base_run))
+    assert small['network'] == whole['network'] and (remembered / 'memory.pt').stat().st_size < 1.2e6
     assert len(whole['rows']) == 15 * 20 > len(small['rows']) == 15 * (len(small['rows']) // 15) > 0
     code, output = run_script(
-        'utils/memory.py', '--restore-from', base, *data[:2], '--memory-mb', 0.01, '--out', tmp_path / 'memory.pt'
+        'utils/memory.py', '--restore-from', remembered, *data[:2], '--memory-mb', 0.01, '--out', tmp_path / 'memory.pt'
     )
     assert code == 1 and 'raise --memory-mb to at least 1' in output
 
 
-def test_classes_of_the_data_set_are_evaluated(teach, run_script, shapes, base, photographs):
+def test_classes_of_the_data_set_are_evaluated(teach, run_script, shapes, remembered, photographs):
     (photographs / 'scooter').rename(photographs / 'plain disc')
     shutil.rmtree(photographs / 'bin')
-    code, output, out = teach(base, 'out', '--support', photographs, '--no-leave-out')
+    code, output, out = teach(remembered, 'out', '--support', photographs, '--no-leave-out')
     assert code == 0 and checkpoint(out)['config']['classes'][15:] == [[1, 'plain disc']], output
     code, output = run_script('test.py', *TINY, '--data-dir', shapes, '--restore-from', out)
     assert code == 0 and 'pinstriped disc, striped disc' in output and 'count as background' in output, output
@@ -153,55 +137,6 @@ def test_classes_of_the_data_set_are_evaluated(teach, run_script, shapes, base, 
     masks = [read_mask(shapes / f'SegmentationClassAug/{i}.png') for i in (shapes / 'list/val.txt').read_text().split()]
     counts = sum(np.bincount(mask.flatten(), minlength=256) for mask in masks)
     assert confusion.sum(axis=1).tolist() == [counts[0] + counts[2:6].sum(), *counts[6:21], counts[1]]
-
-
-def test_a_memory_belongs_to_its_network(base, tmp_path):
-    net, _ = described_network(read_checkpoint(base / 'best.pth'))
-    network, path = digest(net.state_dict()), tmp_path / 'memory.pt'
-    whole = (base / 'memory.pt').read_bytes()
-    changed = torch.load(base / 'memory.pt', weights_only=True)
-    beyond = changed['arrays']['mask'].clone()
-    beyond[0, 0] = 16
-    assert memory_file.read_memory(base / 'memory.pt', net, network, torch.device('cpu')).support == {}
-    for content, message in (
-        (None, 'there is no .*utils.memory'),
-        (whole[: len(whole) // 2], 'is damaged'),
-        (whole[:999] + bytes([whole[999] ^ 1]) + whole[1000:], 'is damaged'),
-        ((base / 'best.pth').read_bytes(), 'is no memory of a network'),
-        (changed | {'version': 0}, 'is of version 0'),
-        (changed | {'network': 'another'}, 'memory of another network'),
-        (changed | {'arrays': {name: array[:, :2] for name, array in changed['arrays'].items()}}, 'is damaged'),
-        (changed | {'arrays': changed['arrays'] | {'mask': beyond}}, 'labels beyond those of 15 base classes'),
-        (changed | {'support': {'scooter': [('a.jpg', 3, 4)]}}, 'is damaged'),
-    ):
-        if isinstance(content, bytes):
-            path.write_bytes(content)
-        elif content:
-            torch.save(content, path)
-        with pytest.raises(InputError, match=message):
-            memory_file.read_memory(path, net, network, torch.device('cpu'))
-
-
-def test_a_memory_that_cannot_be_written_is_named(base, tmp_path, monkeypatch):
-    net, _ = described_network(read_checkpoint(base / 'best.pth'))
-    known = memory_file.read_memory(base / 'memory.pt', net, digest(net.state_dict()), torch.device('cpu'))
-
-    def full(*_):
-        raise RuntimeError('[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file')
-
-    monkeypatch.setattr(torch, 'save', full)
-    with pytest.raises(InputError, match=r'cannot write .*memory.pt \(\d+ MB are free'):
-        memory_file.write_memory(tmp_path / 'memory.pt', known)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_memory_has_a_size_limit():
-    net = build_model('resnet18', 15, output_stride=8)
-    each = 60 * 60 * 2 * (15 + 512) + 473 * 473
-    assert views_per_class(net, (473, 473), 300) == 300_000_000 // (15 * each) == 4
-    assert views_per_class(net, (65, 65), 300) == 20
-    with pytest.raises(InputError, match='at least 61'):
-        views_per_class(net, (473, 473), 50)
 
 
 def save(path, *size, value=200, mode='L', **options):
@@ -250,9 +185,9 @@ def test_mistakes_are_named(photographs, message, mistake):
                 read_support(*pair, (65, 65))
 
 
-def test_nothing_is_written_where_something_is_wrong(photographs, teach, base):
+def test_nothing_is_written_where_something_is_wrong(photographs, teach, remembered):
     (photographs / 'bin').rename(photographs / 'Pinstriped Star')
-    code, output, out = teach(base, 'out', '--support', photographs)
+    code, output, out = teach(remembered, 'out', '--support', photographs)
     assert code == 1 and not out.exists()
     assert "'Pinstriped Star': the network has the class 'pinstriped star' already; rename the folder" in output
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
@@ -152,6 +153,7 @@ def archive(kind, names):
 OTHER_FILES = {
     'is empty': lambda path: path.touch(),
     'pointer of Git LFS.*git lfs pull': lambda path: path.write_text('version https://git-lfs.github.com/spec/v1\n'),
+    'an image': lambda path: Image.new('RGB', (9, 9)).save(path, 'JPEG'),
     'a web page': lambda path: path.write_text('\n<!DOCTYPE html>\n<html><title>Quota exceeded</title>'),
     'an index of weights that are in several files': lambda path: path.write_text('{"metadata": {}, "weight_map": {}}'),
     'a text file': lambda path: path.write_text('404: Not Found\nSorry'),

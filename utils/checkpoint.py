@@ -15,12 +15,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from core.errors import InputError, exits_cleanly, some
-from engine.checkpoint import Checkpoint, read_checkpoint, save_checkpoint, write_weights
+from engine.checkpoint import Checkpoint, read_checkpoint, resolve_checkpoint, save_checkpoint, write_weights
 from engine.metrics import SUMMARY
-from model import BACKBONES, MODELS, build_backbone
+from model import MODELS, find_backbone
 from report.tables import markdown_table
 from utils.cli import make_parser
 
@@ -29,7 +27,7 @@ __all__ = ['main', 'parse_args', 'save_checkpoint']  # save_checkpoint: code for
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument('file', type=Path, help='a checkpoint')
+    parser.add_argument('file', type=Path, help='a checkpoint, or the folder of a run: its best.pth')
     parser.add_argument('--to', type=Path, metavar='OUT', help='write the weights to OUT.safetensors or OUT.pth')
     parser.add_argument('--entry', metavar='NAME', help='the entry that holds the weights, where a file has several')
     parser.add_argument(
@@ -42,24 +40,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def find_backbone(checkpoint: Checkpoint) -> str | None:
-    """The backbone whose parameters a checkpoint holds, by their names and shapes; None where it is none of ours."""
-    prefix = 'backbone.' if checkpoint.holds_network else ''
-    shapes = {name: tensor.shape for name, tensor in checkpoint.state.items()}
-    for backbone in BACKBONES:
-        with torch.device('meta'):  # no memory, no initialisation
-            wanted = build_backbone(backbone, 8).state_dict()
-        if all(shapes.get(prefix + name) == tensor.shape for name, tensor in wanted.items()
-               if not name.endswith('num_batches_tracked')):  # fmt: skip
-            return backbone
-    return None
-
-
 def describe(checkpoint: Checkpoint) -> dict[str, str]:
     """What a checkpoint is: titles with texts."""
     config, metrics = checkpoint.config, checkpoint.metrics
     rows = {'file': f'{checkpoint.path}, {Path(checkpoint.path).stat().st_size / 1e6:.1f} MB'}
-    backbone = find_backbone(checkpoint)
+    backbone = find_backbone(checkpoint.state, 'backbone.' if checkpoint.holds_network else '')
     try:
         counts = checkpoint.class_counts
     except InputError:
@@ -81,6 +66,8 @@ def describe(checkpoint: Checkpoint) -> dict[str, str]:
     rows['epoch'] = str(checkpoint.epoch or '')
     means = {title: metrics[key] for key, title in SUMMARY.items() if metrics.get(key, -1) >= 0}  # without NaN
     rows['mIoU in %'] = ', '.join(f'{title} {mean:.2f}' for title, mean in means.items())
+    if 'taught' in config:
+        rows['mIoU in %'] += ', on the base views that it was trained on'
     if 'images' in metrics:
         rows['mIoU in %'] += f', on {metrics["images"]} of {metrics["listed_images"]} images'
     rows['entries'] = some([f'{name} ({kind})' for name, kind in checkpoint.entries.items()], 12)
@@ -102,7 +89,8 @@ def parts(checkpoint: Checkpoint) -> str:
 def main(args: argparse.Namespace):
     if args.to and args.to.exists() and not args.overwrite:
         raise InputError(f'{args.to} exists; give another name, or --overwrite')
-    checkpoint = read_checkpoint(args.file, args.entry, args.extract)
+    path = resolve_checkpoint(args.file) if args.file.is_dir() else args.file
+    checkpoint = read_checkpoint(path, args.entry, args.extract)
     rows = describe(checkpoint)
     width = max(map(len, rows))
     for title, text in rows.items():

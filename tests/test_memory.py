@@ -1,0 +1,61 @@
+"""memory.pt: it belongs to one network, is read whole or not at all, and has a size limit."""
+
+import pytest
+import torch
+
+from core.errors import InputError
+from engine import memory as memory_file
+from engine.checkpoint import read_checkpoint
+from engine.described import described_network
+from engine.feature_store import digest
+from engine.memory import views_per_class
+from model import build_model
+
+
+def test_a_memory_belongs_to_its_network(remembered, tmp_path):
+    net, _ = described_network(read_checkpoint(remembered / 'best.pth'))
+    network, path = digest(net.state_dict()), tmp_path / 'memory.pt'
+    whole = (remembered / 'memory.pt').read_bytes()
+    changed = torch.load(remembered / 'memory.pt', weights_only=True)
+    beyond = changed['arrays']['mask'].clone()
+    beyond[0, 0] = 16
+    assert memory_file.read_memory(remembered / 'memory.pt', net, network, torch.device('cpu')).support == {}
+    for content, message in (
+        (None, 'there is no .*utils.memory'),
+        (whole[: len(whole) // 2], 'is damaged'),
+        (whole[:999] + bytes([whole[999] ^ 1]) + whole[1000:], 'is damaged'),
+        ((remembered / 'best.pth').read_bytes(), 'is no memory of a network'),
+        (changed | {'version': 0}, 'is of version 0'),
+        (changed | {'network': 'another'}, 'memory of another network'),
+        (changed | {'arrays': {name: array[:, :2] for name, array in changed['arrays'].items()}}, 'is damaged'),
+        (changed | {'arrays': changed['arrays'] | {'mask': beyond}}, 'labels beyond those of 15 base classes'),
+        (changed | {'support': {'scooter': [('a.jpg', 3, 4)]}}, 'is damaged'),
+    ):
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif content:
+            torch.save(content, path)
+        with pytest.raises(InputError, match=message):
+            memory_file.read_memory(path, net, network, torch.device('cpu'))
+
+
+def test_a_memory_that_cannot_be_written_is_named(remembered, tmp_path, monkeypatch):
+    net, _ = described_network(read_checkpoint(remembered / 'best.pth'))
+    known = memory_file.read_memory(remembered / 'memory.pt', net, digest(net.state_dict()), torch.device('cpu'))
+
+    def full(*_):
+        raise RuntimeError('[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file')
+
+    monkeypatch.setattr(torch, 'save', full)
+    with pytest.raises(InputError, match=r'cannot write .*memory.pt \(\d+ MB are free'):
+        memory_file.write_memory(tmp_path / 'memory.pt', known)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_memory_has_a_size_limit():
+    net = build_model('resnet18', 15, output_stride=8)
+    each = 60 * 60 * 2 * (15 + 512) + 473 * 473
+    assert views_per_class(net, (473, 473), 300) == 300_000_000 // (15 * each) == 4
+    assert views_per_class(net, (65, 65), 300) == 20
+    with pytest.raises(InputError, match='at least 61'):
+        views_per_class(net, (473, 473), 50)
