@@ -1,4 +1,4 @@
-"""Teach a trained network classes of your own from a few photographs, in seconds.
+"""Teach a trained network classes of your own from a few photographs.
 
     python -m utils.teach --restore-from runs/voc_base --support my_photos --out runs/scooter
     python -m utils.teach --restore-from runs/scooter --support more_photos --out runs/scooter_and_bin --forget scooter
