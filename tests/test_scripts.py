@@ -267,22 +267,28 @@ def test_missing_shapes_are_made(run_script, tmp_path):
     assert (tmp_path / 'new' / 'list' / 'val.txt').is_file()
 
 
-def test_few_shot_lists_are_kept_or_refused_if_they_belong_to_other_data(shapes, few_shot_run, tmp_path):
+def test_few_shot_lists_are_kept_or_refused_if_they_belong_to_other_data(run_script, shapes, few_shot_run, tmp_path):
     shutil.copytree(shapes / 'list', tmp_path / 'list')
     path = tmp_path / 'list/fold0/fold0_1shot_seed123.txt'
 
     def generate(*flags):
-        return run_process(
-            sys.executable, '-m', 'utils.gen_fs_list', '--dataset', 'shapes', '--train-list',
-            tmp_path / 'list' / 'trainaug.txt', '--shot', 1, '--seed', 123, 345, *flags,
+        return run_script(
+            'utils/gen_fs_list.py', '--dataset', 'shapes', '--train-list', tmp_path / 'list' / 'trainaug.txt',
+            '--shot', 1, '--seed', 123, 345, *flags,
         )  # fmt: skip
 
     drawn = path.read_text()
     mine = ''.join(f'train_000{i}\n' for i in range(5))
     path.write_text(mine)
     code, output = generate()
-    assert code == 0 and f'kept {path}' in output, output
+    assert code == 0 and f'kept {path}' in output and 'will refuse' not in output, output
     assert path.read_text() == mine
+    base = tmp_path / 'list/fold0/train_base_class6.txt'
+    listed = base.read_text()
+    base.write_text(mine)  # so that every image of a base class is a support image
+    code, output = generate()
+    assert code == 0 and 'note: ft_pop.py will refuse this draw: base class 6' in output, output
+    base.write_text(listed)
     other = (tmp_path / 'list/fold0/fold0_1shot_seed345.txt').read_text().split()
     assert len(other) == len(set(other)) == 5
     path.write_text('2007_000032\n')
