@@ -13,12 +13,13 @@ images, as evaluation reads them, without augmentation, and validated once.
 
 import argparse
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from core.errors import InputError, exits_cleanly
+from core.errors import InputError, exits_cleanly, some
 from core.ranks import is_main, world_size
 from dataset import Augmentation, FewShotDataset, FoldData, SegmentationDataset
 from dataset.views import KeptPairs, base_views, support_views
@@ -39,6 +40,7 @@ from model.kernels import fuse
 from report.tables import summary_table
 from report.tensorboard import ValidationPanel
 from utils import cli, from_flags
+from utils.data_flags import add_support_flags
 
 # of the training, which does not take place where a method registers its novel classes
 TRAINING_FLAGS = (
@@ -54,6 +56,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     cli.add_seeds(parser, '--random-seed', 'seeds of the support draws, one run each, e.g. 123,234 (default: 123)')
     cli.add_few_shot_flags(parser)
+    add_support_flags(parser)
     parser.add_argument('--update-base', action='store_true', help='draw new base images during training')
     parser.add_argument(
         '--update-epoch', type=cli.positive, default=1, metavar='N',
@@ -99,6 +102,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f'--start-epoch needs a stage-2 checkpoint; --restore-from {args.restore_from} is none')
     if args.views and args.features == 'off':
         parser.error('--views trains on kept features; give --features another place than off')
+    if args.support_list and len(args.random_seed) > 1:
+        parser.error('--support-list names the support images of one run; give one --random-seed')
     if not args.dataset.novel_ids(args.fold):
         parser.error(f'--fold {args.fold} has no novel classes, so there is nothing for stage 2 to learn')
     return args
@@ -120,12 +125,14 @@ class NovelStage(Stage):
     Attributes:
         frozen: the base network, fused; gives the maps.
         kept: maps of the support and base views where these are kept (--views).
-        supports: whole support images, as many of each class, in the order of the labels.
+        supports: whole support images, class by class in the order of the labels.
+        support_counts: their number for each class.
     """
 
     frozen: Network
     kept: dict[str, KeptFeatures] | None = None
     supports: SegmentationDataset | None = None
+    support_counts: Sequence[int] = ()
 
     def losses(self, batch: dict, pixel_weight: float, micro_batches: int) -> dict[str, torch.Tensor]:
         support, base = batch['support'], batch['base']
@@ -137,8 +144,8 @@ class NovelStage(Stage):
 
     def register(self):
         """Let the network register the novel classes, where its method does that."""
-        shot = len(self.supports) // self.net.num_novel
-        self.net.register(supports_by_class(self.supports, shot, self.frozen, self.device, self.dtype))
+        by_class = supports_by_class(self.supports, self.support_counts, self.frozen, self.device, self.dtype)
+        self.net.register(by_class)
 
     def maps(self, batch: dict) -> dict[str, torch.Tensor]:
         """What the head classifies of a batch of B pairs: name -> [2B, channels, h, w], the support images first."""
@@ -282,9 +289,10 @@ def train_seed(
     if val_batches is not None:
         panel = ValidationPanel(data.legend, data.samples('val', novel_as_background=False).read_image)
     stage = NovelStage(
-        net=net, frozen=keeper.frozen, kept=kept, supports=supports, model=wrap_ddp(Head(net), device, sync_bn=False),
-        device=device, dtype=keeper.dtype, val_batches=val_batches, panel=panel,
-        class_names=data.legend.names, config=from_flags.network_config(args, data, seed), seed=seed,
+        net=net, frozen=keeper.frozen, kept=kept, supports=supports,
+        support_counts=[len(ids) for ids in data.supports(args.shot, seed).values()],
+        model=wrap_ddp(Head(net), device, sync_bn=False), device=device, dtype=keeper.dtype, val_batches=val_batches,
+        panel=panel, class_names=data.legend.names, config=from_flags.network_config(args, data, seed), seed=seed,
         listed=len(data.ids('val')), patience=args.num_epoch // 4,
     )  # fmt: skip
     return from_flags.trainer(args, stage, loader, run, Registration if net.REGISTERS else Trainer).fit()
@@ -298,7 +306,7 @@ def arguments_of_seeds(args: argparse.Namespace, data: FoldData, dtype: torch.dt
         files['base network'] = resolve_checkpoint(args.restore_from)
     common = run_arguments(vars(args), dtype, files)
     return {
-        seed: common | {'random_seed': seed} | digests({'support list': data.lists.support(args.shot, seed)})
+        seed: common | {'random_seed': seed} | digests({'support list': data.support_path(args.shot, seed)})
         for seed in args.random_seed
     }
 
@@ -311,6 +319,8 @@ def main(args: argparse.Namespace):
         data.check_support_lists(args.shot, args.random_seed)
         # a shortage of images is an error before anything is computed
         train_sets = {seed: few_shot_set(args, data, seed) for seed in args.random_seed}
+        if short := {args.dataset.classes[c] for train_set in train_sets.values() for c in train_set.short_classes}:
+            notes.append(f'base images of {some(sorted(short))} repeat: there are fewer than {args.shot} in an epoch')
         folder = from_flags.run_folder(args, data, arguments_of_seeds(args, data, dtype))
         val_set = data.validation(args.base_size, with_novel=True, limit=args.val_limit)
         base = restore_base(args, data, folder).to(device, memory_format=torch.channels_last)
@@ -320,10 +330,8 @@ def main(args: argparse.Namespace):
         if args.restore_from == 'none':
             notes.append('--restore-from none: the base network is random and stays so')
         run = Run(folder, vars(args), notes)
-        run.logger.info(
-            f'{args.shot}-shot, novel classes {data.novel_ids}, {len(val_set or ())} validation images; '
-            f'computing in {name_of(dtype)}'
-        )
+        about = f'{args.shot}-shot, novel classes {data.novel_ids}, {len(val_set or ())} validation images'
+        run.logger.info(f'{about}; computing in {name_of(dtype)}')
         keeper = feature_keeper(args, base, frozen, device, dtype, run)
         val_batches = keeper.keep(val_set, 'validation', args.base_size) if val_set else None
         rows = {}

@@ -176,7 +176,7 @@ def evaluate_seed(
     if args.plots and is_main():
         draw_seed(
             folder / 'plots', seed, confusion=confusion, prototypes=segmenter.net.prototypes(), legend=legend,
-            data=data, shot=args.shot,
+            data=data, shot=args.shot, chosen=dict(checkpoint.config.get('supports', ())) if checkpoint else None,
         )  # fmt: skip
     source = checkpoint.path if checkpoint else args.restore_from
     return seed_result(source, confusion, legend, images, len(val_set), str(views))

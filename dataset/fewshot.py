@@ -56,7 +56,7 @@ def _draw_unused(class_id, ids, shot, taken, rng):
 
 
 def draw_base(
-    class_lists: dict[int, list[str]], shot: int, support: Collection[str], seed: int, epoch: int
+    class_lists: dict[int, list[str]], shot: int, support: Collection[str], seed: int, epoch: int, repeats: bool = False
 ) -> list[str]:
     """Draw the base images of an epoch.
 
@@ -65,37 +65,44 @@ def draw_base(
         shot: images per base class.
         support: ids of the support images, which are not drawn.
         seed, epoch: determine the draw.
+        repeats: a class with fewer images gives them several times; otherwise it is an error.
 
     Returns:
-        shot * Kb image ids without repetition, shuffled.
+        shot * Kb image ids, shuffled; none twice unless `repeats`.
 
     Raises:
-        InputError: the lists do not hold `shot` different images per class.
+        InputError: the lists do not hold `shot` different images per class, or not even one.
     """
     rng = np.random.default_rng((seed, epoch))
     free = {c: [i for i in ids if i not in support] for c, ids in class_lists.items()}
     for _ in range(100):  # classes share images, so one draw can fail although another succeeds
-        drawn, short = _try_draw_base(free, shot, rng)
+        drawn, short = _try_draw_base(free, shot, rng, repeats)
         if short is None:
             rng.shuffle(drawn)
             return drawn
     raise InputError(
         f'base class {short}: {shot} base images per epoch asked for; it has {len(class_lists[short])}, of which '
         f'{len(free[short])} are not support images, and other classes need some of these. '
-        'Use fewer shots or more training images.'
+        'Use fewer shots, more training images, or --repeat-base-images.'
     )
 
 
-def _try_draw_base(free, shot, rng):
+def _try_draw_base(free, shot, rng, repeats):
     """Draw once from `free` (class id -> image ids): the ids, and the class that has too few left, or None."""
-    drawn = {}
+    drawn, seen = [], set()
     # The rarest class comes first, because a class with many images does not need those that it shares.
     for class_id in sorted(free, key=lambda c: len(free[c])):
-        ids = [image_id for image_id in free[class_id] if image_id not in drawn]
-        if len(ids) < shot:
+        ids = [image_id for image_id in free[class_id] if image_id not in seen]
+        rounds = []  # of all images of a class that has too few
+        if repeats and len(ids) < shot and free[class_id]:
+            ids = ids or free[class_id]
+            rounds = ids * (shot // len(ids))
+        if len(ids) < shot - len(rounds):
             return [], class_id
-        drawn |= dict.fromkeys(rng.choice(ids, shot, replace=False).tolist())
-    return list(drawn), None
+        chosen = rounds + rng.choice(ids, shot - len(rounds), replace=False).tolist()
+        drawn += chosen
+        seen.update(chosen)
+    return drawn, None
 
 
 class FewShotDataset(Dataset):
@@ -110,6 +117,7 @@ class FewShotDataset(Dataset):
         shot: base images per base class and epoch.
         seed: seed of all random choices.
         redraw_every: number of epochs after which new base images are drawn; 0 keeps the first draw.
+        repeats: as in `draw_base`.
 
     Raises:
         InputError: there are too few base images.
@@ -123,8 +131,9 @@ class FewShotDataset(Dataset):
         shot: int,
         seed: int,
         redraw_every: int = 0,
+        repeats: bool = False,
     ):
-        self.support, self.base = support, base
+        self.support, self.base, self.repeats = support, base, repeats
         self.class_lists, self.shot, self.seed, self.redraw_every = class_lists, shot, seed, redraw_every
         self.position = {image_id: i for i, image_id in enumerate(base.image_ids)}
         self._drawn = None, None
@@ -133,11 +142,18 @@ class FewShotDataset(Dataset):
     def __len__(self) -> int:
         return self.shot * len(self.class_lists)
 
+    @property
+    def short_classes(self) -> list[int]:
+        """Base class ids that have fewer than `shot` images beside the support images."""
+        support = set(self.support.image_ids)
+        return [c for c, ids in self.class_lists.items() if len(set(ids) - support) < self.shot]
+
     def base_images(self, epoch: int) -> list[str]:
         """Ids of the base images of an epoch."""
         draw = epoch // self.redraw_every if self.redraw_every else 0
         if self._drawn[0] != draw:
-            self._drawn = draw, draw_base(self.class_lists, self.shot, self.support.image_ids, self.seed, draw)
+            support = self.support.image_ids
+            self._drawn = draw, draw_base(self.class_lists, self.shot, support, self.seed, draw, self.repeats)
         return self._drawn[1]
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, dict]:

@@ -18,6 +18,7 @@ from dataset.legend import Legend
 from dataset.lists import FoldLists, ensure_class_lists, read_ids
 from dataset.segmentation import SegmentationDataset
 from dataset.spec import DatasetSpec
+from dataset.supports import read_supports
 from dataset.transforms import Augmentation
 
 
@@ -35,6 +36,9 @@ class FoldData:
         skip_bad: an image that cannot be read is not an error, unless it is a support image.
         taught: class ids of the novel classes that a network has learned, in the order of its labels, where these are
             not those of the fold (`utils.teach`); the others count as background.
+        support_list: support images that were chosen by hand (`supports.read_supports`), in place of drawn ones.
+        novel_only: supports label their novel classes only; the other pixels are unknown, and ignored.
+        repeat_base: a base class with fewer images than are drawn in an epoch gives them several times.
     """
 
     spec: DatasetSpec
@@ -45,6 +49,9 @@ class FoldData:
     filter_novel: bool = False
     skip_bad: bool = False
     taught: tuple[int, ...] | None = None
+    support_list: Path | None = None
+    novel_only: bool = False
+    repeat_base: bool = False
 
     @property
     def base_ids(self) -> tuple[int, ...]:
@@ -145,15 +152,18 @@ class FoldData:
 
         Args:
             augmentation: applied to both views.
-            shot: support images per novel class, and base images per base class and epoch.
+            shot: support images per novel class unless they were chosen by hand, and base images per base class and
+                epoch.
             seed: seed of the support list and of all random choices.
             redraw_every: number of epochs after which new base images are drawn; 0 keeps the first draw.
         """
         base, class_lists = self.base_images(augmentation)
-        support_ids = self.support_ids(shot, seed)
+        support_ids = [image_id for ids in self.supports(shot, seed).values() for image_id in ids]
         samples = self.samples('train', support_ids, novel_as_background=False)
+        if self.novel_only:
+            samples.table[samples.table <= len(self.base_ids)] = IGNORE_INDEX
         support = SegmentationDataset(support_ids, samples, augmentation)
-        return FewShotDataset(support, base, class_lists, shot, seed, redraw_every)
+        return FewShotDataset(support, base, class_lists, shot, seed, redraw_every, self.repeat_base)
 
     def base_images(self, augmentation: Augmentation) -> tuple[SegmentationDataset, dict[int, list[str]]]:
         """What stage 2 draws base images from: views of all candidates, and base class id -> ids of its candidates."""
@@ -164,12 +174,17 @@ class FoldData:
         samples = self.samples('train', ids, novel_as_background=True)
         return SegmentationDataset(ids, samples, augmentation, skip_bad=self.skip_bad), class_lists
 
+    def support_path(self, shot: int, seed: int) -> Path:
+        """The list of the support images of a draw, or of those that were chosen by hand."""
+        return self.support_list or self.lists.support(shot, seed)
+
     def check_support_lists(self, shot: int, seeds: Sequence[int]):
         """Raise one InputError for all missing support lists; `few_shot_training` checks what the others hold."""
-        missing = [seed for seed in seeds if not self.lists.support(shot, seed).is_file()]
+        missing = [seed for seed in seeds if not self.support_path(shot, seed).is_file()]
         if missing:
-            paths = ', '.join(str(self.lists.support(shot, seed)) for seed in missing)
-            raise InputError(f'list {paths} does not exist; make it with: {self._support_command(shot, *missing)}')
+            paths = ', '.join(str(self.support_path(shot, seed)) for seed in missing)
+            make = f'make it with: {self._support_command(shot, *missing)}'
+            raise InputError(f'list {paths} does not exist; {"give another one" if self.support_list else make}')
 
     def _support_command(self, shot, *seeds):
         command = (
@@ -178,29 +193,38 @@ class FoldData:
         )  # fmt: skip
         return shlex.join(map(str, command))
 
-    def support_ids(self, shot: int, seed: int) -> list[str]:
-        """Ids of the support images of a draw, K per novel class in ascending class id.
+    def supports(self, shot: int, seed: int) -> dict[int, list[str]]:
+        """Support images: novel class id -> image ids, in the order of the labels.
+
+        K of each class where they are drawn; any number where they were chosen by hand.
 
         Raises:
-            InputError: the list is missing, or belongs to another fold or shot.
+            InputError: the list is missing or wrong, or belongs to another fold or shot.
         """
-        path = self.lists.support(shot, seed)
-        hint = f'make it with: {self._support_command(shot, seed)}'
-        ids = self._read(path, hint, allow_repeats=True)
-        if len(ids) != shot * len(self.novel_ids):
-            raise InputError(
-                f'list {path} names {len(ids)} images; expected {shot * len(self.novel_ids)}, {shot} for each of '
-                f'{len(self.novel_ids)} novel classes. Is it a list of another shot? If so, delete {path} and {hint}'
-            )
-        samples = self.samples('train', ids, novel_as_background=False)
-        for i, image_id in enumerate(ids):
-            label = len(self.base_ids) + 1 + i // shot
-            if label not in samples.read(image_id)[1]:
+        path = self.support_path(shot, seed)
+        if self.support_list:
+            supports = read_supports(path, {c: self.spec.classes[c] for c in self.novel_ids})
+            hint = 'Correct the list, or the mask.'
+        else:
+            make = f'make it with: {self._support_command(shot, seed)}'
+            hint = f'Is it a list of another fold? If so, delete {path} and {make}'
+            ids = self._read(path, make, allow_repeats=True)
+            if len(ids) != shot * len(self.novel_ids):
                 raise InputError(
-                    f'list {path}, line {i + 1}: image {image_id} does not show novel class '
-                    f'{self.novel_ids[i // shot]}. Is it a list of another fold? If so, delete {path} and {hint}'
+                    f'list {path} names {len(ids)} images; expected {shot * len(self.novel_ids)}, {shot} for each of '
+                    f'{len(self.novel_ids)} novel classes. Is it a list of another shot? If so, delete {path} and '
+                    f'{make}'
                 )
-        return ids
+            supports = {c: ids[i * shot : (i + 1) * shot] for i, c in enumerate(self.novel_ids)}
+        samples = self.samples('train', [i for ids in supports.values() for i in ids], novel_as_background=False)
+        entries = [(label, class_id, image_id)
+                   for label, (class_id, ids) in enumerate(supports.items(), len(self.base_ids) + 1)
+                   for image_id in ids]  # fmt: skip
+        for number, (label, class_id, image_id) in enumerate(entries, 1):
+            if label not in samples.read(image_id)[1]:
+                line = '' if self.support_list else f', line {number}'
+                raise InputError(f'list {path}{line}: image {image_id} does not show novel class {class_id}. {hint}')
+        return supports
 
     def validation(
         self, size: tuple[int, int], with_novel: bool, original_size: bool = False, limit: int | None = None

@@ -22,6 +22,7 @@ from engine.placeholders import extract
 from engine.weights import METADATA, SUFFIXES, find_weights, read_content
 from model import MODELS, Network, find_backbone
 
+MAY_DIFFER = ('classes', 'base_size', 'scale_range', 'card', 'supports')  # classes have a comparison of their own
 DEFAULT_MODEL = 'pspnet_pop'  # of checkpoints that do not name theirs
 # what classification networks have beyond our backbones
 CLASSIFIER_PREFIXES = ('fc.', 'classifier.', 'features.18.')
@@ -107,7 +108,7 @@ def check_config(path: Path | str, config: dict, expected: dict):
         )
     differing = [
         key for key, value in expected.items()
-        if key in config and config[key] != value and key not in ('classes', 'base_size', 'scale_range', 'card')
+        if key in config and config[key] != value and key not in MAY_DIFFER
     ]  # fmt: skip
     if differing:
         flags = [f'--{"random-seed" if key == "seed" else key} {config[key]}' for key in differing]

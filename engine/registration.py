@@ -1,6 +1,6 @@
 """What takes the place of training where a method registers its novel classes (`Network.register`)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,21 +22,25 @@ class Registration(Trainer):
 
 
 def supports_by_class(
-    supports: SegmentationDataset, shot: int, frozen: Network, device: torch.device, dtype: torch.dtype
+    supports: SegmentationDataset, counts: Sequence[int], frozen: Network, device: torch.device, dtype: torch.dtype
 ) -> Iterator[tuple[Maps, torch.Tensor]]:
     """The support images of each novel class, as `Network.register` takes them.
 
     Args:
-        supports: evaluation items with masks of their size; `shot` of each class, in the order of the labels.
-        shot: K.
+        supports: evaluation items with masks of their size, class by class in the order of the labels.
+        counts: K, the number of items of each class.
         frozen: gives the maps.
         device, dtype: where and in which precision it runs.
 
     Yields:
         Maps, and masks int64 [K, H, W] of the size of the images with their padding, which is not counted.
     """
-    loader = evaluation_loader(supports, shot, num_workers=0, device=device, rows=range(len(supports)))
-    for batch in FrozenFeatures(frozen, loader, device, dtype):
+    first = 0
+    for count in counts:
+        rows = range(first, first + count)
+        loader = evaluation_loader(supports, count, num_workers=0, device=device, rows=rows)
+        (batch,) = FrozenFeatures(frozen, loader, device, dtype)
         missing = [whole - side for whole, side in zip(supports.fit_size, batch['mask'].shape[1:], strict=True)]
         masks = F.pad(batch['mask'], (0, missing[1], 0, missing[0]), value=IGNORE_INDEX)
         yield batch['maps'], masks.to(device).long()
+        first += count

@@ -140,16 +140,17 @@ def iou_figure(ious: np.ndarray, legend: Legend, title: str) -> Figure:
     return figure
 
 
-def support_figure(support: Sequence[tuple[str, np.ndarray, np.ndarray]], legend: Legend, shot: int) -> Figure:
+def support_figure(support: Sequence[Sequence[tuple[str, np.ndarray, np.ndarray]]], legend: Legend) -> Figure:
     """Support images with their masks: rows of up to five images of one novel class, or of five classes with one shot.
 
     Args:
-        support: image id, RGB uint8 [H, W, 3] and labels uint8 [H, W]; `shot` of them per novel class.
+        support: of each novel class, in the order of the labels: image id, RGB uint8 [H, W, 3] and labels uint8 [H, W]
+            of its images.
         legend: names and colours of the labels.
-        shot: K.
     """
+    shot = max(map(len, support))
     columns = min(shot, 5)
-    lines = -(-shot // columns) * len(legend.novel_labels)
+    lines = -(-shot // columns) * len(support)
     # one shot: the classes side by side
     rows, columns = (lines, columns) if shot > 1 else (-(-lines // 5), min(lines, 5))
     figure = Figure(figsize=(2.4 * columns, 2.15 * rows + 0.5), layout='constrained')
@@ -157,13 +158,13 @@ def support_figure(support: Sequence[tuple[str, np.ndarray, np.ndarray]], legend
     for axis in axes.flat:
         axis.set_axis_off()
     per_class = -(-shot // columns) * columns if shot > 1 else 1
-    for i, (image_id, image, labels) in enumerate(support):
-        axis = axes.flat[i // shot * per_class + i % shot]
-        label = legend.novel_labels[i // shot]
-        axis.imshow(color_classes(image, labels, legend))
-        axis.set_title(plain_text(f'{legend.names[label]}\n{image_id}'), fontsize=9)
-    present = sorted({k for _, _, labels in support for k in np.unique(labels) if 0 < k < len(legend.names)})
-    figure.legend(handles=class_patches(legend, present), loc='outside lower center', ncols=max(2, columns + 1),
+    present = set()
+    for i, (label, images) in enumerate(zip(legend.novel_labels, support, strict=True)):
+        for axis, (image_id, image, labels) in zip(axes.flat[i * per_class :], images, strict=False):
+            axis.imshow(color_classes(image, labels, legend))
+            axis.set_title(plain_text(f'{legend.names[label]}\n{image_id}'), fontsize=9)
+            present |= {k for k in np.unique(labels).tolist() if 0 < k < len(legend.names)}
+    figure.legend(handles=class_patches(legend, sorted(present)), loc='outside lower center', ncols=max(2, columns + 1),
                   frameon=False, fontsize=10)  # fmt: skip
     return figure
 

@@ -1,7 +1,7 @@
 """Results of an evaluation: tables for the screen, results.md, results.json, and the figures of `test.py --plots`."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,15 +133,19 @@ class Results:
 
 
 def draw_seed(
-    folder: Path, seed: int, *, confusion: np.ndarray, prototypes: Sequence, legend: Legend, data: FoldData, shot: int
-):
-    """Draw the figures of one seed: confusion matrix, similarity of prototypes and, in stage 2, the support images."""
+    folder: Path, seed: int, *, confusion: np.ndarray, prototypes: Sequence, legend: Legend, data: FoldData, shot: int,
+    chosen: Mapping[int, Sequence[str]] | None = None,
+):  # fmt: skip
+    """Draw the figures of one seed: confusion matrix, similarity of prototypes and, in stage 2, the support images.
+
+    `chosen` are those that were chosen by hand, as `FoldData.supports` gives them; else they are the drawn ones.
+    """
     figures = {'confusion': confusion_figure(confusion, legend), 'prototypes': similarity_figure(prototypes, legend)}
     if legend.novel_labels and data.taught is None:
         try:
-            ids = data.support_ids(shot, seed)
-            samples = data.samples('train', ids, novel_as_background=False)
-            figures['support'] = support_figure([(i, *samples.read(i)) for i in ids], legend, shot)
+            supports = list((chosen or data.supports(shot, seed)).values())
+            samples = data.samples('train', [i for ids in supports for i in ids], novel_as_background=False)
+            figures['support'] = support_figure([[(i, *samples.read(i)) for i in ids] for ids in supports], legend)
         except InputError as error:  # the other figures do not need the training images
             print(f'no picture of the support images: {error}')
     for name, figure in figures.items():

@@ -126,7 +126,7 @@ def test_figures_of_results(tmp_path):
     figures = {
         'confusion': confusion_figure(confusion, LEGEND),
         'iou': iou_figure(ious, LEGEND, 'title'),
-        'support': support_figure([('a', image(), truth), ('b', image(), truth)], LEGEND, shot=2),
+        'support': support_figure([[('a', image(), truth), ('b', image(), truth)]], LEGEND),
     }
     texts = {text.get_text() for text in figures['confusion'].axes[0].texts}
     assert texts == {'100', '25', '75'}  # percent of the row

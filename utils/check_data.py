@@ -241,12 +241,12 @@ def check_lists(data: FoldData, shots: Sequence[int]) -> list[Finding]:
     for shot in shots:
         for path in sorted(data.lists.support(shot, 0).parent.glob(f'fold{data.fold}_{shot}shot_seed*.txt')):
             try:
-                ids = data.support_ids(shot, int(path.stem.rpartition('seed')[2]))
+                supports = data.supports(shot, int(path.stem.rpartition('seed')[2]))
             except InputError as error:
                 findings.append(Finding('error', path.name, str(error)))
                 continue
             listed = {c: set(read_ids(data.lists.novel_class(c), allow_empty=True)) for c in data.novel_ids}
-            if old := [i for k, i in enumerate(ids) if i not in listed[data.novel_ids[k // shot]]]:
+            if old := [image_id for c, ids in supports.items() for image_id in ids if image_id not in listed[c]]:
                 text = f'{some(old)} are not in the class lists any more; to draw again: gen_fs_list --overwrite'
                 findings.append(Finding('note', path.name, text))
     return findings

@@ -65,3 +65,21 @@ def check_data_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, 
         fill_data(args, args.dataset)
     except InputError as error:
         parser.error(str(error))
+
+
+def add_support_flags(parser: argparse.ArgumentParser):
+    """Which images stage 2 learns from, and what of them."""
+    group = parser.add_argument_group('support and base images')
+    group.add_argument(
+        '--support-list', type=Path, metavar='FILE',
+        help='support images chosen by hand: lines with a novel class, by name or id, and an image id. A class may '
+        'have any number; --shot is the number of base images of a class in an epoch then',
+    )  # fmt: skip
+    group.add_argument(
+        '--support-labels', choices=('all', 'novel-only'), default='all',
+        help='novel-only: what a support does not label as a novel class is unknown, not background (default: all)',
+    )  # fmt: skip
+    group.add_argument(
+        '--repeat-base-images', action='store_true',
+        help='base classes with fewer images than --shot give them several times; otherwise they are an error',
+    )  # fmt: skip

@@ -25,7 +25,18 @@ def fold_data(args: argparse.Namespace) -> FoldData:
     return FoldData(
         args.dataset, args.data_dir, args.fold, args.train_list, args.val_list,
         filter_novel=args.filter_novel, skip_bad=args.skip_bad_images,
+        **_support_flags(args),
     )  # fmt: skip
+
+
+def _support_flags(args):
+    """Of stage 2."""
+    if 'support_list' not in args:
+        return {}
+    return {
+        'support_list': args.support_list, 'novel_only': args.support_labels == 'novel-only',
+        'repeat_base': args.repeat_base_images,
+    }  # fmt: skip
 
 
 def described_data(args: argparse.Namespace, config: dict) -> FoldData:
@@ -56,7 +67,7 @@ def described_data(args: argparse.Namespace, config: dict) -> FoldData:
 def network_config(args: argparse.Namespace, data: FoldData, seed: int | None = None) -> dict:
     """What a checkpoint says of its network: data set, fold, classes, architecture, size; for stage 2 shot and seed.
 
-    When it is trained, also the scale range.
+    When it is trained, also the scale range; and which support images were chosen by hand.
 
     Args:
         args: the flags.
@@ -69,6 +80,8 @@ def network_config(args: argparse.Namespace, data: FoldData, seed: int | None = 
     }  # fmt: skip
     if 'scale_range' in args:
         config['scale_range'] = list(args.scale_range)
+    if data.support_list:
+        config['supports'] = [list(pair) for pair in data.supports(args.shot, 0).items()]
     return config if seed is None else config | {'shot': args.shot, 'seed': seed}
 
 

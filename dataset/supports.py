@@ -1,0 +1,54 @@
+"""Support images that were chosen by hand: a file with a class and an image id in each line."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from core.errors import InputError, some
+from core.files import TEXT
+
+FORMAT = 'a class, by name or id, and an image id, separated by blanks, tab or comma, e.g. "scooter,IMG_1"'
+
+
+def read_supports(path: Path, classes: Mapping[int, str]) -> dict[int, list[str]]:
+    """Read which images support which novel class.
+
+    Args:
+        path: of the file. A class has any number of images, and an image may serve several classes. Empty lines and
+            lines that begin with # are left out.
+        classes: novel class id -> name.
+
+    Returns:
+        Class id -> image ids, in the order of `classes`.
+
+    Raises:
+        InputError: the file cannot be read, or a line names no novel class or no image, or repeats another; or a class
+            has no image.
+    """
+    try:
+        lines = path.read_text(**TEXT).splitlines()
+    except OSError as error:
+        raise InputError(f'support list {path} cannot be read: {error.strerror}') from error
+    except UnicodeError as error:
+        raise InputError(f'support list {path} is no text: {error}') from error
+    names = {str(class_id): class_id for class_id in classes} | {name: class_id for class_id, name in classes.items()}
+    # a name may begin with another one, and may have blanks, as an image id may
+    known = '|'.join(map(re.escape, sorted(names, key=len, reverse=True)))
+    entry = re.compile(rf'\s*({known})\s*[\s,]\s*(\S.*?)\s*')
+    supports = {class_id: [] for class_id in classes}
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.lstrip().startswith('#'):
+            continue
+        found = entry.fullmatch(line)
+        if not found:
+            raise InputError(
+                f'support list {path}, line {number}: {line.strip()!r}; expected {FORMAT}. The novel classes are '
+                f'{some([f"{name} ({class_id})" for class_id, name in classes.items()])}'
+            )
+        ids = supports[names[found[1]]]
+        if found[2] in ids:
+            raise InputError(f'support list {path}, line {number}: {found[1]} has the image {found[2]} already')
+        ids.append(found[2])
+    if empty := [classes[class_id] for class_id, ids in supports.items() if not ids]:
+        raise InputError(f'support list {path} has no image of {some(empty)}; expected {FORMAT}')
+    return supports

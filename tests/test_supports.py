@@ -1,0 +1,101 @@
+"""Support images that were chosen by hand, supports that label novel classes only, and base images that repeat."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, TINY_TRAINING
+
+from core.errors import InputError
+from dataset import DATASETS, Augmentation, FoldData
+from dataset.fewshot import draw_base
+from dataset.supports import read_supports
+
+CLASSES = {1: 'lamp', 2: 'lamp post', 7: '1'}
+
+
+def test_lines_name_a_class_and_an_image(tmp_path):
+    path = tmp_path / 'supports.txt'
+    path.write_text('# mine\nlamp post,a b\nlamp  a b\n\n1\tIMG_1\n2 c\nlamp post, d\n  lamp x,y  \n')
+    assert read_supports(path, CLASSES) == {1: ['a b', 'x,y'], 2: ['a b', 'c', 'd'], 7: ['IMG_1']}
+
+
+@pytest.mark.parametrize(('text', 'message'), (
+    ('lamp a\nbin b', r"line 2: 'bin b'; expected a class.*lamp \(1\), lamp post \(2\)"),
+    ('lamp', "line 1: 'lamp'; expected a class"),
+    ('lamppost a', "line 1: 'lamppost a'"),
+    ('lamp a\n2 a\nlamp  a', 'line 3: lamp has the image a already'),
+    ('lamp a\n1 b', 'has no image of lamp post'),
+    (None, 'cannot be read: No such file'),
+))  # fmt: skip
+def test_what_is_wrong_in_a_list_is_named(tmp_path, text, message):
+    path = tmp_path / 'supports.txt'
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_supports(path, CLASSES)
+
+
+@pytest.fixture
+def data(shapes, few_shot_run):
+    spec = DATASETS['shapes']
+    return FoldData(spec, shapes, 0, *(spec.list_path(split, shapes) for split in ('train', 'val')))
+
+
+def test_supports_can_label_novel_classes_only(data):
+    augmentation = Augmentation((65, 65), (1.0, 1.0))
+    whole, only = (replace(data, novel_only=flag).few_shot_training(augmentation, 2, 123) for flag in (False, True))
+    assert only.support.fingerprint() != whole.support.fingerprint()
+    for index in range(len(whole.support)):
+        mask, labelled = (part.support.view(index, np.random.default_rng(0))['mask'] for part in (whole, only))
+        assert torch.equal(labelled, torch.where(mask > len(data.base_ids), mask, 255)) and (labelled < 255).any()
+    assert torch.equal(only.base.view(0, np.random.default_rng(0))['mask'],
+                       whole.base.view(0, np.random.default_rng(0))['mask'])  # fmt: skip
+
+
+def test_base_images_repeat_in_whole_rounds_where_that_is_asked_for():
+    lists = {1: ['a', 'b', 'c', 's'], 2: ['d', 'e', 'f', 'g', 'h', 'i', 'j', 'k', 'l']}
+    with pytest.raises(InputError, match='--repeat-base-images'):
+        draw_base(lists, 8, {'s'}, 0, 0)
+    drawn = Counter(draw_base(lists, 8, {'s'}, 0, 0, repeats=True))
+    assert sorted(drawn[name] for name in 'abc') == [2, 3, 3]
+    assert sorted(drawn[name] for name in lists[2]) == [0] + [1] * 8
+    assert draw_base(lists, 3, {'s'}, 5, 1, repeats=True) == draw_base(lists, 3, {'s'}, 5, 1)
+    with pytest.raises(InputError, match='base class 1'):
+        draw_base({1: ['s']}, 2, {'s'}, 0, 0, repeats=True)
+
+
+def test_stage_2_learns_from_chosen_supports(run_script, data, shapes, base_run, tmp_path):
+    drawn = data.supports(2, 123)
+    names = [data.spec.classes[c] for c in data.novel_ids]
+    chosen = {c: ids[: 1 + i % 2] for i, (c, ids) in enumerate(drawn.items())}  # one or two of each class
+    path, run = tmp_path / 'mine.csv', tmp_path / 'run'
+    path.write_text(''.join(f'{names[i]},{image}\n' for i, ids in enumerate(chosen.values()) for image in ids))
+    flags = (
+        'ft_pop.py', *TINY, *TINY_TRAINING, '--data-dir', shapes, '--restore-from', base_run, '--snapshot-dir', run,
+        '--num-epoch', 1, '--batch-size', 5, '--shot', 12, '--support-list', path, '--support-labels', 'novel-only',
+        '--views', 2, '--base-views', 2, '--repeat-base-images', '--features', 'memory',
+    )  # fmt: skip
+    code, output = run_script(*flags)
+    assert code == 0 and 'base images of ' in output and 'repeat: there are fewer than 12' in output, output
+    assert f'support view features: {2 * sum(map(len, chosen.values()))} images' in output
+    config = torch.load(run / 'last_123.pth', weights_only=True)['config']
+    assert config['supports'] == [list(pair) for pair in chosen.items()]
+
+    code, output = run_script('test.py', *TINY, '--data-dir', shapes, '--restore-from', run, '--shot', 12, '--plots')
+    assert code == 0 and (run / 'plots/support_123.png').is_file(), output
+    assert json.loads((run / 'results.json').read_text())['shot'] == 12
+
+    path.rename(tmp_path / 'moved.csv')
+    flags = [tmp_path / 'moved.csv' if flag == path else flag for flag in flags]
+    code, output = run_script(*flags)
+    assert code == 0 and 'finished' in output, output  # the same list, somewhere else
+    (tmp_path / 'moved.csv').write_text(path.name and '\n'.join(f'{names[i]},{ids[0]}' for i, ids in
+                                                               enumerate(chosen.values())))  # fmt: skip
+    code, output = run_script(*flags)
+    assert code == 1 and 'content of support list was' in output, output
+    code, output = run_script(*flags, '--random-seed', '1,2')
+    assert code == 2 and 'give one --random-seed' in output
