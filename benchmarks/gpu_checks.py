@@ -45,6 +45,8 @@ def _run_scripts(setting, flags, predicts=True):
          'none', '--snapshot-dir', base, *flags),
         ('-m', 'utils.gen_fs_list', *lists),
         ('ft_pop.py', *where, *training_flags(setting), '--restore-from', base, '--snapshot-dir', folder),
+        ('ft_pop.py', *where, *training_flags(setting), '--restore-from', base, '--snapshot-dir', f'{folder}_views',
+         '--views', 2, '--base-views', 5),
         ('test.py', *where, '--restore-from', folder),
     ]  # fmt: skip
     if predicts:
@@ -58,7 +60,8 @@ def _run_scripts(setting, flags, predicts=True):
         if code:
             print(output[-2000:])
         script = command[1] if command[0] == '-m' else command[0]
-        rows.append(Row(f'{script} {name}, exit code', code, 0))
+        kind = f'{name} --views' if '--views' in command else name
+        rows.append(Row(f'{script} {kind}, exit code', code, 0))
     return rows
 
 
@@ -157,6 +160,7 @@ def synchronisations(setting: Setting) -> list[Row]:
     calls = {
         'stage-1 step': (stage_1_step(setting.variant(setting.half), 15), 0),
         'stage-2 step': (stage_2_step(setting.variant(setting.half), 15, 5), 0),
+        'stage-2 step on kept views': (stage_2_step(setting.variant(setting.half), 15, 5, views_are_kept=True), 0),
     }
     for place in ('gpu', 'memory'):
         validate = make_validation(setting, place, setting.half, setting.device, images=64, backbone='resnet18')

@@ -120,7 +120,7 @@ def keep(frozen: POP, batch: dict, variant: Variant) -> KeptFeatures:
     arrays = {name: values.permute(0, 2, 3, 1).half().contiguous() for name, values in maps.items()}
     size = tuple(mask.shape[1:])
     return KeptFeatures(
-        arrays | {'mask': mask.byte()}, {0: {'id': '', 'shape': size, 'canvas': size}}, [0], variant.device
+        arrays | {'mask': mask.byte().cpu()}, {0: {'id': '', 'shape': size, 'canvas': size}}, [0], variant.device
     )
 
 

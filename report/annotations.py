@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from core.files import atomic_write
+from dataset.annotations.regions import find_regions, polygon_of
 from dataset.legend import Legend
-from dataset.regions import find_regions, polygon_of
 from engine.distributed import all_gather, on_main
 from report.tensorboard import label_array
 

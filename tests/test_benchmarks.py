@@ -140,12 +140,12 @@ def test_commands_of_the_gpu_benchmark_are_valid(tmp_path, monkeypatch):
         return (1, 'out of memory: use --accumulate') if '-c' in command else (0, '')
 
     monkeypatch.setattr(gpu_cases, 'run_script', parse_only)
-    parts = {'smoke': 10, 'golden': 2, 'resume': 2, 'processes': 3, 'memory': 1}
+    parts = {'smoke': 12, 'golden': 2, 'resume': 2, 'processes': 3, 'memory': 1}
     for name, count in parts.items():
         rows = gpu.run_parts([name], small(tmp_path))
         assert len(rows) == count and all(row.passed for row in rows), rows
     assert Counter(started) == {
-        'train_base.py': 2 + 2 + 5 + 1 + 1, 'utils.gen_fs_list': 2, 'ft_pop.py': 2, 'test.py': 2, 'utils.predict': 2,
+        'train_base.py': 2 + 2 + 5 + 1 + 1, 'utils.gen_fs_list': 2, 'ft_pop.py': 4, 'test.py': 2, 'utils.predict': 2,
         'benchmarks/gpu_processes.py': 1,
     }  # fmt: skip
 

@@ -12,9 +12,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from dataset.coco_annotations import read_instances
+from dataset.annotations.coco import read_instances
+from dataset.annotations.outlines import decompress, rasterize, read_outline
 from dataset.masks import read_mask
-from dataset.outlines import decompress, rasterize, read_outline
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from coco_file import NAMES, SQUARE, small_file
 from pycocotools import mask as coco_mask
 
 from core.errors import InputError
-from dataset.coco_annotations import read_instances
-from dataset.entries import Fault
-from dataset.outlines import read_outline
+from dataset.annotations.coco import read_instances
+from dataset.annotations.entries import Fault
+from dataset.annotations.outlines import read_outline
 
 
 @pytest.fixture

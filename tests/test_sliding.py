@@ -13,10 +13,10 @@ from PIL import Image
 from torch import nn
 
 from dataset import DATASETS, transforms
-from dataset.coco_annotations import read_instances
+from dataset.annotations.coco import read_instances
+from dataset.annotations.outlines import rasterize
+from dataset.annotations.regions import find_regions, polygon_of
 from dataset.masks import read_mask
-from dataset.outlines import rasterize
-from dataset.regions import find_regions, polygon_of
 from engine.checkpoint import read_checkpoint, save_checkpoint
 from engine.evaluation import segment
 from engine.sliding import Axis, Blended, View, Views, WindowLogits, segment_views

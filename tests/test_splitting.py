@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 
-from dataset.splitting import choose_evaluation, on_one_side
+from dataset.annotations.splitting import choose_evaluation, on_one_side
 
 
 def test_every_class_that_can_be_is_on_both_sides():

@@ -19,9 +19,9 @@ from core.errors import InputError, exits_cleanly, some
 from core.names import files_by_id
 from core.parallel import parallel_map
 from dataset import DATASETS
-from dataset.coco_annotations import AnnotatedImage, InstancesFile, read_instances
+from dataset.annotations.coco import AnnotatedImage, InstancesFile, read_instances
+from dataset.annotations.outlines import RASTERIZERS, rasterize
 from dataset.lists import check_ids, keep_or_write_ids
-from dataset.outlines import RASTERIZERS, rasterize
 from utils.cli import make_parser
 from utils.preparation import add_output_flags, link_photographs, masks_to_make, write_mask
 

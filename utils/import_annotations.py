@@ -30,17 +30,17 @@ from core.errors import InputError, exits_cleanly, some
 from core.files import atomic_write, check_writable
 from core.names import files_by_id
 from core.parallel import parallel_map
+from dataset.annotations.imported import Classes, apply_crowd, choose_classes, draw
+from dataset.annotations.labelme import embedded_photograph
+from dataset.annotations.outlines import RASTERIZERS
+from dataset.annotations.photographs import unique_ids
+from dataset.annotations.sources import READERS, Export, Source, check_photographs
+from dataset.annotations.splitting import choose_evaluation, on_one_side
 from dataset.cards import FILE_NAME, read_card
 from dataset.classes import DATASETS
 from dataset.formats import SUFFIXES
-from dataset.imported import Classes, apply_crowd, choose_classes, draw
-from dataset.labelme_annotations import embedded_photograph
 from dataset.lists import check_ids, keep_or_write_ids
 from dataset.masks import read_mask, save_palette_png
-from dataset.outlines import RASTERIZERS
-from dataset.photographs import unique_ids
-from dataset.sources import READERS, Export, Source, check_photographs
-from dataset.splitting import choose_evaluation, on_one_side
 from utils.cli import BASE_SIZE, make_parser, not_negative, positive
 from utils.preparation import place_photograph
 

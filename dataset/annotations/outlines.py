@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from dataset.entries import Fault, shortened
+from dataset.annotations.entries import Fault, shortened
 
 RASTERIZERS = ('opencv', 'coco')
 # Labelling tools let vertices lie a little outside of the image, and drawing cuts that off. Swapped coordinates, or

@@ -9,10 +9,10 @@ import numpy as np
 
 from core import IGNORE_INDEX
 from core.errors import InputError, some
-from dataset.color_masks import read_color_names
+from dataset.annotations.color_masks import read_color_names
+from dataset.annotations.outlines import rasterize
+from dataset.annotations.sources import Export, Source
 from dataset.legend import Palette, colors_of
-from dataset.outlines import rasterize
-from dataset.sources import Export, Source
 from dataset.spec import MAX_CLASSES
 
 BACKGROUND = ('background', '_background_')  # names of no class, in any case

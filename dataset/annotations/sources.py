@@ -17,14 +17,14 @@ import numpy as np
 from core.errors import InputError, some
 from core.names import canonical, is_companion
 from core.parallel import parallel_map
-from dataset.coco_annotations import Instance, check_sizes, read_instances
-from dataset.color_masks import TABLE, read_color_names, read_color_table
-from dataset.entries import Faults
+from dataset.annotations.coco import Instance, check_sizes, read_instances
+from dataset.annotations.color_masks import TABLE, read_color_names, read_color_table
+from dataset.annotations.entries import Faults
+from dataset.annotations.labelme import displayed_size, embedded_photograph, read_labelme
+from dataset.annotations.photographs import PhotographIndex, PhotographIndices, made_folders
 from dataset.formats import undecodable
 from dataset.images import check_same_size
-from dataset.labelme_annotations import displayed_size, embedded_photograph, read_labelme
 from dataset.lists import read_ids
-from dataset.photographs import PhotographIndex, PhotographIndices, made_folders
 
 SPLITS = re.compile(r'(train|val|test)', re.IGNORECASE)  # how the names of splits begin: Train, valid, val2017
 COLOR_FOLDERS = ('SegmentationClass', 'SegmentationObject')  # of VOC and CVAT

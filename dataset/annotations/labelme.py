@@ -21,11 +21,11 @@ import numpy as np
 
 from core.errors import InputError
 from core.names import canonical
-from dataset.coco_annotations import Instance, image_id_of
-from dataset.entries import SIZE, TEXT, Fault, check_fields, read_json, shortened
+from dataset.annotations.coco import Instance, image_id_of
+from dataset.annotations.entries import SIZE, TEXT, Fault, check_fields, read_json, shortened
+from dataset.annotations.outlines import Outline, read_outline, run_lengths
 from dataset.formats import fits, open_with_pillow, read_picture
 from dataset.images import read_header
-from dataset.outlines import Outline, read_outline, run_lengths
 
 POLYGONS = ('polygon', 'rectangle', 'rotation', 'oriented_rectangle')  # the last two: boxes with four corners
 WITHOUT_AREA = ('point', 'points', 'line', 'linestrip')

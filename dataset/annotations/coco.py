@@ -15,9 +15,9 @@ from typing import NamedTuple
 from core.errors import InputError, some
 from core.names import canonical
 from core.parallel import parallel_map
-from dataset.entries import SIZE, TEXT, Fault, Faults, check_fields, read_json, shortened
+from dataset.annotations.entries import SIZE, TEXT, Fault, Faults, check_fields, read_json, shortened
+from dataset.annotations.outlines import Outline, read_outline
 from dataset.images import check_same_size, read_header
-from dataset.outlines import Outline, read_outline
 
 CROWD, BARE = 'crowd', 'without outline'
 

@@ -1,0 +1,1 @@
+"""Annotations of others: read, checked and drawn as masks, and masks written as annotations."""
