@@ -19,6 +19,10 @@ from core.ranks import rank, world_size
 
 EVALUATION_BATCH = {'cpu': 1, 'cuda': 16}  # images; at 473x473, a CPU is no faster with more
 TIMEOUT = 600  # seconds that a loader process may take for a batch
+ENDED = (
+    'a loader process ended ({}). The system usually kills processes when memory runs out. Use fewer --num-workers '
+    '(0: no processes).'
+)
 LONGEST_FOLDER = 60  # characters of a temporary folder in which sockets can be made: their paths have at most 107
 
 
@@ -68,9 +72,19 @@ class Loader(DataLoader):
     def __iter__(self) -> Iterator[dict]:
         try:
             yield from super().__iter__()
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, EOFError) as error:
+            if _lost_its_process(error):
+                raise InputError(ENDED.format(type(error).__name__)) from error
             raise_advice(error)
             raise
+
+
+def _lost_its_process(error):
+    """Whether an error is of a loader process that ended while it handed over a batch, before its end was noticed."""
+    broken = isinstance(error, (ConnectionError, EOFError)) or (
+        isinstance(error, FileNotFoundError) and error.filename is None  # its socket is gone
+    )
+    return broken and not str(error).startswith('Caught ')  # what a loader process raised itself
 
 
 def raise_advice(error: Exception):
@@ -85,10 +99,7 @@ def raise_advice(error: Exception):
             'it (docker run --shm-size=8g; mount -o remount,size=8g /dev/shm), or use --num-workers 0.'
         ) from error
     if ended := re.search(r'DataLoader worker .*(killed by signal: \w+|exited unexpectedly)', text):
-        raise InputError(
-            f'a loader process ended ({ended[1]}). The system usually kills processes when memory runs out. Use fewer '
-            '--num-workers (0: no processes).'
-        ) from error
+        raise InputError(ENDED.format(ended[1])) from error
     if 'DataLoader timed out' in text:
         raise InputError(
             f'no loader process delivered a batch for {TIMEOUT // 60} minutes. Check that the disk with the images '

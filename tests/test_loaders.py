@@ -103,7 +103,7 @@ class Views(Dataset):
 
 
 @pytest.mark.parametrize(('trouble', 'message'), (
-    (lambda index: os.kill(os.getpid(), signal.SIGKILL) if index == 3 else None, 'killed by signal: Killed.*memory'),
+    (lambda index: os.kill(os.getpid(), signal.SIGKILL) if index == 3 else None, 'ended .(killed by signal: Killed|Connection).*memory'),
     (lambda index: os._exit(3) if index == 5 else None, 'loader process ended.*--num-workers'),
     (lambda index: os.kill(os.getpid(), signal.SIGBUS) if index == 0 else None, '/dev/shm is full'),
     (lambda index: time.sleep(4) if index == 2 else None, 'no loader process delivered a batch'),
@@ -114,6 +114,28 @@ def test_a_loader_process_that_fails_ends_the_run(monkeypatch, trouble, message)
     with pytest.raises(InputError, match=message), process_group('cpu'):
         read(Scenes(trouble=trouble))
     assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize('error', (ConnectionResetError(104, 'reset'), EOFError(), FileNotFoundError(2, 'no socket')))
+def test_a_process_that_ends_while_it_hands_over_a_batch_is_named(monkeypatch, error):
+    def broken(loader):
+        raise error
+        yield
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, '__iter__', broken)
+    with pytest.raises(InputError, match=r'loader process ended.*--num-workers'):
+        read(Scenes())
+
+
+@pytest.mark.parametrize('error', (FileNotFoundError(2, 'gone', 'a.jpg'), EOFError('Caught EOFError in worker 0')))
+def test_an_error_of_a_file_is_none_of_the_processes(monkeypatch, error):
+    def broken(loader):
+        raise error
+        yield
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, '__iter__', broken)
+    with pytest.raises(type(error)):
+        read(Scenes())
 
 
 def test_an_error_of_the_program_keeps_its_traceback():
