@@ -103,7 +103,10 @@ class Views(Dataset):
 
 
 @pytest.mark.parametrize(('trouble', 'message'), (
-    (lambda index: os.kill(os.getpid(), signal.SIGKILL) if index == 3 else None, 'ended .(killed by signal: Killed|Connection).*memory'),
+    (
+        lambda index: os.kill(os.getpid(), signal.SIGKILL) if index == 3 else None,
+        'ended .(killed by signal: Killed|Connection).*memory',
+    ),
     (lambda index: os._exit(3) if index == 5 else None, 'loader process ended.*--num-workers'),
     (lambda index: os.kill(os.getpid(), signal.SIGBUS) if index == 0 else None, '/dev/shm is full'),
     (lambda index: time.sleep(4) if index == 2 else None, 'no loader process delivered a batch'),
