@@ -87,6 +87,15 @@ def draw_base(
     )
 
 
+def base_shortage(class_lists: dict[int, list[str]], shot: int, support: Collection[str] = (), seed: int = 0) -> str:
+    """Why stage 2 cannot draw base images beside these support images, as it does at its start; '' where it can."""
+    try:
+        draw_base(class_lists, shot, support, seed, epoch=0)
+    except InputError as error:
+        return str(error)
+    return ''
+
+
 def _try_draw_base(free, shot, rng, repeats):
     """Draw once from `free` (class id -> image ids): the ids, and the class that has too few left, or None."""
     drawn, seen = [], set()

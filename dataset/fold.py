@@ -158,7 +158,7 @@ class FoldData:
             redraw_every: number of epochs after which new base images are drawn; 0 keeps the first draw.
         """
         base, class_lists = self.base_images(augmentation)
-        support_ids = [image_id for ids in self.supports(shot, seed).values() for image_id in ids]
+        support_ids = [image_id for ids in self.checked_supports(shot, seed).values() for image_id in ids]
         samples = self.samples('train', support_ids, novel_as_background=False)
         if self.novel_only:
             samples.table[samples.table <= len(self.base_ids)] = IGNORE_INDEX
@@ -199,30 +199,33 @@ class FoldData:
         K of each class where they are drawn; any number where they were chosen by hand.
 
         Raises:
-            InputError: the list is missing or wrong, or belongs to another fold or shot.
+            InputError: the list is missing or wrong, or belongs to another shot.
         """
         path = self.support_path(shot, seed)
         if self.support_list:
-            supports = read_supports(path, {c: self.spec.classes[c] for c in self.novel_ids})
-            hint = 'Correct the list, or the mask.'
-        else:
-            make = f'make it with: {self._support_command(shot, seed)}'
-            hint = f'Is it a list of another fold? If so, delete {path} and {make}'
-            ids = self._read(path, make, allow_repeats=True)
-            if len(ids) != shot * len(self.novel_ids):
-                raise InputError(
-                    f'list {path} names {len(ids)} images; expected {shot * len(self.novel_ids)}, {shot} for each of '
-                    f'{len(self.novel_ids)} novel classes. Is it a list of another shot? If so, delete {path} and '
-                    f'{make}'
-                )
-            supports = {c: ids[i * shot : (i + 1) * shot] for i, c in enumerate(self.novel_ids)}
+            return read_supports(path, {c: self.spec.classes[c] for c in self.novel_ids})
+        make = f'make it with: {self._support_command(shot, seed)}'
+        ids = self._read(path, make, allow_repeats=True)
+        if len(ids) != shot * len(self.novel_ids):
+            raise InputError(
+                f'list {path} names {len(ids)} images; expected {shot * len(self.novel_ids)}, {shot} for each of '
+                f'{len(self.novel_ids)} novel classes. Is it a list of another shot? If so, delete {path} and {make}'
+            )
+        return {c: ids[i * shot : (i + 1) * shot] for i, c in enumerate(self.novel_ids)}
+
+    def checked_supports(self, shot: int, seed: int) -> dict[int, list[str]]:
+        """As `supports`; InputError too where a support image does not show its class, as in a list of another fold."""
+        path, supports = self.support_path(shot, seed), self.supports(shot, seed)
         samples = self.samples('train', [i for ids in supports.values() for i in ids], novel_as_background=False)
         entries = [(label, class_id, image_id)
                    for label, (class_id, ids) in enumerate(supports.items(), len(self.base_ids) + 1)
                    for image_id in ids]  # fmt: skip
         for number, (label, class_id, image_id) in enumerate(entries, 1):
             if label not in samples.read(image_id)[1]:
-                line = '' if self.support_list else f', line {number}'
+                line, hint = '', 'Correct the list, or the mask.'
+                if not self.support_list:
+                    line, make = f', line {number}', self._support_command(shot, seed)
+                    hint = f'Is it a list of another fold? If so, delete {path} and make it with: {make}'
                 raise InputError(f'list {path}{line}: image {image_id} does not show novel class {class_id}. {hint}')
         return supports
 

@@ -69,11 +69,6 @@ class DatasetSpec:
         return str(self.card) if self.root else self.name
 
     @property
-    def num_classes(self) -> int:
-        """Number of classes, without the background."""
-        return len(self.classes)
-
-    @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes in ascending class id, without the background."""
         return tuple(self.classes.values())

@@ -122,7 +122,8 @@ def one_pass(
             shapes = batch['shape'][group]
             height, width = map(max, zip(*shapes, strict=True))
             shown = {name: values[group] for name, values in maps.items()}
-            predictions = segment(net, shown, constants, batch['canvas'][group.start], (height, width), dtype)
+            canvas, shape = batch['canvas'][group.start], (height, width)
+            predictions = predict(visible_logits(net, shown, constants, canvas, shape, dtype), canvas, shape)
             yield Segmented(batch['id'][group], shapes, predictions, masks[group, :height, :width])
 
 
@@ -164,7 +165,7 @@ def _exchange_signals(finished):
     return count == processes
 
 
-def segment(
+def visible_logits(
     net: Network,
     maps: dict[str, torch.Tensor],
     constants,
@@ -172,7 +173,7 @@ def segment(
     shape: tuple[int, int],
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Labels of images from their maps. What shows only padding is not computed.
+    """Logits of images from their maps. What shows only padding is not computed.
 
     Args:
         net: classifies the maps.
@@ -183,20 +184,8 @@ def segment(
         dtype: of convolutions.
 
     Returns:
-        int64 [B, H, W].
+        [B, K, h, w], zero where they show only padding.
     """
-    return predict(visible_logits(net, maps, constants, canvas, shape, dtype), canvas, shape)
-
-
-def visible_logits(
-    net: Network,
-    maps: dict[str, torch.Tensor],
-    constants,
-    canvas: tuple[int, int],
-    shape: tuple[int, int],
-    dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:
-    """What `segment` upsamples: logits [B, K, h, w], which are zero where they show only padding."""
     any_map = next(iter(maps.values()))
     sizes = any_map.shape[-2:]
     count = needed if net.POSITIONWISE else _shown

@@ -85,9 +85,7 @@ class InferenceNetwork(nn.Module):
         """Trace the network for images of a type, with any batch size."""
         example = torch.zeros(2, 3, *self.size, dtype=dtype)  # a batch of one would be taken for the only size
         with torch.no_grad():
-            self(
-                example
-            )  # the decoder's constant matrices must be made before, so that they are constants of the trace
+            self(example)  # makes the decoder's constant matrices, so that they are constants of the trace
             program = torch.export.export(self, (example,), dynamic_shapes=BATCH_SIZES, strict=False)
         for module in program.graph_module.modules():
             for node in module.graph.nodes if hasattr(module, 'graph') else ():

@@ -98,7 +98,7 @@ class FeatureStore:
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                file = stack.enter_context(open(self._lock(name), 'w'))
+                file = stack.enter_context(open(self._lock_path(name), 'w'))
                 waits = False
                 while not _lock(file):
                     if not waits:
@@ -108,7 +108,7 @@ class FeatureStore:
                     time.sleep(0.2)
             yield
 
-    def _lock(self, name):
+    def _lock_path(self, name):
         return self.folder / f'.{name}.lock'
 
     def is_complete(self, name: str) -> bool:
@@ -211,7 +211,7 @@ class FeatureStore:
         for folder in sets:
             if used + need <= self.limit and need + SPARE_DISK <= shutil.disk_usage(self.folder).free:
                 break
-            with contextlib.suppress(OSError), open(self._lock(folder.name), 'w') as file:
+            with contextlib.suppress(OSError), open(self._lock_path(folder.name), 'w') as file:
                 if _lock(file):
                     used -= _size(folder)
                     shutil.rmtree(folder, ignore_errors=True)

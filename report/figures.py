@@ -57,7 +57,7 @@ def panel_figure(
         axis.set_axis_off()
     figure.suptitle(plain_text(title), fontsize=13)
     kinds = [_patch(name, color) for name, color in list(ERRORS.items())[1:]]
-    figure.legend(handles=[*class_patches(legend, present), *kinds], loc='outside lower center', ncols=6,
+    figure.legend(handles=[*_patches(legend, present), *kinds], loc='outside lower center', ncols=6,
                   frameon=False, fontsize=12)  # fmt: skip
     return figure
 
@@ -158,15 +158,19 @@ def support_figure(support: Sequence[Sequence[tuple[str, np.ndarray, np.ndarray]
     for axis in axes.flat:
         axis.set_axis_off()
     per_class = -(-shot // columns) * columns if shot > 1 else 1
-    present = set()
     for i, (label, images) in enumerate(zip(legend.novel_labels, support, strict=True)):
         for axis, (image_id, image, labels) in zip(axes.flat[i * per_class :], images, strict=False):
             axis.imshow(color_classes(image, labels, legend))
             axis.set_title(plain_text(f'{legend.names[label]}\n{image_id}'), fontsize=9)
-            present |= {k for k in np.unique(labels).tolist() if 0 < k < len(legend.names)}
-    figure.legend(handles=class_patches(legend, sorted(present)), loc='outside lower center', ncols=max(2, columns + 1),
-                  frameon=False, fontsize=10)  # fmt: skip
+    add_legend(figure, (labels for images in support for _, _, labels in images), legend, columns=max(2, columns + 1))
     return figure
+
+
+def add_legend(figure: Figure, maps: Iterable[np.ndarray], legend: Legend, columns: int = 6):
+    """Name, below a figure, the classes that label maps (uint8) show, without the background."""
+    shown = {label for labels in maps for label in np.unique(labels).tolist() if 0 < label < len(legend.names)}
+    figure.legend(handles=_patches(legend, sorted(shown)), loc='outside lower center', ncols=columns, frameon=False,
+                  fontsize=10)  # fmt: skip
 
 
 def color_classes(image: np.ndarray, labels: np.ndarray, legend: Legend) -> np.ndarray:
@@ -183,7 +187,7 @@ def legend_figure(legend: Legend) -> Figure:
     """The colours of all classes but background."""
     count = len(legend.names) - 1
     figure = Figure(figsize=(8, 0.6 + 0.25 * -(-count // 4)), layout='constrained')
-    figure.legend(handles=class_patches(legend, range(1, count + 1)), loc='center', ncols=4, frameon=False, fontsize=10)
+    figure.legend(handles=_patches(legend, range(1, count + 1)), loc='center', ncols=4, frameon=False, fontsize=10)
     return figure
 
 
@@ -192,7 +196,7 @@ def _patch(name, color):
     return Patch(facecolor=np.asarray(color) / 255, edgecolor='grey', label=name)
 
 
-def class_patches(legend: Legend, labels: Iterable[int]) -> list[Patch]:
+def _patches(legend, labels):
     """Entries of a matplotlib legend for labels."""
     return [_patch(legend.names[k], legend.colors[k]) for k in labels]
 

@@ -143,7 +143,7 @@ def draw_seed(
     figures = {'confusion': confusion_figure(confusion, legend), 'prototypes': similarity_figure(prototypes, legend)}
     if legend.novel_labels and data.taught is None:
         try:
-            supports = list((chosen or data.supports(shot, seed)).values())
+            supports = list((chosen or data.checked_supports(shot, seed)).values())
             samples = data.samples('train', [i for ids in supports for i in ids], novel_as_background=False)
             figures['support'] = support_figure([[(i, *samples.read(i)) for i in ids] for ids in supports], legend)
         except InputError as error:  # the other figures do not need the training images

@@ -8,7 +8,7 @@ import numpy as np
 
 from core.files import atomic_write, json_ready
 from dataset.legend import Legend
-from report.figures import class_patches, color_classes
+from report.figures import add_legend, color_classes
 from report.plotting import Figure, plain_text, save_figure
 from report.tables import markdown_table
 
@@ -61,9 +61,6 @@ def draw_panel(
             axis.imshow(picture)
             axis.set_title(plain_text(title), fontsize=9)
             axis.set_axis_off()
-    shown = {label for _, _, mask, prediction, _ in rows for label in (*np.unique(mask), *np.unique(prediction))}
-    present = sorted(label for label in shown if 0 < label < len(legend.names))
-    figure.legend(handles=class_patches(legend, present), loc='outside lower center', ncols=6, frameon=False,
-                  fontsize=9)  # fmt: skip
+    add_legend(figure, (labels for _, _, *maps, _ in rows for labels in maps), legend)
     figure.suptitle(plain_text(name), fontsize=13)
     save_figure(path, figure)

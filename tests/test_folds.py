@@ -22,8 +22,8 @@ def test_folds_of_pascal_5i_and_coco_20i():
     assert len(coco.class_names) == 80 and coco.class_names[0] == 'person' and coco.class_names[79] == 'toothbrush'
     for spec in DATASETS.values():
         for fold in range(4):
-            assert sorted(spec.base_ids(fold) + spec.novel_ids(fold)) == list(range(1, spec.num_classes + 1))
-        assert spec.novel_ids(-1) == () and len(spec.base_ids(-1)) == spec.num_classes
+            assert sorted(spec.base_ids(fold) + spec.novel_ids(fold)) == list(range(1, len(spec.classes) + 1))
+        assert spec.novel_ids(-1) == () and len(spec.base_ids(-1)) == len(spec.classes)
         with pytest.raises(ValueError, match=r'folds 0\.\.3'):
             spec.novel_ids(4)
     assert len(set(SHAPES)) == 20 and SHAPES[10] == ('star', 'plain')

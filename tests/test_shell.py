@@ -28,8 +28,8 @@ def make_rectangles(folder, name, images):
             directory.mkdir(parents=True, exist_ok=True)
         for i, image_id in enumerate(ids):
             mask = np.zeros((150, 260), np.uint8)
-            mask[5:145, 5:125] = i % spec.num_classes + 1
-            mask[5:145, 130:250] = (i + spec.num_classes // 2) % spec.num_classes + 1
+            mask[5:145, 5:125] = i % len(spec.classes) + 1
+            mask[5:145, 130:250] = (i + len(spec.classes) // 2) % len(spec.classes) + 1
             image = np.repeat(mask[:, :, None] * 3, 3, 2) + rng.integers(0, 9, (150, 260, 1), np.uint8)
             cv2.imwrite(str(dirs[0] / f'{image_id}.jpg'), image)
             cv2.imwrite(str(dirs[1] / f'{image_id}.png'), mask)

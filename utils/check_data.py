@@ -23,7 +23,7 @@ from core.errors import InputError, exits_cleanly, some
 from core.parallel import parallel_map
 from dataset import DatasetSpec, FoldData
 from dataset.cards import read_entries
-from dataset.fewshot import draw_base
+from dataset.fewshot import base_shortage
 from dataset.formats import jpeg_damage, palette_colors, read_file, read_picture
 from dataset.images import Samples, read_header
 from dataset.labels import ranges
@@ -222,10 +222,8 @@ def check_base_draws(
     lists = {c: [ids[i] for i in np.flatnonzero(pixels[:, c] >= spec.min_pixels)] for c in spec.base_ids(fold)}
     findings = []
     for shot in shots if all(lists.values()) else ():  # empty classes are found by `check_classes`
-        try:
-            draw_base(lists, shot, support=(), seed=0, epoch=0)
-        except InputError as error:
-            findings.append(Finding(severity, f'fold {fold}, {shot}-shot', str(error)))
+        if shortage := base_shortage(lists, shot):
+            findings.append(Finding(severity, f'fold {fold}, {shot}-shot', shortage))
     return findings
 
 
@@ -241,7 +239,7 @@ def check_lists(data: FoldData, shots: Sequence[int]) -> list[Finding]:
     for shot in shots:
         for path in sorted(data.lists.support(shot, 0).parent.glob(f'fold{data.fold}_{shot}shot_seed*.txt')):
             try:
-                supports = data.supports(shot, int(path.stem.rpartition('seed')[2]))
+                supports = data.checked_supports(shot, int(path.stem.rpartition('seed')[2]))
             except InputError as error:
                 findings.append(Finding('error', path.name, str(error)))
                 continue

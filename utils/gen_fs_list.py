@@ -12,7 +12,7 @@ from pathlib import Path
 
 from core.errors import InputError, exits_cleanly, some
 from dataset import FoldData
-from dataset.fewshot import draw_base, draw_support
+from dataset.fewshot import base_shortage, draw_support
 from dataset.lists import read_ids, write_ids
 from utils.cli import add_seeds, make_parser, not_negative, positive
 from utils.data_flags import add_dataset_flags, check_data_flags
@@ -60,17 +60,8 @@ def main(args: argparse.Namespace):
                 else:
                     write_ids(path, draw_support(class_lists, shot, seed))
                     print(f'wrote {path}')
-                if reason := shortage(base_lists, shot, read_ids(path, allow_repeats=True), seed):
+                if reason := base_shortage(base_lists, shot, read_ids(path, allow_repeats=True), seed):
                     print(f'note: ft_pop.py will refuse this draw: {reason}')
-
-
-def shortage(base_lists: dict[int, list[str]], shot: int, support: Collection[str], seed: int) -> str | None:
-    """Why stage 2 cannot draw base images beside these support images; None where it can."""
-    try:
-        draw_base(base_lists, shot, set(support), seed, epoch=0)
-    except InputError as error:
-        return str(error)
-    return None
 
 
 def check_subset(path: Path, train_list: Path, train_ids: Collection[str]):

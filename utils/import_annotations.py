@@ -137,7 +137,8 @@ def _holds(path, mask):
 def write_card(path: Path, classes: Classes, sizes: Sequence[tuple[int, int]], lists: dict, overwrite: bool) -> str:
     """Write the card, with the lists of these splits, unless it exists; returns what was done."""
     if path.is_file() and not overwrite:
-        novel = [read_card(path).classes[c] for fold in read_card(path).folds[:1] for c in fold]
+        spec = read_card(path)
+        novel = [spec.classes[c] for fold in spec.folds[:1] for c in fold]
         same = sorted(novel) == sorted(classes.novel) or not classes.novel
         return f'kept {path}' + ('' if same else f', which has other novel classes: {some(novel) or "none"}')
     name = path.resolve().parent.name
