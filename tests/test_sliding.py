@@ -18,9 +18,10 @@ from dataset.annotations.outlines import rasterize
 from dataset.annotations.regions import find_regions, polygon_of
 from dataset.masks import read_mask
 from engine.checkpoint import read_checkpoint, save_checkpoint
-from engine.evaluation import segment
+from engine.evaluation import visible_logits
 from engine.sliding import Axis, Blended, View, Views, WindowLogits, segment_views
 from model import Network, build_model
+from model.kernels import predict
 
 CPU = torch.device('cpu')
 SIZE = (65, 33)
@@ -116,7 +117,8 @@ def test_a_photograph_that_fits_one_window_is_segmented_as_in_one_pass(net, phot
     image, _ = transforms.to_tensors(*resized, SIZE)
     with torch.no_grad():
         canvas = transforms.canvas_of(shape, SIZE)
-        expected = segment(net, net.maps(image[None]), net.constants(), canvas, shape)[0]
+        logits = visible_logits(net, net.maps(image[None]), net.constants(), canvas, shape)
+        expected = predict(logits, canvas, shape)[0]
     for views in (Views(), Views(scale=transforms.fit_factor(shape, SIZE))):
         labels, _ = views_of(net, photograph, views)
         assert (labels == expected).float().mean() > 0.999  # ties
