@@ -102,8 +102,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f'--start-epoch needs a stage-2 checkpoint; --restore-from {args.restore_from} is none')
     if args.views and args.features == 'off':
         parser.error('--views trains on kept features; give --features another place than off')
-    if args.support_list and len(args.random_seed) > 1:
-        parser.error('--support-list names the support images of one run; give one --random-seed')
+    if args.support_list and (args.nested or len(args.random_seed) > 1):
+        parser.error('--support-list names the support images of one run; give one --random-seed, and no --nested')
     if not args.dataset.novel_ids(args.fold):
         parser.error(f'--fold {args.fold} has no novel classes, so there is nothing for stage 2 to learn')
     return args

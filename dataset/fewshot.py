@@ -39,6 +39,32 @@ def draw_support(class_lists: dict[int, list[str]], shot: int, seed: int) -> lis
     return support
 
 
+def draw_nested_support(class_lists: dict[int, list[str]], shot: int, seed: int) -> list[str]:
+    """Draw support images so that those of a smaller `shot` are the first ones of each class.
+
+    Classes take turns, one image each, until all have K. The draws are not those of the published code.
+
+    Args, returns and errors: as `draw_support`.
+    """
+    orders = {c: random.Random(f'{seed} {c}').sample(ids, len(ids)) for c, ids in class_lists.items()}
+    support, taken = {c: [] for c in class_lists}, set()
+    for turn in range(shot):
+        for class_id, order in orders.items():
+            if not order:
+                raise InputError(
+                    f'novel class {class_id} has no image that shows enough of it, so it cannot be learned'
+                )
+            image_id = next((image_id for image_id in order if image_id not in taken), None)
+            if image_id is None and set(order) - set(support[class_id]):
+                raise InputError(
+                    f'novel class {class_id}: {shot} support images asked for, but only {turn} of its {len(order)} '
+                    'images do not support another class. Use fewer shots, another seed or more training images.'
+                )
+            support[class_id].append(image_id or order[turn % len(order)])
+            taken.add(image_id)
+    return [image_id for ids in support.values() for image_id in ids]
+
+
 def _draw_unused(class_id, ids, shot, taken, rng):
     unused = set(ids) - taken
     if len(unused) < shot:

@@ -37,6 +37,7 @@ class FoldData:
         taught: class ids of the novel classes that a network has learned, in the order of its labels, where these are
             not those of the fold (`utils.teach`); the others count as background.
         support_list: support images that were chosen by hand (`supports.read_supports`), in place of drawn ones.
+        nested: the drawn support images of fewer shots are among those of more (`gen_fs_list --nested`).
         novel_only: supports label their novel classes only; the other pixels are unknown, and ignored.
         repeat_base: a base class with fewer images than are drawn in an epoch gives them several times.
     """
@@ -50,6 +51,7 @@ class FoldData:
     skip_bad: bool = False
     taught: tuple[int, ...] | None = None
     support_list: Path | None = None
+    nested: bool = False
     novel_only: bool = False
     repeat_base: bool = False
 
@@ -176,7 +178,7 @@ class FoldData:
 
     def support_path(self, shot: int, seed: int) -> Path:
         """The list of the support images of a draw, or of those that were chosen by hand."""
-        return self.support_list or self.lists.support(shot, seed)
+        return self.support_list or self.lists.support(shot, seed, self.nested)
 
     def check_support_lists(self, shot: int, seeds: Sequence[int]):
         """Raise one InputError for all missing support lists; `few_shot_training` checks what the others hold."""
@@ -190,6 +192,7 @@ class FoldData:
         command = (
             'python', '-m', 'utils.gen_fs_list', '--dataset', self.spec.choice, '--data-dir', self.data_dir,
             '--train-list', self.train_list, '--fold', self.fold, '--shot', shot, '--seed', *seeds,
+            *(['--nested'] if self.nested else []),
         )  # fmt: skip
         return shlex.join(map(str, command))
 

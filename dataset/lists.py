@@ -66,9 +66,10 @@ class FoldLists:
         """Images that can support a novel class."""
         return self.root / f'fold{self.fold}' / f'train_novel_class{class_id}.txt'
 
-    def support(self, shot: int, seed: int) -> Path:
-        """Support images of a draw."""
-        return self.root / f'fold{self.fold}' / f'fold{self.fold}_{shot}shot_seed{seed}.txt'
+    def support(self, shot: int, seed: int, nested: bool = False) -> Path:
+        """Support images of a draw (`fewshot.draw_support`), or of a nested one (`fewshot.draw_nested_support`)."""
+        name = f'fold{self.fold}_{shot}shot_seed{seed}{"_nested" if nested else ""}.txt'
+        return self.root / f'fold{self.fold}' / name
 
 
 def read_ids(

@@ -4,8 +4,11 @@ FOLDER/scooter/IMG_1.jpg    a photograph: JPEG, PNG, WebP, BMP or TIFF
 FOLDER/scooter/IMG_1.png    its mask: any pixel that is not zero is the class
 FOLDER/scooter/IMG_2.png    a photograph that is itself a PNG
 FOLDER/scooter/IMG_2_mask.png
+
+Or photographs whose masks show several classes: a folder with a card, `dataset.yaml` (`cards`).
 """
 
+import dataclasses
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +16,15 @@ from pathlib import Path
 
 import numpy as np
 
+from core import IGNORE_INDEX
 from core.errors import InputError, some
 from core.names import canonical, is_companion, printable
+from dataset.cards import FILE_NAME
+from dataset.classes import find_dataset
+from dataset.fold import FoldData
 from dataset.formats import SUFFIXES
 from dataset.images import check_same_size, read_image
+from dataset.labels import label_table
 from dataset.legend import Legend
 from dataset.masks import read_binary_mask
 from dataset.spec import MAX_CLASSES
@@ -33,7 +41,8 @@ class SupportImage:
     Attributes:
         name: of the file.
         image: RGB uint8 [H, W, 3].
-        mask: uint8 [H, W], 1 where it shows the class, 0 elsewhere.
+        mask: uint8 [H, W], 1 where it shows the class, 255 where another class that is taught or nothing known, 0
+            elsewhere.
     """
 
     name: str
@@ -140,6 +149,58 @@ def read_support(photograph: Path, mask: Path, size: tuple[int, int]) -> Support
     return SupportImage(printable(photograph.name), image, fitted)
 
 
+def read_support_folder(folder: Path, size: tuple[int, int]) -> tuple[dict[str, list[SupportImage]], list[str]]:
+    """Read all photographs and masks of classes, resized to fit (H, W).
+
+    Args:
+        folder: with a sub-folder for each class, or with a card.
+        size: (H, W).
+
+    Returns:
+        Class name -> its photographs; and names of what is left out.
+
+    Raises:
+        InputError: what is wrong with the folder, or with a file.
+    """
+    if (folder / FILE_NAME).is_file():
+        return read_described_support(folder, size)
+    found, others = find_support(folder)
+    return {name: [read_support(*pair, size) for pair in pairs] for name, pairs in found.items()}, others
+
+
+def read_described_support(folder: Path, size: tuple[int, int]) -> tuple[dict[str, list[SupportImage]], list[str]]:
+    """Read the photographs of the training list of a card, whose masks may show several classes.
+
+    Its novel classes are taught, or all classes where it names no novel ones. What masks call background or another
+    class is 0, as in a mask of one class.
+
+    Args, returns and errors: as `read_support_folder`; ids of photographs without a taught class are left out.
+    """
+    spec = find_dataset(str(folder))
+    taught = spec.novel_ids(0) if spec.folds else spec.base_ids(-1)
+    data = FoldData(spec, spec.root, -1, spec.list_path('train', spec.root), None)
+    samples = data.samples('train', data.ids('train'), novel_as_background=True)
+    table = label_table(taught, (), True, spec.background, spec.ignore)
+    table[[c for c in spec.classes if c not in taught]] = 0
+    samples = dataclasses.replace(samples, table=table)
+    support, left_out = {spec.classes[c]: [] for c in taught}, []
+    for image_id in data.ids('train'):
+        image, labels = resize_to_fit(*samples.read(image_id), size)
+        shown = [label for label in range(1, len(taught) + 1) if label in labels]
+        for label in shown:
+            mask = np.where(labels == label, 1, np.where(labels == 0, 0, IGNORE_INDEX)).astype(np.uint8)
+            support[spec.classes[taught[label - 1]]].append(
+                SupportImage(samples.image_path(image_id).name, image, mask)
+            )
+        left_out += [] if shown else [image_id]
+    if empty := [name for name, images in support.items() if not images]:
+        raise InputError(
+            f'{spec.card}: no photograph shows {some(empty)} at the size of {size[0]}x{size[1]}; add some, or name the '
+            'classes to teach: novel: [...]'
+        )
+    return support, left_out
+
+
 class SupportSamples:
     """Reads support images as `images.Samples` reads those of a data set; ids are CLASS/NAME.
 
@@ -173,9 +234,9 @@ class SupportSamples:
         return self.images[image_id][0].image
 
     def read(self, image_id: str) -> tuple[np.ndarray, np.ndarray]:
-        """One image and its labels, uint8 [H, W]: the label of its class, 0 elsewhere."""
+        """One image and its labels, uint8 [H, W]: the label of its class, 255 where it is unknown, 0 elsewhere."""
         support, label = self.images[image_id]
-        return support.image, support.mask * np.uint8(label)
+        return support.image, np.where(support.mask == 1, np.uint8(label), support.mask)
 
 
 def extend_legend(

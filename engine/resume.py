@@ -37,7 +37,7 @@ FIXED_FLAGS = (
     'freeze_backbone', 'filter_novel', 'train', 'content of training list', 'content of base network',
 )  # fmt: skip
 # Flags that runs of earlier versions do not name, with the value that these had in effect.
-LATER_FLAGS = {'views': 0, 'support_labels': 'all', 'repeat_base_images': False}
+LATER_FLAGS = {'views': 0, 'nested': False, 'support_labels': 'all', 'repeat_base_images': False}
 CHECKPOINTS = ('last', 'previous', 'best')  # stage 2 appends the seed
 RUN_FILES = (
     'last*.pth', 'last*.damaged', 'previous*.pth', 'best*.pth', 'epoch_*.pth', 'metrics.jsonl', 'log.txt', 'args.json',

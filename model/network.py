@@ -37,6 +37,7 @@ class Network(nn.Module):
         background: False: every pixel is of a class, so that evaluation never predicts label 0.
         POSITIONWISE: `classify` treats every position for itself. Otherwise it gets no padding.
         BASE_LEARNING_RATE: default of stage 1, of the backbone.
+        BASE_MODEL: row of `model.MODELS` whose networks of stage 1 this method starts from; None: it has its own.
         BATCH_UNIT: number of images of which a batch of stage 1 must be a multiple.
         REGISTERS: `register` takes the place of stage 2.
     """
@@ -47,6 +48,7 @@ class Network(nn.Module):
     VARIANTS: tuple[str, ...] = ('head',)
     POSITIONWISE = True
     BASE_LEARNING_RATE = 1e-3
+    BASE_MODEL: str | None = None
     BATCH_UNIT = 1
     REGISTERS = False
 

@@ -1,9 +1,10 @@
-"""Tables of a sweep: the paper's table in Markdown and LaTeX, and every seed's numbers as CSV."""
+"""Tables of a sweep: the paper's table in Markdown and LaTeX, differences between methods, all numbers as CSV."""
 
 import csv
 import io
+import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,33 +15,50 @@ from engine.metrics import SUMMARY
 from model import MODELS
 from report.tables import latex_table, markdown_table, mean_and_std
 
-COLUMNS = ('base', 'novel', 'total', 'harmonic')
+COLUMNS = {key: SUMMARY[key] for key in ('base', 'novel', 'total', 'harmonic')} | {'forgotten': 'Forgotten'}
+FORGOTTEN = 'Forgotten: mIoU of the base classes without background before stage 2, minus that after it.'
+SELECTED = {  # weights -> what a table says of them
+    'last': 'weights of the last epoch',
+    'best': 'weights selected on the evaluation images, so these numbers are optimistic',
+}
+Lines = list[list[str]]
 
 
 def read_results(folders: Iterable[Path], out: Path) -> list[dict]:
     """Read the results.json of evaluations.
 
     Args:
-        folders: folders of evaluations; those without results.json are left out.
+        folders: folders of evaluations, of both stages; those without results.json are left out.
         out: folder of the sweep.
 
     Returns:
-        For each seed of each evaluation 'method', 'dataset', 'fold', 'shot', 'seed', the keys of `SUMMARY` in percent,
-        'images' and 'listed_images' (`results.seed_result`), 'checkpoint' and 'run', the folder relative to `out`.
+        For each seed of each evaluation of stage 2 'method', 'dataset', 'fold', 'shot', 'seed', 'weights', the keys of
+        `SUMMARY` in percent, 'forgotten' (NaN where stage 1 was not evaluated), 'images' and 'listed_images'
+        (`results.seed_result`), 'checkpoint' and 'run', the folder relative to `out`.
     """
+    paths = [path for folder in folders if (path := folder / 'results.json').is_file()]
+    contents = {path: parse_json(path.read_bytes(), path) for path in paths}
+    before = {}  # base model, data set, fold -> mIoU of base classes after stage 1
+    for content in contents.values():
+        if content['shot'] is None:
+            (result, *_) = content['seeds'].values()
+            key = content.get('model', DEFAULT_MODEL), content['dataset'], content['fold']
+            before[key] = result['base_without_background']
     rows = []
-    for folder in folders:
-        path = folder / 'results.json'
-        if not path.is_file():
-            continue
-        content = parse_json(path.read_bytes(), path)
-        for seed, result in content['seeds'].items():
+    for path, content in contents.items():
+        model, shot = content.get('model', DEFAULT_MODEL), content['shot']
+        place = {key: content[key] for key in ('dataset', 'fold', 'shot')}
+        base_model = MODELS[model].BASE_MODEL or model
+        for seed, result in content['seeds'].items() if shot is not None else ():
             means = {key: float('nan') if result[key] is None else result[key] for key in SUMMARY}
-            method = MODELS[content.get('model', DEFAULT_MODEL)].title
-            place = {'method': method, **{key: content[key] for key in ('dataset', 'fold', 'shot')}, 'seed': int(seed)}
-            rests_on = {key: result.get(key, '') for key in ('images', 'listed_images')}  # older results lack them
-            source = {'checkpoint': Path(result['checkpoint']).name, 'run': os.path.relpath(folder, out)}
-            rows.append(place | means | rests_on | source)
+            known = before.get((base_model, place['dataset'], place['fold']))
+            forgotten = float('nan') if known is None else known - means['base_without_background']
+            rows.append({
+                'method': MODELS[model].title, **place, 'seed': int(seed), 'weights': content.get('weights', 'best'),
+                **means, 'forgotten': forgotten,
+                **{key: result.get(key, '') for key in ('images', 'listed_images')},  # older results lack them
+                'checkpoint': Path(result['checkpoint']).name, 'run': os.path.relpath(path.parent, out),
+            })  # fmt: skip
     return rows
 
 
@@ -49,18 +67,30 @@ def write_tables(out: Path, rows: Sequence[dict], folds: Sequence[int]):
 
     Args:
         out: folder that gets the tables.
-        rows: from `read_results`, at least one.
+        rows: from `read_results`, at least one; the first method is what the others are compared with.
         folds: all folds of the grid.
     """
     markdown, latex = [], []
     for dataset in dict.fromkeys(row['dataset'] for row in rows):
-        of_dataset = [row for row in rows if row['dataset'] == dataset]
-        lines = table_lines(of_dataset, folds)
-        seeds = ', '.join(map(str, sorted({row['seed'] for row in of_dataset})))
-        header = ['method', 'shot', 'fold', *(SUMMARY[key] for key in COLUMNS), 'run']
-        title = f'{dataset}: mIoU in %, mean ± standard deviation over seeds {seeds}'
-        markdown.append(f'{title}\n\n{markdown_table(header, lines)}\n{_fewer_images(of_dataset)}')
-        latex.append(latex_table(title, header[:-1], [line[:-1] for line in lines]))
+        for weights in dict.fromkeys(row['weights'] for row in rows):
+            of_table = [row for row in rows if (row['dataset'], row['weights']) == (dataset, weights)]
+            if not of_table:
+                continue
+            seeds = ', '.join(map(str, sorted({row['seed'] for row in of_table})))
+            title = (
+                f'{dataset}, {SELECTED.get(weights, weights)}: mIoU in %, mean ± standard deviation over seeds {seeds}'
+            )
+            tables = [(title, ['method', 'shot', 'fold', *COLUMNS.values(), 'run'], table_lines(of_table, folds))]
+            if differences := paired_lines(of_table, folds):
+                title = (
+                    f'{dataset}, {SELECTED.get(weights, weights)}: difference to {of_table[0]["method"]} on the same '
+                    'fold, shot and support images, mean ± standard error of the mean'
+                )
+                tables.append((title, ['method', 'shot', 'fold', *COLUMNS.values(), 'pairs'], differences))
+            for title, header, lines in tables:
+                markdown.append(f'{title}\n\n{markdown_table(header, lines)}\n')
+                latex.append(latex_table(title, header[:-1], [line[:-1] for line in lines]))
+            markdown.append(f'{FORGOTTEN}\n{_fewer_images(of_table)}')
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]))
     writer.writeheader()
@@ -72,28 +102,90 @@ def write_tables(out: Path, rows: Sequence[dict], folds: Sequence[int]):
             file.write(content)
 
 
-def table_lines(rows: Sequence[dict], folds: Sequence[int]) -> list[list[str]]:
-    """The lines of the paper's table.
+def table_lines(rows: Sequence[dict], folds: Sequence[int]) -> Lines:
+    """The lines of the paper's table, methods side by side.
 
     Args:
-        rows: from `read_results`, of one data set and method.
+        rows: from `read_results`, of one data set and one kind of weights.
         folds: all folds of the grid.
 
     Returns:
         Method, shot, fold, then `COLUMNS` as mean ± standard deviation over seeds, and the run's folder. With several
-        folds, a row for all of them follows those of each shot: mean and deviation over seeds of each seed's mean over
+        folds, a line for all of them follows those of each shot: mean and deviation over seeds of each seed's mean over
         folds, or '-' until every fold has been evaluated.
     """
+
+    def of_fold(found):
+        return [mean_and_std([row[key] for row in found]) for key in COLUMNS], found[0]['run']
+
+    def of_all(found):
+        return [_mean_over_folds(found, key, len(folds)) for key in COLUMNS], ''
+
+    return _lines(rows, folds, dict.fromkeys(row['method'] for row in rows), of_fold, of_all)
+
+
+def paired_lines(rows: Sequence[dict], folds: Sequence[int]) -> Lines:
+    """Differences of the methods to the first one, on the same fold, shot and seed.
+
+    Args:
+        rows: from `read_results`, of one data set and one kind of weights.
+        folds: all folds of the grid.
+
+    Returns:
+        Method, shot, fold, then for `COLUMNS` the mean difference ± its standard error, and the number of pairs; no
+        line with a single method. The line for all folds has the mean of the folds' means; folds are fixed, draws are
+        random, so that its standard error is that of the folds' means together.
+    """
+    first, *others = dict.fromkeys(row['method'] for row in rows)
+    known = {(row['fold'], row['shot'], row['seed']): row for row in rows if row['method'] == first}
+    pairs = [
+        row | {key: row[key] - partner[key] for key in COLUMNS}
+        for row in rows if row['method'] != first
+        and (partner := known.get((row['fold'], row['shot'], row['seed'])))
+    ]  # fmt: skip
+
+    def of_fold(found):
+        return [mean_and_error([[row[key] for row in found]]) for key in COLUMNS], f'{len(found)}'
+
+    def of_all(found):
+        by_fold = [[row for row in found if row['fold'] == fold] for fold in folds]
+        if not all(by_fold):
+            return ['-'] * len(COLUMNS), ''
+        return [mean_and_error([[row[key] for row in part] for part in by_fold]) for key in COLUMNS], f'{len(found)}'
+
+    return _lines(pairs, folds, others, of_fold, of_all)
+
+
+def mean_and_error(strata: Sequence[Sequence[float]]) -> str:
+    """Mean of the strata's means ± its standard error; '-' for the error where a stratum has one number.
+
+    Args:
+        strata: independent draws in each; the strata themselves are fixed.
+    """
+    mean = np.mean([np.mean(values) for values in strata])
+    if np.isnan(mean):
+        return '-'
+    if min(map(len, strata)) < 2:
+        return f'{mean:+.2f} ± -'
+    error = math.sqrt(sum(np.var(values, ddof=1) / len(values) for values in strata)) / len(strata)
+    return f'{mean:+.2f} ± {error:.2f}'
+
+
+def _lines(rows, folds, methods, of_fold: Callable, of_all: Callable) -> Lines:
+    """Lines of a table: for each shot, fold and method the cells and the last cell that `of_fold` makes of its rows;
+    with several folds, those of `of_all` follow for each method."""
     lines = []
     for shot in sorted({row['shot'] for row in rows}):
-        of_shot = [row for row in rows if row['shot'] == shot]
-        for fold in folds:
-            of_fold = [row for row in of_shot if row['fold'] == fold]
-            cells = [mean_and_std([row[key] for row in of_fold]) if of_fold else '-' for key in COLUMNS]
-            lines.append([rows[0]['method'], f'{shot}', f'{fold}', *cells, of_fold[0]['run'] if of_fold else '-'])
-        if len(folds) > 1:
-            means = [_mean_over_folds(of_shot, key, len(folds)) for key in COLUMNS]
-            lines.append([rows[0]['method'], f'{shot}', 'mean', *means, ''])
+        for fold in (*folds, *(['mean'] if len(folds) > 1 else [])):
+            for method in methods:
+                found = [
+                    row for row in rows
+                    if (row['method'], row['shot']) == (method, shot) and fold in (row['fold'], 'mean')
+                ]  # fmt: skip
+                cells, last = ['-'] * len(COLUMNS), '-'
+                if found:
+                    cells, last = (of_all if fold == 'mean' else of_fold)(found)
+                lines.append([method, f'{shot}', f'{fold}', *cells, last])
     return lines
 
 

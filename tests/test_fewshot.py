@@ -3,7 +3,7 @@
 import pytest
 
 from core.errors import InputError
-from dataset.fewshot import draw_base, draw_support
+from dataset.fewshot import draw_base, draw_nested_support, draw_support
 
 
 def test_few_shot_draw_is_the_published_one():
@@ -27,6 +27,24 @@ def test_a_draw_without_enough_images_is_an_error():
         draw_support({1: ['a', 'b'], 2: ['a', 'b', 'c']}, shot=2, seed=0)
     with pytest.raises(InputError, match='class 1 has no image'):
         draw_support({1: []}, shot=1, seed=0)
+
+
+def test_nested_draws_of_fewer_shots_are_part_of_those_of_more():
+    lists = {1: list('abcdefgh'), 2: list('efghijklm'), 3: list('xy')}
+    for seed in range(20):
+        draws = {shot: draw_nested_support(lists, shot, seed) for shot in (1, 3, 4)}
+        for shot, drawn in draws.items():
+            by_class = [drawn[i * shot : (i + 1) * shot] for i in range(3)]
+            assert all(set(ids) <= set(lists[c]) for c, ids in zip(lists, by_class, strict=True))
+            assert len({*by_class[0], *by_class[1]}) == 2 * shot  # no image supports two classes, and none twice
+            assert set(by_class[2]) == {'x', 'y'} or shot == 1  # a class with fewer images gives all, then repeats
+            assert [ids[0] for ids in by_class] == draws[1]
+        assert [draws[4][4 * i : 4 * i + 3] for i in range(3)] == [draws[3][3 * i : 3 * i + 3] for i in range(3)]
+    assert len({tuple(draw_nested_support(lists, 3, seed)) for seed in range(20)}) > 15
+    with pytest.raises(InputError, match='class 2: 2 support images asked for, but only 1 of its 2'):
+        draw_nested_support({1: ['a'], 2: ['a', 'b']}, 2, 0)
+    with pytest.raises(InputError, match='class 1 has no image'):
+        draw_nested_support({1: []}, 1, 0)
 
 
 def test_base_draw_has_every_class_no_repeats_and_no_support():

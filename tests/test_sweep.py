@@ -12,8 +12,10 @@ import pytest
 from conftest import TINY, TINY_TRAINING, start
 
 from core.errors import InputError
+from engine import commands
+from engine.commands import Step
 from engine.metrics import SUMMARY, summarize
-from report.sweep_tables import read_results, table_lines, write_tables
+from report.sweep_tables import paired_lines, read_results, table_lines, write_tables
 from report.tables import latex_table, markdown_table
 from utils import sweep
 
@@ -29,10 +31,10 @@ def command(shapes, out, *more):
     ]  # fmt: skip
 
 
-def row(fold, seed, confusion, shot=1):
+def row(fold, seed, confusion, shot=1, method='POP'):
     run = f'voc_fold{fold}/{shot}shot'
-    place = {'method': 'POP', 'dataset': 'voc', 'fold': fold, 'shot': shot, 'seed': seed, 'run': run}
-    return place | summarize(np.array(confusion), num_base=1)
+    place = {'method': method, 'dataset': 'voc', 'fold': fold, 'shot': shot, 'seed': seed, 'run': run}
+    return place | {'weights': 'last', 'forgotten': 0.0} | summarize(np.array(confusion), num_base=1)
 
 
 def test_the_table_is_mean_and_deviation_over_seeds():
@@ -42,11 +44,33 @@ def test_the_table_is_mean_and_deviation_over_seeds():
     lines = table_lines(rows, (0, 1))
     # background 100 and base class 50 make a base mIoU of 75
     assert lines[0][:4] == ['POP', '1', '0', '87.50 ± 12.50'] and lines[0][4] == '50.00 ± 50.00'
-    assert lines[1][3:7] == ['100.00 ± 0.00'] * 4 and lines[1][7] == 'voc_fold1/1shot'
+    assert lines[1][3:7] == ['100.00 ± 0.00'] * 4 and lines[1][8] == 'voc_fold1/1shot'
     # each seed's mean over folds: 100 and (75 + 100) / 2
     assert lines[2][:4] == ['POP', '1', 'mean', '93.75 ± 6.25']
     incomplete = table_lines(rows[:3], (0, 1))
     assert incomplete[2][3] == '-' and incomplete[1][3] == '100.00 ± 0.00'
+
+
+def test_differences_are_paired_and_folds_count_alike():
+    def iou(total):
+        return {key: float(total) for key in (*SUMMARY, 'forgotten')}
+
+    values = {'POP': {0: (10, 20, 30), 1: (50, 52)}, 'CAPL': {0: (13, 22, 34), 1: (49, 55)}}
+    rows = [
+        row(fold, seed, np.eye(3), method=method) | iou(value)
+        for method, by_fold in values.items() for fold, of_fold in by_fold.items() for seed, value in enumerate(of_fold)
+    ]  # fmt: skip
+    lines = paired_lines(rows, (0, 1))
+    # of 3, 2, 4 and of -1, 3: means 3 and 1, standard errors 1 / sqrt(3) and sqrt(8) / sqrt(2) = 2
+    assert [line[:3] for line in lines] == [['CAPL', '1', fold] for fold in ('0', '1', 'mean')]
+    assert lines[0][3:] == ['+3.00 ± 0.58'] * 5 + ['3'] and lines[1][3:] == ['+1.00 ± 2.00'] * 5 + ['2']
+    assert lines[2][3:] == [f'+2.00 ± {(1 / 3 + 4) ** 0.5 / 2:.2f}'] * 5 + ['5']
+    assert paired_lines(rows[:5], (0, 1)) == []  # nothing to compare
+    alone = paired_lines([*rows[:1], *rows[5:6]], (0, 1))
+    assert alone[0][3] == '+3.00 ± -' and alone[1][3] == alone[2][3] == '-'
+    assert paired_lines([*rows[:1], *rows[6:7]], (0,)) == []  # not the same seed
+    both = table_lines(rows, (0, 1))
+    assert [line[0] for line in both] == ['POP', 'CAPL'] * 3 and both[0][3] == '20.00 ± 8.16' and both[4][3] == '-'
 
 
 def test_latex_escapes_and_separates_shots():
@@ -66,27 +90,27 @@ def test_markdown_is_aligned_and_numbers_stay_as_they_are():
 
 
 def test_a_step_is_repeated_when_one_that_it_builds_on_has_changed(tmp_path):
-    first = sweep.Step('a', 'train_base', ('python', 'train_base.py', '1'), tmp_path / 'a')
-    second = sweep.Step('b', 'ft_pop', ('python', 'ft_pop.py'), tmp_path / 'b', first)
+    first = Step('a', 'train_base', ('python', 'train_base.py', '1'), tmp_path / 'a')
+    second = Step('b', 'ft_pop', ('python', 'ft_pop.py'), tmp_path / 'b', (first,))
     for step in (first, second):
         step.folder.mkdir()
         assert not step.done()
         step.note(1.0)
         assert step.done()
-    changed = sweep.Step('a', 'train_base', ('python', 'train_base.py', '2'), tmp_path / 'a')
-    assert not changed.done() and not sweep.Step('b', 'ft_pop', second.command, second.folder, changed).done()
+    changed = Step('a', 'train_base', ('python', 'train_base.py', '2'), tmp_path / 'a')
+    assert not changed.done() and not Step('b', 'ft_pop', second.command, second.folder, (changed,)).done()
 
 
 def test_jobs_share_gpus_or_cores(monkeypatch):
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '4,5,6')
-    shares = [sweep.environment(slot, 2)['CUDA_VISIBLE_DEVICES'] for slot in range(2)]
+    shares = [commands.environment(slot, 2)['CUDA_VISIBLE_DEVICES'] for slot in range(2)]
     assert shares == ['4,6', '5']
-    assert sweep.environment(4, 5)['CUDA_VISIBLE_DEVICES'] == '5'
+    assert commands.environment(4, 5)['CUDA_VISIBLE_DEVICES'] == '5'
     monkeypatch.delenv('CUDA_VISIBLE_DEVICES')
     monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
-    monkeypatch.setattr(sweep, 'usable_cores', lambda: 8)
+    monkeypatch.setattr(commands, 'usable_cores', lambda: 8)
     monkeypatch.setattr('torch.cuda.device_count', lambda: 0)
-    assert sweep.environment(0, 3)['OMP_NUM_THREADS'] == '2' and 'OMP_NUM_THREADS' not in sweep.environment(0, 1)
+    assert commands.environment(0, 3)['OMP_NUM_THREADS'] == '2' and 'OMP_NUM_THREADS' not in commands.environment(0, 1)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +120,7 @@ def test_jobs_share_gpus_or_cores(monkeypatch):
         (('--data', 'voc'), 'expected voc=DIR'),
         (('--shot-flags', 'five=--fix-lr'), "got 'five'; expected a whole number"),
         (('--shot-flags', '7=--fix-lr'), '--shot has 1'),
+        (('--model-flags', 'pspnet_ft=--train decoder'), '--model has pspnet_pop'),
         (('--fold', '7'), 'fold 7 not supported'),
         (('--data', 'voc=a', 'coco=b', '--train-list', 'x'), 'for one data set only'),
     ),
@@ -110,10 +135,26 @@ def test_a_larger_grid_keeps_the_commands_of_a_smaller_one_and_flags_add_up(tmp_
     flags = [*command(tmp_path, tmp_path), '--novel-flags=--fix-lr', '--shot']
     of_shot = ['--shot-flags', '5=-x', '--shot-flags', '5=-y']
     small, large = (sweep.plan(sweep.parse_args([*flags, *more])) for more in (['1'], ['1', '5', *of_shot]))
-    assert {step.command for step in small} < {step.command for step in large} and len(large) == len(small) + 3
+    assert {step.command for step in small} < {step.command for step in large} and len(large) == len(small) + 4
     novel = [step.command for step in large if step.script == 'ft_pop']
     assert all('--fix-lr' in flags and '--batch-size' in flags for flags in novel)
     assert [('-x' in flags, '-y' in flags) for flags in novel] == [(False, False), (True, True)]
+
+
+def test_methods_share_data_supports_and_where_they_can_the_base_network(tmp_path):
+    flags = [*command(tmp_path, tmp_path), '--model-flags', 'pspnet_ft=--train decoder', '--nproc', '2']
+    alone = sweep.plan(sweep.parse_args([*command(tmp_path, tmp_path), '--nproc', '2']))
+    steps = sweep.plan(sweep.parse_args([*flags, '--model', 'pspnet_pop', 'pspnet_ft', 'pspnet_capl']))
+    assert {step.command for step in alone} < {step.command for step in steps}  # those of POP stay as they are
+    assert len({step.folder / step.script for step in steps}) == len(steps)
+    count = {script: sum(step.script == script for step in steps) for script in ('train_base', 'gen_fs_list', 'ft_pop')}
+    assert count == {'train_base': 3, 'gen_fs_list': 1, 'ft_pop': 3}
+    (lists,) = (step for step in steps if step.script == 'gen_fs_list')
+    for step in steps:
+        model = step.command[step.command.index('--model') + 1] if '--model' in step.command else 'pspnet_pop'
+        assert (model in step.folder.parts[-2 - (step.folder.name == 'last')]) is (model != 'pspnet_pop')
+        if step.script == 'ft_pop':
+            assert lists in step.after and ('decoder' in step.command) is (model == 'pspnet_ft')
 
 
 def test_tables_name_evaluations_that_left_images_out(tmp_path):
@@ -137,7 +178,7 @@ def test_tables_name_evaluations_that_left_images_out(tmp_path):
         with pytest.raises(InputError, match=r'run/results\.json is damaged: '):
             read_results([tmp_path / 'run'], tmp_path)
         with pytest.raises(InputError, match=r'run/sweep\.json is damaged: '):
-            sweep.Step('name', 'test', ('command',), tmp_path / 'run').done()
+            Step('name', 'test', ('command',), tmp_path / 'run').done()
 
 
 @pytest.mark.slow
@@ -150,7 +191,7 @@ def test_a_killed_sweep_resumes_and_skips_what_is_done(shapes, tmp_path, capsys,
     lines = []
     for line in process.stdout:
         lines.append(line)
-        if 'base: done' in line:
+        if 'base, training: done' in line:
             break
     time.sleep(2)
     os.killpg(process.pid, signal.SIGKILL)
@@ -163,29 +204,36 @@ def test_a_killed_sweep_resumes_and_skips_what_is_done(shapes, tmp_path, capsys,
     }
     sweep.main(sweep.parse_args(flags))
     output = capsys.readouterr().out
-    assert '4 commands, 0 of them done' not in output and 'base: done' not in output
+    assert '6 commands, 0 of them done' not in output and 'base, training: done' not in output
     assert before and all(path.stat().st_mtime_ns == time for path, time in before.items())
 
     rows = list(csv.DictReader((out / 'table.csv').read_text().splitlines()))
-    assert [(row['fold'], row['seed']) for row in rows] == [('0', '123'), ('0', '234')]
+    assert [(row['fold'], row['seed'], row['weights']) for row in rows] == [
+        ('0', seed, weights) for weights in ('last', 'best') for seed in ('123', '234')
+    ]
+    before = json.loads((out / 'shapes_fold0/base/results.json').read_text())['seeds']['123']
     for row in rows:  # every number can be traced to its run
         result = json.loads((out / row['run'] / 'results.json').read_text())['seeds'][row['seed']]
         assert all(float(row[key]) == result[key] for key in SUMMARY)
-        assert (out / row['run'] / row['checkpoint']).is_file()
-    assert 'shapes: mIoU in %' in output
+        key = 'base_without_background'
+        assert float(row['forgotten']) == before[key] - result[key]
+        assert (out / 'shapes_fold0/1shot' / row['checkpoint']).is_file() and row['checkpoint'].startswith(
+            row['weights']
+        )
+    assert 'shapes, weights of the last epoch: mIoU in %' in output
     assert r'\toprule' in (out / 'table.tex').read_text()
 
     sweep.main(sweep.parse_args(flags))
-    assert '4 commands, 4 of them done before' in capsys.readouterr().out
+    assert '6 commands, 6 of them done before' in capsys.readouterr().out
 
 
 def test_a_failing_command_is_named_and_the_others_run(tmp_path, capsys):
-    def step(name, code, after=None):
+    def step(name, code, *after):
         text = f'print("said {name}"); raise SystemExit({code})'
-        return sweep.Step(name, 'test', (sys.executable, '-c', text), tmp_path / name, after)
+        return Step(name, 'test', (sys.executable, '-c', text), tmp_path / name, after)
 
     bad, good = step('bad', 3), step('good', 0)
-    failed = sweep.run([bad, step('never', 0, bad), good], 1, lambda step: None)
+    failed = commands.run([bad, step('never', 0, bad), good], 1, lambda step: None)
     output = capsys.readouterr().out
     assert failed == [bad] and good.done() and not (tmp_path / 'never').exists()
     assert 'bad: FAILED with exit code 3' in output and 'said bad' in output

@@ -76,6 +76,10 @@ def add_support_flags(parser: argparse.ArgumentParser):
         'have any number; --shot is the number of base images of a class in an epoch then',
     )  # fmt: skip
     group.add_argument(
+        '--nested', action='store_true',
+        help='support lists of gen_fs_list --nested: those of fewer shots are part of those of more',
+    )  # fmt: skip
+    group.add_argument(
         '--support-labels', choices=('all', 'novel-only'), default='all',
         help='novel-only: what a support does not label as a novel class is unknown, not background (default: all)',
     )  # fmt: skip

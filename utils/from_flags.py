@@ -34,7 +34,7 @@ def _support_flags(args):
     if 'support_list' not in args:
         return {}
     return {
-        'support_list': args.support_list, 'novel_only': args.support_labels == 'novel-only',
+        'support_list': args.support_list, 'nested': args.nested, 'novel_only': args.support_labels == 'novel-only',
         'repeat_base': args.repeat_base_images,
     }  # fmt: skip
 
@@ -67,7 +67,7 @@ def described_data(args: argparse.Namespace, config: dict) -> FoldData:
 def network_config(args: argparse.Namespace, data: FoldData, seed: int | None = None) -> dict:
     """What a checkpoint says of its network: data set, fold, classes, architecture, size; for stage 2 shot and seed.
 
-    When it is trained, also the scale range; and which support images were chosen by hand.
+    When it is trained, also the scale range; and the support images where they are no published draw.
 
     Args:
         args: the flags.
@@ -80,8 +80,8 @@ def network_config(args: argparse.Namespace, data: FoldData, seed: int | None = 
     }  # fmt: skip
     if 'scale_range' in args:
         config['scale_range'] = list(args.scale_range)
-    if data.support_list:
-        config['supports'] = [list(pair) for pair in data.supports(args.shot, 0).items()]
+    if data.support_list or (data.nested and seed is not None):
+        config['supports'] = [list(pair) for pair in data.supports(args.shot, seed or 0).items()]
     return config if seed is None else config | {'shot': args.shot, 'seed': seed}
 
 

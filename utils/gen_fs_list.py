@@ -12,7 +12,7 @@ from pathlib import Path
 
 from core.errors import InputError, exits_cleanly, some
 from dataset import FoldData
-from dataset.fewshot import base_shortage, draw_support
+from dataset.fewshot import base_shortage, draw_nested_support, draw_support
 from dataset.lists import read_ids, write_ids
 from utils.cli import add_seeds, make_parser, not_negative, positive
 from utils.data_flags import add_dataset_flags, check_data_flags
@@ -29,6 +29,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--filter-novel', action='store_true', help='also make the filtered training lists (fold{F}_filter)'
     )
+    parser.add_argument(
+        '--nested', action='store_true',
+        help='draws whose images of fewer shots are among those of more, for ft_pop.py --nested; they have files of '
+        'their own (..._nested.txt)',
+    )  # fmt: skip
     parser.add_argument('--overwrite', action='store_true', help='make existing lists again')
     args = parser.parse_args(argv)
     check_data_flags(parser, args, args.fold, needed=False)
@@ -53,12 +58,13 @@ def main(args: argparse.Namespace):
             if few := [f'{spec.classes[c]} ({len(ids)})' for c, ids in class_lists.items() if 0 < len(ids) < shot]:
                 print(f'note: fold {fold} has fewer than {shot} images of {some(few)}; the support lists repeat them')
             for seed in args.seed:
-                path = data.lists.support(shot, seed)
+                path = data.lists.support(shot, seed, args.nested)
                 if path.is_file() and not args.overwrite:
                     check_subset(path, args.train_list, data.ids('train'))
                     print(f'kept {path}')
                 else:
-                    write_ids(path, draw_support(class_lists, shot, seed))
+                    draw = draw_nested_support if args.nested else draw_support
+                    write_ids(path, draw(class_lists, shot, seed))
                     print(f'wrote {path}')
                 if reason := base_shortage(base_lists, shot, read_ids(path, allow_repeats=True), seed):
                     print(f'note: ft_pop.py will refuse this draw: {reason}')

@@ -4,9 +4,9 @@
     python -m utils.teach --restore-from runs/scooter --support more_photos --out runs/scooter_and_bin --forget scooter
 
 --support has a folder for each class, named after it: my_photos/scooter/IMG_1.jpg with its mask IMG_1.png, in which
-any pixel that is not zero is the class. The base network is one of stage 1, or one that was taught before: its classes
-stay, and all are trained together. Base data need not be at hand if memory.pt is beside the checkpoint
-(train_base.py and utils.memory write it).
+any pixel that is not zero is the class; or it holds a card, dataset.yaml, of masks that show several classes. The base
+network is one of stage 1, or one that was taught before: its classes stay, and all are trained together. Base data need
+not be at hand if memory.pt is beside the checkpoint (train_base.py and utils.memory write it).
 
 Writes to --out: best.pth, which utils.predict takes; memory.pt, from which it can be taught more; teach.json; and
 panels/*.png, the photographs with what the network says of them.
@@ -28,7 +28,7 @@ from core.files import check_writable
 from core.ranks import world_size
 from dataset import FoldData
 from dataset.legend import Legend
-from dataset.own_classes import SupportImage, SupportSamples, extend_legend, find_support, read_support
+from dataset.own_classes import SupportImage, SupportSamples, extend_legend, read_support_folder
 from engine.checkpoint import Checkpoint, read_checkpoint, resolve_checkpoint, save_checkpoint
 from engine.described import described_data_set, described_network, taught_classes
 from engine.distributed import process_group
@@ -52,7 +52,7 @@ LEAST_IOU, MOST_LOST = 25, 5  # a class below this IoU on its own photographs wa
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.make_parser(__doc__)
     parser.add_argument('--restore-from', required=True, help='the network: a checkpoint or the folder of a run')
-    parser.add_argument('--support', type=Path, help='photographs with masks, a sub-folder for each class')
+    parser.add_argument('--support', type=Path, help='photographs with masks: a sub-folder for each class, or a card')
     parser.add_argument('--forget', nargs='+', default=[], metavar='NAME', help='classes taught before, to be removed')
     parser.add_argument('--out', type=Path, required=True, help='folder of the results')
     parser.add_argument('--overwrite', action='store_true', help='replace what an earlier run wrote to --out')
@@ -128,14 +128,8 @@ def read_lesson(args: argparse.Namespace, device: torch.device) -> Lesson:
     if unknown := [name for name in args.forget if name not in before]:
         raise InputError(f'--forget {some(unknown)}: {checkpoint.path} was taught {some(before) or "no class"}')
     stay = {name: class_id for name, class_id in before.items() if name not in args.forget}
-    found, others = find_support(args.support) if args.support else ({}, [])
-    if others:
-        print(f'left out: {some(others)}')
-    if not stay and not found:
+    if not stay and not args.support:
         raise InputError(f'without {some(args.forget)}, nothing is left but the base network; use its own checkpoint')
-    known = described_data_set(checkpoint)
-    ids = {name: class_id for class_id, name in known.get('classes', ())}
-    legend = extend_legend(legend.extended(stay), list(found), ids, known.get('ignore', (IGNORE_INDEX,)))
     memory, size = None, tuple(checkpoint.config.get('base_size', cli.BASE_SIZE))
     if before or not args.data_dir:
         path = args.memory or Path(checkpoint.path).parent / NAME
@@ -144,14 +138,19 @@ def read_lesson(args: argparse.Namespace, device: torch.device) -> Lesson:
             raise InputError(f'{path} has no photographs of {some(missing)}; --forget them, and teach them again')
     if not args.data_dir:
         size = tuple(memory.base.masks.shape[1:])
-    support = {name: memory.support[name] for name in stay}
-    support |= {name: [read_support(*pair, size) for pair in pairs] for name, pairs in found.items()}
-    for note in doubts({name: support[name] for name in found}, ids):
+    found, others = read_support_folder(args.support, size) if args.support else ({}, [])
+    if others:
+        print(f'left out: {some(others)}')
+    known = described_data_set(checkpoint)
+    ids = {name: class_id for class_id, name in known.get('classes', ())}
+    legend = extend_legend(legend.extended(stay), list(found), ids, known.get('ignore', (IGNORE_INDEX,)))
+    for note in doubts(found, ids):
         print(f'note: {note}')
     data = from_flags.described_data(args, checkpoint.config) if args.data_dir else None
     return Lesson(
-        checkpoint=checkpoint, base=base.to(device, memory_format=torch.channels_last), legend=legend, support=support,
-        new=list(found), size=size, base_views=None if data else memory.base, data=data,
+        checkpoint=checkpoint, base=base.to(device, memory_format=torch.channels_last), legend=legend,
+        support={name: memory.support[name] for name in stay} | found, new=list(found), size=size,
+        base_views=None if data else memory.base, data=data,
     )  # fmt: skip
 
 
@@ -162,7 +161,7 @@ def doubts(support: dict[str, list[SupportImage]], known: Collection[str]) -> li
         if name not in known and (similar := difflib.get_close_matches(name, known, 1, 0.8)):
             notes.append(f'{name!r} is a class of its own; the data set has {similar[0]!r}')
         for image in images:
-            covered = image.mask.mean()
+            covered = (image.mask == 1).mean()
             if covered > MOST_COVERED:
                 notes.append(f'the mask of {name}/{image.name} covers {covered:.0%} of the photograph: is it inverted?')
     return notes
