@@ -13,14 +13,13 @@ images, as evaluation reads them, without augmentation, and validated once.
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from core.errors import InputError, exits_cleanly, some
-from core.ranks import is_main, world_size
 from dataset import Augmentation, FewShotDataset, FoldData, SegmentationDataset
 from dataset.views import KeptPairs, base_views, support_views
 from engine.checkpoint import Checkpoint, read_checkpoint, resolve_checkpoint
@@ -37,16 +36,12 @@ from engine.stage import Stage
 from engine.trainer import Trainer
 from model import BACKBONES, MODELS, Head, Network, build_model
 from model.kernels import fuse
+from model.network import Maps
 from report.tables import summary_table
 from report.tensorboard import ValidationPanel
 from utils import cli, from_flags
 from utils.data_flags import add_support_flags
-
-# of the training, which does not take place where a method registers its novel classes
-TRAINING_FLAGS = (
-    'input_size', 'scale_range', 'batch_size', 'learning_rate', 'momentum', 'weight_decay', 'power', 'num_epoch',
-    'start_epoch', 'fix_lr', 'accumulate', 'update_base', 'update_epoch', 'views', 'base_views', 'val_every',
-)  # fmt: skip
+from utils.method_flags import add_method_flags, check_method_flags, method_options
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -62,11 +57,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         '--update-epoch', type=cli.positive, default=1, metavar='N',
         help='with --update-base: draw every N epochs (default: 1)',
     )  # fmt: skip
-    variants = dict.fromkeys(variant for method in MODELS.values() for variant in method.VARIANTS)
-    parser.add_argument(
-        '--train', choices=list(variants),
-        help='pspnet_ft: what is trained, the rows of the novel classes (head, default) or the decoder too',
-    )  # fmt: skip
+    add_method_flags(parser)
     group = parser.add_argument_group('kept features')
     group.add_argument(
         '--views', type=cli.not_negative, default=0, metavar='N',
@@ -91,12 +82,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help='size of the features folder; those used least recently make room (default: 50)',
     )  # fmt: skip
     args = parser.parse_args(argv)
-    method = MODELS[args.model]
-    args.train = args.train or method.VARIANTS[0]
-    if args.train not in method.VARIANTS:
-        parser.error(f'--train {args.train}: {args.model} has {", ".join(method.VARIANTS)}')
-    if method.REGISTERS:
-        forget_training_flags(parser, args)
+    check_method_flags(parser, args)
     cli.check(parser, args)
     if args.start_epoch and args.restore_from in ('none', 'imagenet'):
         parser.error(f'--start-epoch needs a stage-2 checkpoint; --restore-from {args.restore_from} is none')
@@ -109,15 +95,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def forget_training_flags(parser: argparse.ArgumentParser, args: argparse.Namespace):
-    """Set the flags of the training back to their defaults; those that were given are named in a note."""
-    defaults = {name: parser.get_default(name) for name in TRAINING_FLAGS}
-    given = [f'--{name.replace("_", "-")}' for name, value in defaults.items() if getattr(args, name) != value]
-    if given and is_main():
-        print(f'note: {args.model} registers prototypes and trains nothing, so {", ".join(given)} have no effect')
-    vars(args).update(defaults | {'num_epoch': 1, 'batch_size': world_size()})
-
-
 @dataclass(kw_only=True)
 class NovelStage(Stage):
     """Learns the novel classes, on maps of the frozen base network.
@@ -125,14 +102,12 @@ class NovelStage(Stage):
     Attributes:
         frozen: the base network, fused; gives the maps.
         kept: maps of the support and base views where these are kept (--views).
-        supports: whole support images, class by class in the order of the labels.
-        support_counts: their number for each class.
+        supports: of the support images, as `Network.register` takes them.
     """
 
     frozen: Network
     kept: dict[str, KeptFeatures] | None = None
-    supports: SegmentationDataset | None = None
-    support_counts: Sequence[int] = ()
+    supports: Iterable[tuple[Maps, torch.Tensor]] = ()
 
     def losses(self, batch: dict, pixel_weight: float, micro_batches: int) -> dict[str, torch.Tensor]:
         support, base = batch['support'], batch['base']
@@ -144,8 +119,7 @@ class NovelStage(Stage):
 
     def register(self):
         """Let the network register the novel classes, where its method does that."""
-        by_class = supports_by_class(self.supports, self.support_counts, self.frozen, self.device, self.dtype)
-        self.net.register(by_class)
+        self.net.register(self.supports)
 
     def maps(self, batch: dict) -> dict[str, torch.Tensor]:
         """What the head classifies of a batch of B pairs: name -> [2B, channels, h, w], the support images first."""
@@ -170,7 +144,7 @@ def restore_base(args: argparse.Namespace, data: FoldData, folder: RunFolder) ->
     config = from_flags.network_config(args, data)
     earlier = None
     # 'head' is all that stage 2 adds: the rest of what it saves is the base network
-    if folder.any_path() and args.train == 'head':
+    if folder.any_path() and args.train != 'decoder':
         earlier = read_checkpoint(folder.any_path())
     elif args.start_epoch:
         earlier = start_epoch_checkpoint(args, args.random_seed[0])
@@ -184,7 +158,7 @@ def restore_base(args: argparse.Namespace, data: FoldData, folder: RunFolder) ->
             raise InputError(
                 f'{stage_1.path} has novel classes already; expected a checkpoint of stage 1 (train_base.py)'
             )
-        stage_1.load_into(base, config)
+        stage_1.load_into(base, config | {'model': base.BASE_MODEL or args.model})
     return base
 
 
@@ -198,26 +172,34 @@ def start_epoch_checkpoint(args: argparse.Namespace, seed: int) -> Checkpoint:
 
 def build_network(args: argparse.Namespace, data: FoldData, num_novel: int = 0) -> Network:
     """A network of the flags, with random weights."""
-    net = build_model(args.backbone, len(data.base_ids), num_novel, args.os, args.model)
-    net.variant, net.background = args.train, args.dataset.background is not None
+    net = build_model(args.backbone, len(data.base_ids), num_novel, args.os, args.model, method_options(args))
+    net.background = args.dataset.background is not None
     return net
 
 
-def build_novel(args: argparse.Namespace, data: FoldData, seed: int, base: Network, folder: RunFolder) -> Network:
-    """The network to train for a seed: the base network with what stage 2 adds; all else is frozen."""
+def build_novel(
+    args: argparse.Namespace, data: FoldData, seed: int, *, base: Network, supports: Iterable, folder: RunFolder
+) -> Network:
+    """The network to train for a seed: the base network with what stage 2 adds; all else is frozen.
+
+    `supports` are as `Network.start_from_supports` takes them.
+    """
     net = build_network(args, data, len(data.novel_ids))
     net.start_from(base)
+    net.to(next(base.parameters()).device, memory_format=torch.channels_last)
+    if net.STARTS_FROM_SUPPORTS:
+        net.start_from_supports(supports)
     net.freeze_base()
     if args.start_epoch and not folder.holds(seed):
         earlier = start_epoch_checkpoint(args, seed)
         earlier.load_into(net, from_flags.network_config(args, data, seed))
         trained = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
         frozen = {name: value for name, value in base.state_dict().items() if name not in trained}
-        if any(not torch.equal(net.state_dict()[name], value.cpu()) for name, value in frozen.items()):
+        if any(not torch.equal(net.state_dict()[name], value) for name, value in frozen.items()):
             raise InputError(
                 f'{earlier.path} has another base network than the checkpoint of seed {args.random_seed[0]}'
             )
-    return net.to(next(base.parameters()).device, memory_format=torch.channels_last)
+    return net
 
 
 def few_shot_set(args: argparse.Namespace, data: FoldData, seed: int) -> FewShotDataset:
@@ -275,6 +257,7 @@ def train_seed(
     device, kept = keeper.device, None
     support = train_set.support
     supports = SegmentationDataset(support.image_ids, support.samples, fit_size=args.base_size, resize_mask=True)
+    support_counts = [len(ids) for ids in data.supports(args.shot, seed).values()]
     if args.views:
         kept = keep_views(args, train_set, seed, keeper)
         train_set = KeptPairs(**kept, num_base=len(data.base_ids), support_ids=support.image_ids,
@@ -284,13 +267,13 @@ def train_seed(
         micro_batches=args.accumulate,
     )  # fmt: skip
     torch.manual_seed(seed)  # only now: loaders draw too, and features may be there already
-    net = build_novel(args, data, seed, base, run.folder)
+    by_class = supports_by_class(supports, support_counts, keeper.frozen, device, keeper.dtype)
+    net = build_novel(args, data, seed, base=base, supports=by_class, folder=run.folder)
     panel = None
     if val_batches is not None:
         panel = ValidationPanel(data.legend, data.samples('val', novel_as_background=False).read_image)
     stage = NovelStage(
-        net=net, frozen=keeper.frozen, kept=kept, supports=supports,
-        support_counts=[len(ids) for ids in data.supports(args.shot, seed).values()],
+        net=net, frozen=keeper.frozen, kept=kept, supports=by_class,
         model=wrap_ddp(Head(net), device, sync_bn=False), device=device, dtype=keeper.dtype, val_batches=val_batches,
         panel=panel, class_names=data.legend.names, config=from_flags.network_config(args, data, seed), seed=seed,
         listed=len(data.ids('val')), patience=args.num_epoch // 4,

@@ -106,7 +106,8 @@ def load_network(args: argparse.Namespace, data: FoldData, seed: int) -> tuple[N
         return net, None
     checkpoint = read_checkpoint(resolve_checkpoint(args.restore_from, args.select, seed))
     num_novel = len(data.novel_ids) if checkpoint.class_counts[1] else 0
-    net = build_model(args.backbone, len(data.base_ids), num_novel, args.os, args.model)
+    options = checkpoint.config.get('options') if checkpoint.model == args.model else None
+    net = build_model(args.backbone, len(data.base_ids), num_novel, args.os, args.model, options)
     net.background = data.spec.background is not None
     checkpoint.load_into(net, from_flags.network_config(args, data, seed))
     if data.novel_ids and not num_novel and is_main():

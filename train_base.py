@@ -34,7 +34,8 @@ from utils import cli, from_flags
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.training_parser(
-        __doc__, tuple(MODELS), BACKBONES, batch_size=None, num_epoch=50,
+        __doc__, [name for name, method in MODELS.items() if not method.BASE_MODEL], BACKBONES,
+        batch_size=None, num_epoch=50,
         restore_help='backbone weights: a file, "imagenet" (torchvision\'s) or "none"; or a stage-1 checkpoint',
     )  # fmt: skip
     parser.add_argument('--random-seed', type=cli.not_negative, default=123, help='of all random draws (default: 123)')

@@ -30,7 +30,7 @@ def described_network(checkpoint: Checkpoint, base_only: bool = False) -> tuple[
     legend = _legend(checkpoint, num_base, num_novel)
     try:
         net = build_model(config['backbone'], num_base, 0 if base_only else num_novel, config['os'],
-                          checkpoint.model)  # fmt: skip
+                          checkpoint.model, config.get('options'))  # fmt: skip
     except ValueError as error:
         raise InputError(f'{path}: {error}') from error
     if base_only:

@@ -34,7 +34,8 @@ EXECUTION_FLAGS = {
 # What a run that resumes from a file (--resume FILE) must share with it: its network, optimiser and steps depend on it.
 FIXED_FLAGS = (
     'dataset', 'fold', 'model', 'backbone', 'os', 'shot', 'batch_size', 'start_epoch', 'fix_bn',
-    'freeze_backbone', 'filter_novel', 'train', 'content of training list', 'content of base network',
+    'freeze_backbone', 'filter_novel', 'train', 'prototypes', 'background', 'content of training list',
+    'content of base network',
 )  # fmt: skip
 # Flags that runs of earlier versions do not name, with the value that these had in effect.
 LATER_FLAGS = {'views': 0, 'nested': False, 'support_labels': 'all', 'repeat_base_images': False}

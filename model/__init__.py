@@ -1,18 +1,26 @@
 """The networks: backbone, PSP decoder, and the head of a method."""
 
+from collections.abc import Mapping
+
 from model import kernels
 from model.backbones import BACKBONES, build_backbone, find_backbone
 from model.capl import CAPL
 from model.finetuning import FineTuned
+from model.joint import JointPOP
 from model.network import Head, Network
 from model.pop import POP
 from model.psp import PSP
 
-MODELS = {'pspnet_pop': POP, 'pspnet_ft': FineTuned, 'pspnet_capl': CAPL}
+MODELS = {'pspnet_pop': POP, 'pspnet_joint': JointPOP, 'pspnet_ft': FineTuned, 'pspnet_capl': CAPL}
 
 
 def build_model(
-    backbone: str, num_base: int, num_novel: int = 0, output_stride: int = 8, model: str = 'pspnet_pop'
+    backbone: str,
+    num_base: int,
+    num_novel: int = 0,
+    output_stride: int = 8,
+    model: str = 'pspnet_pop',
+    options: Mapping[str, str] | None = None,
 ) -> Network:
     """Build a segmenter with freshly initialised weights.
 
@@ -22,17 +30,20 @@ def build_model(
         num_novel: Kn, number of novel classes; 0 builds the stage-1 network.
         output_stride: 8, 16 or 32.
         model: one of `MODELS`.
+        options: of the method, where it has any (`Network.OPTIONS`).
 
     Returns:
         Maps images [B, 3, H, W] to logits [B, 1 + Kb + Kn, h, w].
 
     Raises:
-        ValueError: unknown model, backbone, output stride or class count.
+        ValueError: unknown model, option, backbone, output stride or class count.
     """
     if model not in MODELS:
         raise ValueError(f'model {model!r} not supported; choose one of {", ".join(MODELS)}')
     features = build_backbone(backbone, output_stride)
-    net = MODELS[model](features, PSP(features.out_channels), num_base, num_novel)
+    method = MODELS[model]
+    chosen = {'options': method.choose(options)} if method.OPTIONS or options else {}
+    net = method(features, PSP(features.out_channels), num_base, num_novel, **chosen)
     kernels.accelerate(net)
     return net
 

@@ -3,6 +3,9 @@
 Dimensions: B batch, C feature channels, Kb base classes, Kn novel classes, h x w feature size.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -18,16 +21,27 @@ class FineTuned(Network):
     rows of the novel classes alone ('head'), or the decoder too, whose batch normalisations stay as they are
     ('decoder').
 
-    Args: those of `Network`.
+    Args: those of `Network`, and
+        options: name -> choice of `OPTIONS`.
     """
 
     title = 'PSPNet-FT'
     STAGE_1_PREFIXES = ('auxiliary.',)
     STAGE_2_PREFIXES = ('classifier_n.',)
-    VARIANTS = ('head', 'decoder')
+    OPTIONS = MappingProxyType({
+        'train': {'head': 'train the rows of the novel classes', 'decoder': "the decoder's convolutions too"},
+    })  # fmt: skip
 
-    def __init__(self, backbone: nn.Module, decoder: nn.Module, num_base: int, num_novel: int = 0) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        decoder: nn.Module,
+        num_base: int,
+        num_novel: int = 0,
+        options: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(backbone, decoder, num_base, num_novel)
+        self.options = self.choose(options)
         self.classifier = nn.Conv2d(decoder.out_channels, 1 + num_base, 1, bias=False)
         if num_novel:
             self.classifier_n = nn.Conv2d(decoder.out_channels, num_novel, 1, bias=False)
@@ -41,11 +55,11 @@ class FineTuned(Network):
 
     def maps(self, images: torch.Tensor) -> Maps:
         """Of images [B, 3, H, W] the decoder's features, or those of the backbone where stage 2 trains the decoder."""
-        return {'backbone': self.backbone(images)} if self.variant == 'decoder' else super().maps(images)
+        return {'backbone': self.backbone(images)} if self.options['train'] == 'decoder' else super().maps(images)
 
     def map_shapes(self, size: tuple[int, int]) -> dict[str, tuple[int, int, int]]:
         """Shape (channels, h, w) of the `maps` of images of size (H, W)."""
-        if self.variant == 'decoder':
+        if self.options['train'] == 'decoder':
             return {'backbone': (self.backbone.out_channels, *self.feature_size(size))}
         return super().map_shapes(size)
 
@@ -97,8 +111,8 @@ class FineTuned(Network):
         }
 
     def freeze_base(self) -> None:
-        """Stage 2: train the rows of the novel classes and, as the variant says, the decoder's convolutions."""
+        """Stage 2: train the rows of the novel classes and, where the options say so, the decoder's convolutions."""
         super().freeze_base()
-        if self.variant == 'decoder':
+        if self.options['train'] == 'decoder':
             self.decoder.requires_grad_(True)
             self.fix_batch_norm()

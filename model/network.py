@@ -3,7 +3,8 @@
 Dimensions: B batch, C feature channels, Kb base classes, Kn novel classes, h x w feature size, H x W image size.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -31,25 +32,28 @@ class Network(nn.Module):
         title: name of the method in tables.
         STAGE_1_PREFIXES: of the names of parameters that only the training of stage 1 has (`start_base`).
         STAGE_2_PREFIXES: of those that a network with novel classes has beyond one of stage 1.
-        VARIANTS: choices of what stage 2 trains; the first one is the default.
-        variant: the choice.
+        OPTIONS: what a run can choose of the method: name, a flag of ft_pop.py, -> choice -> its meaning; the first
+            choice is the default.
+        options: name -> choice.
         auxiliary: a head that only the training of stage 1 has, where the method has one (`start_base`).
         background: False: every pixel is of a class, so that evaluation never predicts label 0.
         POSITIONWISE: `classify` treats every position for itself. Otherwise it gets no padding.
         BASE_LEARNING_RATE: default of stage 1, of the backbone.
         BASE_MODEL: row of `model.MODELS` whose networks of stage 1 this method starts from; None: it has its own.
         BATCH_UNIT: number of images of which a batch of stage 1 must be a multiple.
+        STARTS_FROM_SUPPORTS: `start_from_supports` is called before the training of stage 2.
         REGISTERS: `register` takes the place of stage 2.
     """
 
     title: str
     STAGE_1_PREFIXES: tuple[str, ...] = ()
     STAGE_2_PREFIXES: tuple[str, ...] = ()
-    VARIANTS: tuple[str, ...] = ('head',)
+    OPTIONS: Mapping[str, Mapping[str, str]] = MappingProxyType({})
     POSITIONWISE = True
     BASE_LEARNING_RATE = 1e-3
     BASE_MODEL: str | None = None
     BATCH_UNIT = 1
+    STARTS_FROM_SUPPORTS = False
     REGISTERS = False
 
     def __init__(self, backbone: nn.Module, decoder: nn.Module, num_base: int, num_novel: int = 0) -> None:
@@ -61,7 +65,17 @@ class Network(nn.Module):
         self.backbone = backbone
         self.decoder = decoder
         self.auxiliary = None
-        self.variant = self.VARIANTS[0]
+        self.options = self.choose()
+
+    @classmethod
+    def choose(cls, options: Mapping[str, str] | None = None) -> dict[str, str]:
+        """All `OPTIONS` with the given choices, or the default ones. Raises ValueError for other choices."""
+        options = dict(options or {})
+        for name, choice in options.items():
+            if choice not in cls.OPTIONS.get(name, ()):
+                known = ', '.join(f'{name} {"|".join(choices)}' for name, choices in cls.OPTIONS.items())
+                raise ValueError(f'{cls.title} has no {name} {choice}; it has {known or "no options"}')
+        return {name: options.get(name, next(iter(choices))) for name, choices in cls.OPTIONS.items()}
 
     @property
     def num_logits(self) -> int:
@@ -153,6 +167,13 @@ class Network(nn.Module):
 
     def start_novel(self) -> None:
         """Start what stage 2 adds from what stage 1 has learned."""
+
+    def start_from_supports(self, supports: Iterable[tuple[Maps, torch.Tensor]]) -> None:
+        """Start what stage 2 adds from the support images too, where the method `STARTS_FROM_SUPPORTS`.
+
+        Args:
+            supports: as for `register`.
+        """
 
     def freeze_base(self) -> None:
         """Stage 2: train nothing but what it adds."""

@@ -66,10 +66,10 @@ class POP(Network):
             (float64 for float64 features).
         """
         with torch.autocast(features.device.type, enabled=False):
-            q = _vectors(features)  # [N, C], N = B h w
+            q = vectors(features)  # [N, C], N = B h w
             s = F.normalize(self.base_emb, dim=1)  # [Kb, C]
             p = q @ s.T  # [N, Kb]
-            return {'projections': _as_map(p, features), 'residual': _as_map(q - p @ s, features)}
+            return {'projections': as_map(p, features), 'residual': as_map(q - p @ s, features)}
 
     def classify(self, maps: Maps, constants: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
         """Prototype head: logit_k = relu(p_k) phi(s_k) + relu(-p_k) phi(-s_k) and logit_0 = phi(r).
@@ -85,25 +85,27 @@ class POP(Network):
             Logits [B, 1 + Kb + Kn, h, w].
         """
         with torch.autocast(self.base_emb.device.type, enabled=False):
-            p, r = _vectors(maps['projections']), _vectors(maps['residual'])  # [N, Kb], [N, C]
+            p, r = vectors(maps['projections']), vectors(maps['residual'])  # [N, Kb], [N, C]
             if self.num_novel:
                 s_base, s_novel = (F.normalize(prototypes, dim=1) for prototypes in self.prototypes())
                 p_novel = r @ s_novel.T + p @ (s_base @ s_novel.T)  # [N, Kn]
                 p, r = torch.cat([p, p_novel], dim=1), r - p_novel @ s_novel
             toward, away = constants or self.constants()  # [K]
             logits = F.relu(p) * toward + F.relu(-p) * away  # [N, K]
-        background = _score(self._background_mlp, r)  # [N]; in mixed precision under autocast
+        background = score(self._background_mlp, r)  # [N]; in mixed precision under autocast
         logits = torch.cat([background.to(logits.dtype)[:, None], logits], dim=1)  # [N, 1 + K]
-        return _as_map(logits, maps['residual'])
+        return as_map(logits, maps['residual'])
 
     def constants(self) -> tuple[torch.Tensor, torch.Tensor]:
         """phi(s_k) and phi(-s_k), float32 [K] each; phi_n scores the novel prototypes."""
-        mlps = (self.classifier, self.classifier_n) if self.num_novel else (self.classifier,)
+        scored = [(self.classifier, self.base_emb)]
+        if self.num_novel:
+            scored.append((self.classifier_n, self.novel_emb))
         toward, away = [], []
         with torch.autocast(self.base_emb.device.type, enabled=False):
-            for mlp, prototypes in zip(mlps, self.prototypes(), strict=True):
+            for mlp, prototypes in scored:
                 s = F.normalize(prototypes, dim=1)
-                scores = _score(mlp, torch.cat([s, -s]))  # [2 K]
+                scores = score(mlp, torch.cat([s, -s]))  # [2 K]
                 toward.append(scores[: len(s)])
                 away.append(scores[len(s) :])
         return torch.cat(toward), torch.cat(away)
@@ -134,18 +136,18 @@ class POP(Network):
         return self.classifier_n if self.num_novel else self.classifier
 
 
-def _vectors(maps):
+def vectors(maps):
     """Maps [B, C, h, w] as vectors [B h w, C], float32 (float64 stays); no copy where channels are last in memory."""
     return single(maps).permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def _as_map(vectors, like):
+def as_map(vectors, like):
     """Vectors [B h w, K] as a map [B, K, h, w] of the batch and size of `like`."""
     batch, _, height, width = like.shape
     return vectors.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
-def _score(mlp, vectors):
+def score(mlp, vectors):
     """phi of vectors [N, C]: [N].
 
     Its 1x1 convolutions are applied as matrix products: these stay in float32 on GPUs, where cuDNN would round a

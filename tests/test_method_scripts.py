@@ -16,25 +16,33 @@ from model.capl import CAPL
 
 @pytest.mark.parametrize('in_half', ((), ('--fp16',)))
 @pytest.mark.parametrize(
-    ('name', 'flags'), (('pspnet_ft', ('--train', 'decoder', '--views', 1, '--base-views', 2)), ('pspnet_capl', ()))
+    ('name', 'flags'),
+    (
+        ('pspnet_ft', ('--train', 'decoder', '--views', 1, '--base-views', 2)),
+        ('pspnet_capl', ()),
+        ('pspnet_joint', ('--background', 'novel')),
+    ),
 )
 def test_every_script_runs_and_interrupted_runs_resume_to_the_same_weights(
     tiny, run_script, shapes, tmp_path, monkeypatch, name, flags, in_half
 ):
-    data = (*TINY, '--backbone', tiny, '--data-dir', shapes, *in_half, '--model', name)
-    train = (*data, *TINY_TRAINING, '--input-size', '33,33', '--num-epoch', 1, '--save-every-steps', 1)
+    base_name = MODELS[name].BASE_MODEL or name
+    base_data = (*TINY, '--backbone', tiny, '--data-dir', shapes, *in_half, '--model', base_name)
+    data = (*base_data[:-1], name)
+    train = (*TINY_TRAINING, '--input-size', '33,33', '--num-epoch', 1, '--save-every-steps', 1)
     monkeypatch.setattr(precision, 'computes_in_bfloat16', lambda: True)
     run_script('utils/gen_fs_list.py', '--dataset', 'shapes', '--data-dir', shapes, '--shot', 1, '--seed', 123)
     whole, killed = tmp_path / 'whole', tmp_path / 'killed'
 
     def stage_1(folder):
         return run_script(
-            'train_base.py', *train, '--restore-from', 'none', '--snapshot-dir', folder / 'base', '--batch-size', 50
-        )
+            'train_base.py', *base_data, *train, '--no-memory', '--restore-from', 'none', '--batch-size', 50,
+            '--snapshot-dir', folder / 'base',
+        )  # fmt: skip
 
     def stage_2(folder):
         return run_script(
-            'ft_pop.py', *train, '--restore-from', whole / 'base', '--snapshot-dir', folder / 'novel', *flags,
+            'ft_pop.py', *data, *train, '--restore-from', whole / 'base', '--snapshot-dir', folder / 'novel', *flags,
             '--batch-size', 8, '--features-disk-gb', 0,
         )  # fmt: skip
 
@@ -57,7 +65,7 @@ def test_every_script_runs_and_interrupted_runs_resume_to_the_same_weights(
     assert shared == ({'decoder'} if name == 'pspnet_ft' else set())
     assert not any(key.startswith('auxiliary') for key in novel)
     rate = json.loads((whole / 'base/args.json').read_text())['learning_rate']
-    assert rate == MODELS[name].BASE_LEARNING_RATE == {'pspnet_ft': 1e-3, 'pspnet_capl': 1e-2}[name]
+    assert rate == MODELS[base_name].BASE_LEARNING_RATE == {'pspnet_capl': 1e-2}.get(name, 1e-3)
     code, output = run_script('test.py', *data, '--restore-from', whole / 'novel')
     assert code == 0 and f'"model": "{name}"' in (whole / 'novel/results.json').read_text(), output
     code, output = run_script('test.py', *data[:-2], '--restore-from', whole / 'novel')
@@ -69,7 +77,7 @@ def test_every_script_runs_and_interrupted_runs_resume_to_the_same_weights(
         tmp_path / 'segmented', '--num-workers', 0,
     )  # fmt: skip
     assert code == 0 and '1 of 1 images segmented' in output, output
-    for command in ('utils/teach.py', 'utils/memory.py'):
+    for command in ('utils/teach.py', 'utils/memory.py') if base_name == name else ():
         own = ('--support', shapes, '--out', tmp_path / 'out') if 'teach' in command else ('--data-dir', shapes)
         code, output = run_script(command, '--restore-from', whole / 'base', *own)
         assert code == 1 and 'takes pspnet_pop only' in output, output
@@ -96,7 +104,8 @@ def ends_after(count, function):
             ('--model', 'pspnet_capl', '--batch-size', 6, '--accumulate', 2, '--fix-bn'),
             'use a multiple of 4',
         ),
-        ('ft_pop.py', ('--train', 'decoder'), '--train decoder: pspnet_pop has head'),
+        ('ft_pop.py', ('--train', 'decoder'), '--model pspnet_pop: POP has no train decoder; it has no options'),
+        ('train_base.py', ('--model', 'pspnet_joint'), "invalid choice: 'pspnet_joint'"),
         ('ft_pop.py', ('--model', 'pspnet'), 'pspnet_capl'),
     ),
 )

@@ -185,9 +185,9 @@ def outputs(net, images):
 @pytest.mark.parametrize(('variant', 'trained'), (('head', {'classifier_n'}), ('decoder', {'classifier_n', 'decoder'})))
 def test_fine_tuning_trains_what_its_variant_says(tiny, variant, trained):
     torch.manual_seed(0)
-    base = build_model(tiny, 3, output_stride=32, model='pspnet_ft')
-    net = build_model(tiny, 3, 2, output_stride=32, model='pspnet_ft')
-    base.variant = net.variant = variant
+    options = {'train': variant}
+    base = build_model(tiny, 3, output_stride=32, model='pspnet_ft', options=options)
+    net = build_model(tiny, 3, 2, output_stride=32, model='pspnet_ft', options=options)
     net.start_from(base)
     net.freeze_base()
     before = copy.deepcopy(net.state_dict())

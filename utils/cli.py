@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from core.errors import InputError
@@ -91,7 +91,7 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
 
 def training_parser(
     doc: str,
-    models: tuple[str, ...],
+    models: Sequence[str],
     backbones: Iterable[str],
     restore_help: str,
     *,
@@ -142,7 +142,7 @@ def add_evaluation_flags(group):
 
 
 def add_model_flags(
-    parser: argparse.ArgumentParser, models: tuple[str, ...], backbones: Iterable[str], restore_help: str
+    parser: argparse.ArgumentParser, models: Sequence[str], backbones: Iterable[str], restore_help: str
 ):
     """Which network, from which weights, where and in which precision."""
     group = parser.add_argument_group('model')

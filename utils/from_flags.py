@@ -18,6 +18,7 @@ from engine.resume import RunFolder
 from engine.stage import Plan, Stage
 from engine.trainer import Trainer
 from utils.data_flags import fill_data
+from utils.method_flags import method_options
 
 
 def fold_data(args: argparse.Namespace) -> FoldData:
@@ -78,6 +79,8 @@ def network_config(args: argparse.Namespace, data: FoldData, seed: int | None = 
         'dataset': args.dataset.name, 'fold': args.fold, 'model': args.model, 'backbone': args.backbone, 'os': args.os,
         'classes': data.legend.classes, 'base_size': list(args.base_size), 'card': args.dataset.described(),
     }  # fmt: skip
+    if options := method_options(args):
+        config['options'] = options
     if 'scale_range' in args:
         config['scale_range'] = list(args.scale_range)
     if data.support_list or (data.nested and seed is not None):

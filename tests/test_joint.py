@@ -1,0 +1,152 @@
+"""POP in the joint space of decoder and backbone, against its plain formulas and against POP."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from engine.checkpoint import read_checkpoint, save_checkpoint
+from model import POP, Head, build_model
+from model.joint import LEAST_STD, JointPOP
+from model.kernels import fuse
+from model.losses import orthogonality
+
+OPTIONS = [
+    {'prototypes': prototypes, 'background': background}
+    for prototypes in ('joint', 'decoder')
+    for background in ('base', 'novel')
+]
+
+
+class Backbone(nn.Module):
+    """Scales its input, channel by channel."""
+
+    output_stride, out_channels = 1, 6
+
+    def forward(self, x):
+        return x * torch.arange(1, 7, dtype=x.dtype)[:, None, None]
+
+
+def decoder():
+    layer = nn.Conv2d(6, 16, 1, bias=False)
+    layer.out_channels = 16
+    return layer
+
+
+def network(options, num_base=3, num_novel=2, trained=True):
+    torch.manual_seed(0)
+    net = JointPOP(Backbone(), decoder(), num_base, num_novel, options).double()
+    if trained:  # anything but the start
+        with torch.no_grad():
+            net.novel_emb.normal_()
+            net.classifier_n[0].weight.normal_()
+            if net.extra:
+                net.backbone_mean.normal_()
+                net.backbone_std.uniform_(0.5, 2)
+    return net
+
+
+def mlp(layers, vector):
+    """phi of one vector [C]."""
+    weights = [layer.weight.flatten(1) for layer in layers if isinstance(layer, nn.Conv2d)]
+    return (weights[2] @ (weights[1] @ (weights[0] @ vector).clamp(min=0)).clamp(min=0))[0]
+
+
+def plain_logits(net, image, y, x):
+    """Logits of one position [1 + Kb + Kn], written from the formulas."""
+    z = net.backbone(image)
+    q = net.decoder(z)[0, :, y, x]
+    base = [F.normalize(s, dim=0) for s in net.base_emb]
+    rest = q - sum((s @ q) * s for s in base)
+    logits = [mlp(net.classifier, (s @ q) * s) for s in base]
+    joint, base = q, [F.pad(s, (0, net.extra)) for s in base]
+    if net.extra:
+        joint = torch.cat([q, (z[0, :, y, x] - net.backbone_mean) / net.backbone_std])
+    novel = [F.normalize(s, dim=0) for s in net.novel_emb]
+    logits += [mlp(net.classifier_n, (s @ joint) * s) for s in novel]
+    residual = joint - sum((s @ joint) * s for s in base) - sum((s @ joint) * s for s in novel)
+    if net.options['background'] == 'base':
+        return torch.stack([mlp(net.classifier, rest), *logits])
+    return torch.stack([mlp(net.classifier_n, residual), *logits])
+
+
+@pytest.mark.parametrize('options', OPTIONS)
+def test_logits_and_gradients_are_those_of_the_formulas(options):
+    net, image = network(options), torch.randn(1, 6, 3, 4, dtype=torch.float64)
+    logits = net(image)
+    plain = torch.stack([torch.stack([plain_logits(net, image, y, x) for x in range(4)]) for y in range(3)])
+    assert torch.allclose(logits[0].permute(1, 2, 0), plain, atol=1e-10)
+    weights, grads = torch.randn_like(plain), []
+    trained = [p for name, p in net.named_parameters() if name.startswith(('novel_emb', 'classifier_n'))]
+    for outputs in (logits[0].permute(1, 2, 0), plain):
+        grads.append(torch.autograd.grad((outputs * weights).sum(), trained))
+    assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(*grads, strict=True))
+
+
+def test_it_starts_as_pop_and_without_its_options_is_pop():
+    image = torch.randn(2, 6, 3, 4, dtype=torch.float64)
+    for options in ({'background': 'novel'}, OPTIONS[-1]):
+        net = network(options, trained=False)
+        pop = POP(Backbone(), decoder(), 3, 2).double()
+        state = {key: value for key, value in net.state_dict().items() if key in pop.state_dict()}
+        for key in ('novel_emb', 'classifier_n.0.weight'):
+            state[key] = state[key][:, :16]
+        pop.load_state_dict(state)
+        assert torch.allclose(net(image), pop(image), atol=1e-12)
+    assert set(net.state_dict()) == set(pop.state_dict()) and net.map_shapes((8, 8)) == pop.map_shapes((8, 8))
+    base = network({'background': 'base'}, trained=False)(image)
+    assert torch.allclose(base[:, 1:], net(image)[:, 1:], atol=1e-12) and not torch.allclose(base, net(image))
+
+
+def test_the_backbone_is_standardised_by_the_pixels_of_the_supports():
+    net = network({})
+    masks = torch.zeros(2, 12, 16, dtype=torch.long)
+    masks[:, :, 12:] = 255  # padding
+    images = [torch.randn(2, 6, 3, 4, dtype=torch.float64) + torch.arange(6)[:, None, None] for _ in range(2)]
+    for each in images:
+        each[:, 5] = 7.0  # a silent channel
+    net.start_from_supports((net.maps(each), masks) for each in images)
+    seen = torch.cat([net.backbone(each)[:, :, :, :3].transpose(0, 1).flatten(1) for each in images], dim=1)
+    assert torch.allclose(net.backbone_mean, seen.mean(dim=1))
+    std = seen.std(dim=1, unbiased=False)
+    assert torch.allclose(net.backbone_std[:5], std[:5])
+    assert torch.allclose(net.backbone_std[5], LEAST_STD * std.mean()) and std[5] == 0
+
+
+@pytest.mark.parametrize('options', OPTIONS[:3])
+def test_stage_2_trains_the_head_on_maps_of_the_base_network(tiny, options, tmp_path):
+    torch.manual_seed(0)
+    plain = build_model(tiny, 3, output_stride=32)  # of POP's stage 1
+    save_checkpoint(tmp_path / 'base.pth', plain, {'model': 'pspnet_pop'}, 1, {})
+    base = build_model(tiny, 3, output_stride=32, model='pspnet_joint', options=options)
+    read_checkpoint(tmp_path / 'base.pth').load_into(base, {'model': base.BASE_MODEL})
+    net = build_model(tiny, 3, 2, output_stride=32, model='pspnet_joint', options=options)
+    net.start_from(base)
+    net.freeze_base()
+    frozen, images = fuse(base), torch.randn(4, 3, 65, 65)
+    with torch.no_grad():
+        maps = frozen.maps(images)
+    assert {name: tuple(value.shape[1:]) for name, value in maps.items()} == frozen.map_shapes((65, 65))
+    logits = Head(net.train())({name: value.half() for name, value in maps.items()})  # kept in half precision
+    assert logits.dtype == torch.float32
+    with torch.no_grad():
+        assert (logits - net.eval()(images)).norm() < 1e-2 * logits.norm()
+    losses = net.novel_losses(logits, torch.randint(0, 6, (4, 65, 65)))
+    padded = F.pad(net.base_emb, (0, net.novel_emb.shape[1] - net.base_emb.shape[1]))
+    assert losses['orth'].item() == pytest.approx(10 * orthogonality(net.novel_emb, padded).item())
+    sum(losses.values()).backward()
+    trained = {name for name, parameter in net.named_parameters() if parameter.grad is not None}
+    assert trained == {'novel_emb', *(f'classifier_n.{i}.weight' for i in (0, 2, 4))}
+    save_checkpoint(tmp_path / 'novel.pth', net, {'model': 'pspnet_joint', 'options': options}, 1, {})
+    saved = read_checkpoint(tmp_path / 'novel.pth')
+    assert saved.class_counts == (3, 2)
+    again = build_model(tiny, 3, output_stride=32, model='pspnet_joint', options=options)
+    saved.load_base_into(again)
+    assert torch.equal(again.base_emb, base.base_emb)
+
+
+def test_unknown_options_are_refused(tiny):
+    with pytest.raises(ValueError, match='POP, joint space has no background blue; it has prototypes joint'):
+        build_model(tiny, 3, model='pspnet_joint', options={'background': 'blue'})
+    with pytest.raises(ValueError, match='POP has no train decoder; it has no options'):
+        build_model(tiny, 3, options={'train': 'decoder'})
