@@ -75,7 +75,7 @@ class Entry:
         value = self.scalar()
         if isinstance(value, str) and value.strip() and value.isprintable():
             return value.strip()
-        quote = '; put it into quotes' if isinstance(self.node, yaml.ScalarNode) and value is not None else ''
+        quote = '; put it into quotes' if value is not None and not isinstance(value, str) else ''
         raise self.expected(f'{what}{quote}')
 
     def integer(self, low: int = 1, high: int | None = None) -> int:
@@ -141,7 +141,7 @@ def read_entries(path: Path) -> dict[str, Entry]:
         name = key.scalar()
         if name not in KEYS:
             near = difflib.get_close_matches(str(name), KEYS, 1)
-            hint = f'; did you mean {near[0]}?' if near else ''
+            hint = f'; did you mean {near[0]}?' if near else '.'
             raise key.refused(f'{name!r} is no key of a card{hint} Keys are {", ".join(KEYS)}')
         entries[name] = Entry(path, name, value.node)
     return entries
@@ -239,7 +239,12 @@ def _folds(entries, classes):
     if 'novel' in entries:
         return (_fold(entries['novel'], classes),)
     what = 'a list of folds, each of them a list of novel classes'
-    return tuple(_fold(item, classes) for item in entries['folds'].items(what)) if 'folds' in entries else ()
+    if 'folds' not in entries:
+        return ()
+    folds = entries['folds'].items(what)
+    if not folds:
+        raise entries['folds'].expected(what)
+    return tuple(_fold(item, classes) for item in folds)
 
 
 def _fold(entry, classes):
@@ -267,6 +272,8 @@ def _list(entry, split, path, in_data):
         return None
     if entry is None and split == 'test':
         return None
+    if entry is not None and entry.is_none:
+        raise entry.expected('a file of image ids')
     text = entry.text('a file of image ids') if entry else f'list/{split}.txt'
     if in_data:
         return Path(text)
@@ -275,7 +282,7 @@ def _list(entry, split, path, in_data):
 
 
 def _folders(entry, lists):
-    """Split -> folder. One folder is that of all splits; without one of its own, 'val' has that of 'train'."""
+    """Split -> folder. One folder is that of all splits; otherwise each split that has a list names its own."""
     if not entry.is_a(yaml.MappingNode):
         return dict.fromkeys(SPLITS, entry.text('a folder, or {train: folder, val: folder}'))
     folders = {}

@@ -83,8 +83,8 @@ class FoldData:
         path = {'train': self.train_list, 'val': self.val_list}[split]
         return read_ids(path, self.spec.hint, **self._files(split)) if path else []
 
-    def _read(self, path, hint='', **allowed):
-        """Ids of a list of training images."""
+    def read_list(self, path: Path, hint: str = '', **allowed: bool) -> list[str]:
+        """Ids of a list of training images; as `lists.read_ids`."""
         return read_ids(path, hint, **self._files('train'), **allowed)
 
     def _files(self, split):
@@ -119,9 +119,9 @@ class FoldData:
         samples = self.samples('train', novel_as_background=True)
         differing = ensure_class_lists(self.spec, samples, self.train_list, self.lists, overwrite)
         notes = []
-        lists = {c: self.lists.novel_class(c) for c in self.novel_ids}
+        lists = {} if self.support_list else {c: self.lists.novel_class(c) for c in self.novel_ids}
         lists |= {c: self.lists.base_class(c) for c in self.base_ids}
-        empty = [self.spec.classes[c] for c, path in lists.items() if not self._read(path, allow_empty=True)]
+        empty = [self.spec.classes[c] for c, path in lists.items() if not self.read_list(path, allow_empty=True)]
         if empty:
             notes.append(
                 f'no training image shows >= {self.spec.min_pixels} pixels of {some(empty)}, so stage 2 will refuse to '
@@ -143,7 +143,7 @@ class FoldData:
 
     def base_training(self, augmentation: Augmentation, seed: int) -> SegmentationDataset:
         """Training set of stage 1: images with at least one base class; novel pixels are relabelled background."""
-        ids = self._read(self.lists.train, self._lists_hint)
+        ids = self.read_list(self.lists.train, self._lists_hint)
         samples = self.samples('train', ids, novel_as_background=True)
         return SegmentationDataset(ids, samples, augmentation, seed, skip_bad=self.skip_bad)
 
@@ -170,7 +170,7 @@ class FoldData:
     def base_images(self, augmentation: Augmentation) -> tuple[SegmentationDataset, dict[int, list[str]]]:
         """What stage 2 draws base images from: views of all candidates, and base class id -> ids of its candidates."""
         class_lists = {
-            c: self._read(self.lists.base_class(c), self._lists_hint, allow_empty=True) for c in self.base_ids
+            c: self.read_list(self.lists.base_class(c), self._lists_hint, allow_empty=True) for c in self.base_ids
         }
         ids = list(dict.fromkeys(image_id for ids in class_lists.values() for image_id in ids))
         samples = self.samples('train', ids, novel_as_background=True)
@@ -208,7 +208,7 @@ class FoldData:
         if self.support_list:
             return read_supports(path, {c: self.spec.classes[c] for c in self.novel_ids})
         make = f'make it with: {self._support_command(shot, seed)}'
-        ids = self._read(path, make, allow_repeats=True)
+        ids = self.read_list(path, make, allow_repeats=True)
         if len(ids) != shot * len(self.novel_ids):
             raise InputError(
                 f'list {path} names {len(ids)} images; expected {shot * len(self.novel_ids)}, {shot} for each of '

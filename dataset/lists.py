@@ -6,6 +6,7 @@
     ROOT/fold{F}/train_base_class{C}.txt              images in which base class C covers >= min_pixels
     ROOT/fold{F}/train_novel_class{C}.txt             the same for novel class C
     ROOT/fold{F}/fold{F}_{K}shot_seed{S}.txt          support images, K lines per novel class, ascending class id
+    ROOT/fold{F}/fold{F}_{K}shot_seed{S}_nested.txt   the same, of nested draws
     ROOT/fold{F}_filter/...                           the same without images that contain novel classes
 
 ROOT is the folder of the train list.
@@ -101,14 +102,14 @@ def read_ids(
     """
     hint = f'; {hint}' if hint else ''
     try:
-        lines = _read_lines(path)
+        lines = read_lines(path)
     except FileNotFoundError:
         raise InputError(f'list {path} does not exist{hint}') from None
     except (OSError, ValueError) as error:
         raise InputError(f'list {path} cannot be read ({error}); expected a UTF-8 text file of image ids') from None
     if not lines and not allow_empty:
         raise InputError(f'list {path} is empty{hint}')
-    ids = [_id_of(line, folders, samples) for line in lines]
+    ids = [id_of(line, folders, samples) for line in lines]
     if None in ids:
         raise InputError(_not_ids(path, [line for line, i in zip(lines, ids, strict=True) if i is None], folders))
     repeated = [image_id for image_id, count in Counter(ids).items() if count > 1]
@@ -117,8 +118,13 @@ def read_ids(
     return ids
 
 
-def _read_lines(path):
-    """The lines of a list that are not blank. OSError, or ValueError where it is no text."""
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a list that are not blank; as `numbered_lines`."""
+    return [line for _, line in numbered_lines(path)]
+
+
+def numbered_lines(path: str | Path) -> list[tuple[int, str]]:
+    """Number and text of the lines that are not blank, in any encoding of text. OSError; ValueError for no text."""
     content = Path(path).read_bytes()
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # PowerShell writes lists so
         text = content.decode('utf-16')
@@ -127,11 +133,12 @@ def _read_lines(path):
     if '\0' in text:
         raise ValueError('it holds zero bytes')
     # not splitlines: a name may hold what else Unicode takes for the end of a line
-    return [line for raw in re.split('[\r\n]', text) if (line := raw.strip(BLANKS))]
+    lines = enumerate(re.split('\r\n|\r|\n', text), 1)
+    return [(number, line) for number, raw in lines if (line := raw.strip(BLANKS))]
 
 
-def _id_of(line, folders=None, samples=None):
-    """The id that a line of a list means, or None."""
+def id_of(line, folders=None, samples=None):
+    """The id that a line of a list means, or None; `folders` and `samples` as in `read_ids`."""
     files = FILES.fullmatch(line.replace('\\', '/'))
     if not files:
         return canonical(line) if _is_id(line) else None
@@ -211,7 +218,7 @@ def keep_or_write_ids(path: Path, ids: Sequence[str], overwrite: bool = False) -
         A message that says what was done, and whether an existing list differs from `ids`.
     """
     if path.is_file() and not overwrite:
-        same = [canonical(line) for line in _read_lines(path)] == list(ids)
+        same = [canonical(line) for line in read_lines(path)] == list(ids)
         return f'kept {path}' + ('' if same else f', which differs from the list that this data gives ({len(ids)} ids)')
     write_ids(path, ids)
     return f'wrote {path}, {len(ids)} ids'

@@ -55,11 +55,13 @@ def open_png(path: str | Path) -> tuple[Image.Image, Picture]:
     """
     mask, picture = _open_any_png(path)
     if picture.depth == 16:
-        raise InputError(f'{path} has 16 or 32 bits per pixel; expected 8. Save its class ids as 8-bit greyscale PNG.')
+        raise InputError(
+            f'{path} has 16 bits per channel; expected 8. Save it with 8, as greyscale, palette or RGB PNG.'
+        )
     if picture.color_type == GREY and picture.depth < 8:
         raise InputError(
-            f'{path} is a greyscale PNG of fewer than 8 bits ({picture.depth}); decoders rescale its values, so class '
-            'ids are lost. Save it as 8-bit greyscale or palette PNG.'
+            f'{path} is a greyscale PNG of fewer than 8 bits ({picture.depth}); decoders rescale its values, so they '
+            'are lost. Save it with 8 bits, as greyscale, palette or RGB PNG.'
         )
     return mask, picture
 
@@ -143,27 +145,35 @@ def read_colored_mask(path: str | Path, class_colors: Mapping[bytes, int]) -> np
         InputError: as `open_png`; or some of the colours are those of no class.
     """
     mask, picture = open_png(path)
-    if picture.color_type == PALETTE:
-        values = np.array(mask)
-        used, places = np.unique(values, return_inverse=True)
-        all_colors = palette_colors(picture.palette)
-        colors = [all_colors[value] if value < len(all_colors) else None for value in used]
-    elif picture.color_type in (RGB, RGBA):
-        codes = np.array(mask.convert('RGB'), np.int64) @ (65536, 256, 1)
-        used, places = np.unique(codes, return_inverse=True)
-        colors = [int(code).to_bytes(3, 'big') for code in used]
-    else:
+    if picture.color_type not in (PALETTE, RGB, RGBA):
         return np.array(mask.getchannel(0))
+    places, colors = places_of_colors(mask, picture)
     ids = [class_colors.get(color) for color in colors]
     unknown = [color for color, class_id in zip(colors, ids, strict=True) if class_id is None]
     if picture.color_type == PALETTE and (len(set(colors)) < len(colors) or (unknown and not any(ids))):
-        return values
+        return np.array(mask)
     if unknown:
         raise InputError(
             f'mask {path} holds colours that are not classes, such as {list(unknown[0] or b"")}; expected the palette '
             'of the data set. Unpack it again.'
         )
-    return np.array(ids, np.uint8)[places.reshape(mask.size[::-1])]
+    return np.array(ids, np.uint8)[places]
+
+
+def places_of_colors(mask: Image.Image, picture: Picture) -> tuple[np.ndarray, list[bytes | None]]:
+    """The colours of a mask of `open_png`; transparency is ignored, and shades of grey are colours too.
+
+    Returns:
+        Places in the list of colours, int64 [H, W]; RGB bytes of each, None for a value beyond the palette.
+    """
+    values = np.array(mask if picture.color_type in (PALETTE, GREY) else mask.convert('RGB'), np.int64)
+    used, places = np.unique(values if values.ndim == 2 else values @ (65536, 256, 1), return_inverse=True)
+    if picture.color_type == PALETTE:
+        palette = palette_colors(picture.palette)
+        colors = [palette[value] if value < len(palette) else None for value in used]
+    else:
+        colors = [bytes([code] * 3) if values.ndim == 2 else int(code).to_bytes(3, 'big') for code in used]
+    return places.reshape(values.shape[:2]), colors
 
 
 def wrong_values(path: str | Path, found: np.ndarray, table: np.ndarray) -> InputError | None:

@@ -172,31 +172,42 @@ def read_described_support(folder: Path, size: tuple[int, int]) -> tuple[dict[st
     """Read the photographs of the training list of a card, whose masks may show several classes.
 
     Its novel classes are taught, or all classes where it names no novel ones. What masks call background or another
-    class is 0, as in a mask of one class.
+    class is 0, as in a mask of one class. As in data sets, fewer pixels than `min_pixels` of a class are no support.
 
-    Args, returns and errors: as `read_support_folder`; ids of photographs without a taught class are left out.
+    Args, returns and errors: as `read_support_folder`.
     """
     spec = find_dataset(str(folder))
+    if len(spec.folds) > 1:
+        raise InputError(f'{spec.card} has {len(spec.folds)} folds; name the classes to teach: novel: [...]')
     taught = spec.novel_ids(0) if spec.folds else spec.base_ids(-1)
+    if unfit := [spec.classes[c] for c in taught if '/' in spec.classes[c] or not spec.classes[c].strip('.')]:
+        raise InputError(f'{spec.card}: {some(unfit)} cannot name a picture; expected names without "/"')
     data = FoldData(spec, spec.root, -1, spec.list_path('train', spec.root), None)
-    samples = data.samples('train', data.ids('train'), novel_as_background=True)
+    ids = data.ids('train')
+    samples = data.samples('train', ids, novel_as_background=True)
     table = label_table(taught, (), True, spec.background, spec.ignore)
     table[[c for c in spec.classes if c not in taught]] = 0
     samples = dataclasses.replace(samples, table=table)
     support, left_out = {spec.classes[c]: [] for c in taught}, []
-    for image_id in data.ids('train'):
-        image, labels = resize_to_fit(*samples.read(image_id), size)
-        shown = [label for label in range(1, len(taught) + 1) if label in labels]
-        for label in shown:
+    for image_id in ids:
+        image, labels = samples.read(image_id)
+        pixels = np.bincount(labels.ravel(), minlength=256)
+        image, labels = resize_to_fit(image, labels, size)
+        name, used = printable(samples.image_path(image_id).name), False
+        for label, class_id in enumerate(taught, 1):
+            if pixels[label] < spec.min_pixels or label not in labels:
+                if pixels[label]:
+                    left_out.append(f'{spec.classes[class_id]} in {name} ({pixels[label]} pixels)')
+                continue
             mask = np.where(labels == label, 1, np.where(labels == 0, 0, IGNORE_INDEX)).astype(np.uint8)
-            support[spec.classes[taught[label - 1]]].append(
-                SupportImage(samples.image_path(image_id).name, image, mask)
-            )
-        left_out += [] if shown else [image_id]
+            support[spec.classes[class_id]].append(SupportImage(name, image, mask))
+            used = True
+        if not used and not pixels[1 : len(taught) + 1].any():
+            left_out.append(name)
     if empty := [name for name, images in support.items() if not images]:
         raise InputError(
-            f'{spec.card}: no photograph shows {some(empty)} at the size of {size[0]}x{size[1]}; add some, or name the '
-            'classes to teach: novel: [...]'
+            f'{spec.card}: no photograph shows {spec.min_pixels} pixels of {some(empty)} (min_pixels); add some, lower '
+            'min_pixels, or name the classes to teach: novel: [...]'
         )
     return support, left_out
 
@@ -257,7 +268,7 @@ def extend_legend(
     for name in names:
         if (other := known.setdefault(name.casefold(), name)) is not name:
             is_own = other in legend.names and legend.names.index(other) in legend.novel_labels
-            hint = f'--forget {other} replaces it' if is_own else 'rename the folder'
+            hint = f'--forget {other} replaces it' if is_own else 'rename it'
             raise InputError(f'{name!r}: the network has the class {other!r} already; {hint}')
     taken = {*legend.class_ids, *known_ids.values(), *reserved}
     # above the others, and in the gaps between them only where there is no room

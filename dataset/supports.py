@@ -5,9 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from core.errors import InputError, some
-from core.files import TEXT
+from core.names import canonical
+from dataset.lists import id_of, numbered_lines
 
-FORMAT = 'a class, by name or id, and an image id, separated by blanks, tab or comma, e.g. "scooter,IMG_1"'
+FORMAT = (
+    'a class, by name or id, and an image id, the name of a photograph without folder and suffix, separated by blanks, '
+    'tab or comma, e.g. "scooter,IMG_1"'
+)
 
 
 def read_supports(path: Path, classes: Mapping[int, str]) -> dict[int, list[str]]:
@@ -26,23 +30,24 @@ def read_supports(path: Path, classes: Mapping[int, str]) -> dict[int, list[str]
             has no image.
     """
     try:
-        lines = path.read_text(**TEXT).splitlines()
+        lines = [(number, canonical(line)) for number, line in numbered_lines(path)]
     except OSError as error:
         raise InputError(f'support list {path} cannot be read: {error.strerror}') from error
-    except UnicodeError as error:
+    except ValueError as error:
         raise InputError(f'support list {path} is no text: {error}') from error
-    names = {str(class_id): class_id for class_id in classes} | {name: class_id for class_id, name in classes.items()}
+    names = {str(class_id): class_id for class_id in classes}
+    names |= {canonical(name): class_id for class_id, name in classes.items()}
     # a name may begin with another one, and may have blanks, as an image id may
     known = '|'.join(map(re.escape, sorted(names, key=len, reverse=True)))
     entry = re.compile(rf'\s*({known})\s*[\s,]\s*(\S.*?)\s*')
     supports = {class_id: [] for class_id in classes}
-    for number, line in enumerate(lines, 1):
-        if not line.strip() or line.lstrip().startswith('#'):
+    for number, line in lines:
+        if line.startswith('#'):
             continue
         found = entry.fullmatch(line)
-        if not found:
+        if not found or id_of(found[2]) is None:
             raise InputError(
-                f'support list {path}, line {number}: {line.strip()!r}; expected {FORMAT}. The novel classes are '
+                f'support list {path}, line {number}: {line!r}; expected {FORMAT}. The novel classes are '
                 f'{some([f"{name} ({class_id})" for class_id, name in classes.items()])}'
             )
         ids = supports[names[found[1]]]

@@ -96,7 +96,12 @@ def test_what_is_wrong_is_named_and_nothing_is_written(imported, tmp_path, name)
         (('--novel', 'dog'), "--novel 'dog'"),
         (('--novel', 'car', 'tree'), 'at least one must be a base class'),
         (('--ignore', 'edge'), "--ignore 'edge'"),
-        (('--classes', 'car', '--ignore', 'car'), "--ignore 'car'"),
+        (
+            ('--classes', 'car', '--ignore', 'car'),
+            "'car' cannot be a class: it is the background, or --ignore names it",
+        ),
+        (('--novel', 'car', 'car'), "--novel names 'car' twice"),
+        (('--classes', 'tree', 'car', 'tree'), "--classes names 'tree' twice"),
         (('--images', 'nowhere'), 'folder nowhere of the photographs does not exist'),
         (('--val-fraction', '1'), 'expected a number of 0..1'),
     ),

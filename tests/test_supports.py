@@ -23,7 +23,18 @@ def test_lines_name_a_class_and_an_image(tmp_path):
     assert read_supports(path, CLASSES) == {1: ['a b', 'x,y'], 2: ['a b', 'c', 'd'], 7: ['IMG_1']}
 
 
+@pytest.mark.parametrize('encoding', ('utf-8-sig', 'utf-16'))
+def test_lists_of_other_systems_are_read(tmp_path, encoding):
+    """Of Windows, with a mark and other ends of lines; and names as macOS writes them, in another Unicode form."""
+    path = tmp_path / 'supports.csv'
+    path.write_bytes('Stühle,Café 1\r\nlamp,b\r\n'.encode(encoding))
+    assert read_supports(path, {1: 'lamp', 2: 'Stu\u0308hle'}) == {1: ['b'], 2: ['Café 1']}
+    path.write_text('Stu\u0308hle,Cafe\u0301 1\nlamp,b')
+    assert read_supports(path, {1: 'lamp', 2: 'Stühle'}) == {1: ['b'], 2: ['Café 1']}
+
+
 @pytest.mark.parametrize(('text', 'message'), (
+    ('lamp a.jpg', "line 1: 'lamp a.jpg'; expected a class.* without folder and suffix"),
     ('lamp a\nbin b', r"line 2: 'bin b'; expected a class.*lamp \(1\), lamp post \(2\)"),
     ('lamp', "line 1: 'lamp'; expected a class"),
     ('lamppost a', "line 1: 'lamppost a'"),
@@ -99,3 +110,24 @@ def test_stage_2_learns_from_chosen_supports(run_script, data, shapes, base_run,
     assert code == 1 and 'content of support list was' in output, output
     code, output = run_script(*flags, '--random-seed', '1,2')
     assert code == 2 and 'give one --random-seed' in output
+
+
+def test_check_data_reads_nested_draws_and_lists_of_supports(run_script, data, shapes, tmp_path):
+    flags = ('--dataset', 'shapes', '--data-dir', shapes, '--shot', 2)
+    assert run_script('utils/gen_fs_list.py', *flags, '--nested')[0] == 0
+    path, ids = data.lists.support(2, 123, nested=True), data.ids('train')
+    supports = [f'{c} {i}' for c, ids in replace(data, nested=True).supports(2, 123).items() for i in ids]
+    try:
+        code, output = run_script('utils/check_data.py', *flags, '--fold', 0, '--workers', 1)
+        assert code == 0 and 'Traceback' not in output, output
+        path.write_text('\n'.join(ids[:10]))
+        code, output = run_script('utils/check_data.py', *flags, '--fold', 0, '--workers', 1)
+        assert code == 1 and f'error  {path.name}' in output and 'does not show novel class' in output, output
+    finally:
+        path.unlink()
+    own = tmp_path / 'own.txt'
+    for lines, expected in ((supports, 0), ([*supports[1:], f'1 {ids[1]}'], 1)):
+        own.write_text('\n'.join(lines))
+        code, output = run_script('utils/check_data.py', *flags, '--fold', 0, '--workers', 1, '--support-list', own)
+        assert code == expected and ('does not show novel class 1' in output) is bool(expected), output
+    assert run_script('utils/check_data.py', *flags, '--support-list', own)[0] == 2  # of all folds

@@ -17,7 +17,6 @@ from dataset.own_classes import (
     SupportSamples,
     find_support,
     read_support,
-    read_support_folder,
     support_positions,
 )
 from engine.features import KeptFeatures
@@ -80,6 +79,7 @@ def test_teaches_again_and_again_and_forgets(teach, run_script, shapes, remember
     before, taught = checkpoint(remembered), checkpoint(first)
     assert taught['config']['classes'] == [*before['config']['classes'][:15], [21, 'bin'], [22, 'scooter']]
     assert all(torch.equal(value, taught['model'][key]) for key, value in before['model'].items())
+    assert taught['config']['scale_range'] == before['config']['scale_range']  # for --slide
 
     code, output = run_script(
         'utils/predict.py', '--restore-from', first, '--images', next(photographs.glob('scooter/*.jpg')), '--save-path',
@@ -109,40 +109,6 @@ def test_teaches_again_and_again_and_forgets(teach, run_script, shapes, remember
     assert code == 1 and 'nothing is left but the base network' in output
     code, output, _ = teach(third, 'fourth', '--forget', 'scooter')
     assert code == 1 and 'was taught lamp' in output
-
-
-def test_masks_of_several_classes_are_taught_by_a_card(teach, shapes, remembered, tmp_path):
-    folder, ids = tmp_path / 'card', (shapes / 'list/trainaug.txt').read_text().split()
-    values = {i: read_mask(shapes / f'SegmentationClassAug/{i}.png') for i in ids}
-    shown = {i: {1, 2} & set(np.unique(mask)) for i, mask in values.items()}
-    several, other, first = (next(i for i in ids if shown[i] == classes) for classes in ({1, 2}, set(), {1}))
-    for part in ('images', 'masks'):
-        (folder / part).mkdir(parents=True)
-    for image_id in (several, other, first):
-        shutil.copy(shapes / f'JPEGImages/{image_id}.jpg', folder / 'images')
-        shutil.copy(shapes / f'SegmentationClassAug/{image_id}.png', folder / 'masks')
-    (folder / 'list.txt').write_text(f'{several}\n{other}\n{first}\n')
-    names = {c: f'class {c}' for c in range(1, 21)} | {1: 'scooter', 2: 'bin'}
-    card = f'names: {names}\nnovel: [scooter, bin]\nimages: images\nmasks: masks\ntrain: list.txt\nval: none\n'
-    (folder / 'dataset.yaml').write_text(card)
-    support, left_out = read_support_folder(folder, values[several].shape)
-    assert left_out == [other]
-    assert {name: [image.name for image in images] for name, images in support.items()} == {
-        'scooter': [f'{several}.jpg', f'{first}.jpg'], 'bin': [f'{several}.jpg']
-    }  # fmt: skip
-    for name, value, another in (('scooter', 1, 2), ('bin', 2, 1)):
-        mask, truth = support[name][0].mask, values[several]
-        assert ((mask == 1) == (truth == value)).all()
-        assert ((mask == 255) == ((truth == another) | (truth == 255))).all()
-        labels = SupportSamples(support, {'scooter': 7, 'bin': 8}).read(f'{name}/{several}.jpg')[1]
-        assert set(np.unique(labels)) <= {0, 255, {'scooter': 7, 'bin': 8}[name]}
-    code, output, out = teach(remembered, 'taught', '--support', folder, '--no-leave-out')
-    assert code == 0 and f'left out: {other}' in output, output
-    assert checkpoint(out)['config']['taught'] == {'scooter': 2, 'bin': 1}
-    (folder / 'dataset.yaml').write_text(card.replace('[scooter, bin]', '[scooter, class 20]'))
-    (folder / 'list.txt').write_text(f'{first}\n')
-    code, output, _ = teach(remembered, 'refused', '--support', folder)
-    assert code == 1 and 'no photograph shows class 20 at the size of' in output, output
 
 
 def test_the_same_seed_gives_the_same_weights_from_memory_and_from_data(
@@ -230,7 +196,7 @@ def test_nothing_is_written_where_something_is_wrong(photographs, teach, remembe
     (photographs / 'bin').rename(photographs / 'Pinstriped Star')
     code, output, out = teach(remembered, 'out', '--support', photographs)
     assert code == 1 and not out.exists()
-    assert "'Pinstriped Star': the network has the class 'pinstriped star' already; rename the folder" in output
+    assert "'Pinstriped Star': the network has the class 'pinstriped star' already; rename it" in output
 
 
 def test_what_looks_like_a_mistake_is_said():

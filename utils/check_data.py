@@ -11,7 +11,8 @@ intended.
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +28,6 @@ from dataset.fewshot import base_shortage
 from dataset.formats import jpeg_damage, palette_colors, read_file, read_picture
 from dataset.images import Samples, read_header
 from dataset.labels import ranges
-from dataset.lists import read_ids
 from dataset.masks import wrong_values
 from utils.cli import make_parser, not_negative, positive
 from utils.data_flags import add_dataset_flags, check_data_flags
@@ -53,9 +53,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         '--shot', type=positive, nargs='+',
         help='shots that training will use; default: 1 5 10, of which too few images are only noted',
     )  # fmt: skip
+    parser.add_argument('--support-list', type=Path, metavar='FILE', help='support images that were chosen by hand')
     parser.add_argument('--workers', type=positive, help='processes (default: one per core)')
     args = parser.parse_args(argv)
     args.fold = args.fold or list(range(len(args.dataset.folds)))
+    if args.support_list and len(args.fold) != 1:
+        parser.error('--support-list names the support images of one fold; give one --fold')
     check_data_flags(parser, args, args.fold)
     args.test_list = args.dataset.tested().list_path('val', args.data_dir) if args.dataset.test_list else None
     return args
@@ -80,6 +83,8 @@ def explained(spec: DatasetSpec, args: argparse.Namespace) -> str:
         'scale_range': '{} to {} times the original size, in training'.format(*spec.scale_range),
         'min_pixels': f'{spec.min_pixels} of a class make an image one of its support images',
         'batch_size': f'{spec.batch_size} in stage 1',
+        'lists_in_data': 'paths of lists start from ' + ('--data-dir' if spec.lists_in_data else 'the card'),
+        'hint': spec.hint,
         'palette': spec.palette if isinstance(spec.palette, str) else f'{len(spec.palette)} own colours, else spread',
     }
     table = [[key, value, lines.get(key, 'default')] for key, value in rows.items()]
@@ -185,21 +190,24 @@ def check_palettes(ids: Sequence[str], results: Sequence[Examined]) -> list[Find
     return [Finding('error', 'masks', text)]
 
 
-def check_classes(spec: DatasetSpec, pixels: np.ndarray, shots: Sequence[int]) -> list[Finding]:
+def check_classes(
+    spec: DatasetSpec, pixels: np.ndarray, shots: Sequence[int], chosen: Collection[int] = ()
+) -> list[Finding]:
     """Find classes without an image, which stage 2 refuses, and classes with fewer images than a shot count.
 
     Args:
         spec: the dataset.
         pixels: number of pixels of each mask value in the training images, int64 [N, 256].
         shots: numbers of support images per class.
+        chosen: class ids whose support images are chosen by hand.
     """
     usable = (pixels >= spec.min_pixels).sum(axis=0)
-    findings = []
-    if none := [name for c, name in spec.classes.items() if not usable[c]]:
+    findings, drawn = [], {c: name for c, name in spec.classes.items() if c not in chosen}
+    if none := [name for c, name in drawn.items() if not usable[c]]:
         text = f'no image shows >= {spec.min_pixels} pixels of {some(none, 8)}; add images, or lower min_pixels'
         findings.append(Finding('error', 'classes', text))
     for shot in shots:
-        few = [f'{name} ({usable[c]})' for c, name in spec.classes.items() if 0 < usable[c] < shot]
+        few = [f'{name} ({usable[c]})' for c, name in drawn.items() if 0 < usable[c] < shot]
         if few:
             text = f'{len(few)} classes have fewer than {shot} images with >= {spec.min_pixels} pixels: {some(few, 8)}'
             findings.append(Finding('note', f'{shot}-shot', text))
@@ -236,14 +244,22 @@ def check_lists(data: FoldData, shots: Sequence[int]) -> list[Finding]:
             findings += [Finding('note', subject, note) for note in data.ensure_lists()]
         except InputError as error:
             findings.append(Finding('error', subject, str(error)))
+    if data.support_list:
+        try:
+            data.checked_supports(shots[0], 0)
+        except InputError as error:
+            findings.append(Finding('error', 'supports', str(error)))
     for shot in shots:
         for path in sorted(data.lists.support(shot, 0).parent.glob(f'fold{data.fold}_{shot}shot_seed*.txt')):
+            drawn = re.fullmatch(r'.*_seed(\d+)(_nested)?', path.stem)
+            if not drawn:
+                continue
             try:
-                supports = data.checked_supports(shot, int(path.stem.rpartition('seed')[2]))
+                supports = replace(data, nested=bool(drawn[2])).checked_supports(shot, int(drawn[1]))
+                listed = {c: set(data.read_list(data.lists.novel_class(c), allow_empty=True)) for c in data.novel_ids}
             except InputError as error:
                 findings.append(Finding('error', path.name, str(error)))
                 continue
-            listed = {c: set(read_ids(data.lists.novel_class(c), allow_empty=True)) for c in data.novel_ids}
             if old := [image_id for c, ids in supports.items() for image_id in ids if image_id not in listed[c]]:
                 text = f'{some(old)} are not in the class lists any more; to draw again: gen_fs_list --overwrite'
                 findings.append(Finding('note', path.name, text))
@@ -270,7 +286,7 @@ def main(args: argparse.Namespace):
         findings.append(Finding('error', 'lists', text))
     readable = not any(severity == 'error' for severity, *_ in findings)
     shots = args.shot or DEFAULT_SHOTS
-    findings += check_classes(spec, pixels, shots)
+    findings += check_classes(spec, pixels, shots, spec.novel_ids(args.fold[0]) if args.support_list else ())
     seen = sum(result.pixels for result in val)  # 0 without a validation list
     if unseen := val and [name for c, name in spec.classes.items() if not seen[c]]:
         text = f'no evaluation image shows {some(unseen, 8)}: the IoU of such a class is undefined, or 0 if predicted'
@@ -279,7 +295,8 @@ def main(args: argparse.Namespace):
         findings += check_base_draws(spec, fold, train_ids, pixels, shots, 'error' if args.shot else 'note')
     if readable:  # the check of the lists reads the masks
         for fold in args.fold:
-            findings += check_lists(FoldData(spec, args.data_dir, fold, args.train_list, args.val_list), shots)
+            lists = (args.data_dir, fold, args.train_list, args.val_list)
+            findings += check_lists(FoldData(spec, *lists, support_list=args.support_list), shots)
     errors = sum(severity == 'error' for severity, *_ in findings)
     width = max((len(subject) for _, subject, _ in findings), default=0)
     for severity, subject, text in findings:

@@ -10,7 +10,8 @@ labelme: labelme's JSON files. colors: a folder with labelmap.txt and colour mas
 
 Writes OUT/images (links), OUT/masks (8-bit palette PNG), OUT/list and OUT/dataset.yaml, which --dataset OUT then names.
 Later objects cover earlier ones. All annotations are checked before anything is written. Existing files are kept, so
-you can run the same command again after an interruption; files that differ from the annotations are reported.
+you can run the same command again after an interruption, or with more annotations; files that differ from what the
+annotations give are reported.
 """
 
 import argparse
@@ -39,7 +40,7 @@ from dataset.annotations.splitting import choose_evaluation, on_one_side
 from dataset.cards import FILE_NAME, read_card
 from dataset.classes import DATASETS
 from dataset.formats import SUFFIXES
-from dataset.lists import check_ids, keep_or_write_ids
+from dataset.lists import check_ids, keep_or_write_ids, read_ids
 from dataset.masks import read_mask, save_palette_png
 from utils.cli import BASE_SIZE, make_parser, not_negative, positive
 from utils.preparation import place_photograph
@@ -67,7 +68,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                        help='of the images for evaluation, unless the export has a split (default: 0.2)')  # fmt: skip
     group.add_argument('--seed', type=not_negative, default=123, help='of the choice of these (default: 123)')
     parser.add_argument('--rasterizer', choices=RASTERIZERS, default='coco',
-                        help='coco: exact (default); opencv: as utils.coco_parse_script draws')  # fmt: skip
+                        help='coco: as pycocotools (default); opencv: as utils.coco_parse_script draws')  # fmt: skip
     parser.add_argument('--copy', action='store_true', help='copy the photographs instead of linking to them')
     parser.add_argument('--workers', type=positive, help='processes (default: one per core)')
     parser.add_argument('--overwrite', action='store_true', help='replace files that differ from the annotations')
@@ -154,6 +155,7 @@ def write_card(path: Path, classes: Classes, sizes: Sequence[tuple[int, int]], l
         content['palette'] = {of_value[value]: list(color) for value, color in classes.palette}
     with atomic_write(path, keep=path.with_suffix('.yaml.old')) as file:
         yaml.safe_dump(content, file, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
+    read_card(path)  # a card that would be refused later is refused now
     return f'wrote {path}'
 
 
@@ -170,25 +172,42 @@ def check_card(path: Path, classes: Classes):
             )
 
 
-def split_ids(ids: list[str], sources: list[Source], shows: np.ndarray, args: argparse.Namespace) -> dict:
-    """Split -> its image ids, as the export has them, or chosen at random; without those of no image."""
-    splits = [source.split or 'train' for source in sources]
-    if 'val' not in splits:
-        free = [i for i, split in enumerate(splits) if split == 'train']
-        for place in np.flatnonzero(choose_evaluation(shows[free], args.val_fraction, args.seed)):
-            splits[free[place]] = 'val'
-    chosen = {split: [i for i, s in zip(ids, splits, strict=True) if s == split] for split in ('train', 'val', 'test')}
-    if not chosen['train']:
+def known_splits(ids: list[str], sources: list[Source], folder: Path) -> list[str | None]:
+    """Split of each image: as the export has it or, where it has no evaluation images, as the lists there have it.
+
+    So a data set that grows evaluates on no image that a network was trained on before. None: to be chosen.
+
+    Raises:
+        InputError: the export has splits, but no training images.
+    """
+    splits = [source.split for source in sources]
+    if splits and not {None, 'train'} & set(splits):
         raise InputError('the export has no training images; expected a split "train", or none')
-    return {split: of_split for split, of_split in chosen.items() if of_split}
+    if 'val' in splits:
+        return [split or 'train' for split in splits]
+    listed = {}
+    for split in ('train', 'val'):
+        path = folder / f'{split}.txt'
+        listed |= dict.fromkeys(read_ids(path, allow_empty=True) if path.is_file() else (), split)
+    return [listed.get(i) if split in (None, 'train') else split for i, split in zip(ids, splits, strict=True)]
 
 
-def report(classes: Classes, export: Export, ids: list[str], made: list[Made], lists: dict) -> str:
-    """The table of the classes, and what was left out and why."""
+def split_ids(ids: list[str], splits: list[str | None], shows: np.ndarray, args: argparse.Namespace) -> dict:
+    """Split, where it has images, -> its image ids; those that have no split yet are divided at random."""
+    free = [i for i, split in enumerate(splits) if split is None]
+    chosen = choose_evaluation(shows[free], args.val_fraction, args.seed)
+    splits = list(splits)
+    for i, is_val in zip(free, chosen, strict=True):
+        splits[i] = 'val' if is_val else 'train'
+    of_split = {
+        split: [i for i, s in zip(ids, splits, strict=True) if s == split] for split in ('train', 'val', 'test')
+    }
+    return {split: chosen for split, chosen in of_split.items() if chosen}
+
+
+def report(classes: Classes, export: Export, objects: Counter, ids: list[str], made: list[Made], lists: dict) -> str:
+    """The table of the classes, and what was left out and why; `objects` are all that are annotated, by name."""
     pixels = np.array([each.pixels for each in made])
-    objects = Counter()
-    for source in export.sources:
-        objects.update(source.names)
     rows = []
     for value, name in enumerate(classes.names, 1):
         shows = pixels[:, value] > 0
@@ -245,10 +264,12 @@ def main(args: argparse.Namespace):
     export = READERS[args.format](args.annotations, args.images, args.out, args.workers)
     export = apply_crowd(export, args.crowd)
     classes = choose_classes(export, args.classes, args.novel, args.ignore)
+    objects = sum((source.names for source in export.sources), Counter())
     export = chosen_sources(export, classes, args.keep_empty)
     sources, card = export.sources, args.out / FILE_NAME
     ids = unique_ids([source.photograph for source in sources])
     check_ids(args.out / 'list', ids)
+    splits = known_splits(ids, sources, args.out / 'list')
     check_photographs(sources, args.workers)
     if not args.overwrite:
         check_card(card, classes)
@@ -258,13 +279,13 @@ def main(args: argparse.Namespace):
     made = parallel_map(make, list(zip(ids, sources, strict=True)), 'making masks', args.workers)
     raise_differing(ids, made, args)
     shows = np.array([each.pixels[1 : len(classes.names) + 1] > 0 for each in made])
-    lists = split_ids(ids, sources, shows, args)
+    lists = split_ids(ids, splits, shows, args)
     done = [keep_or_write_ids(args.out / 'list' / f'{split}.txt', of, args.overwrite) for split, of in lists.items()]
     sizes = [source.size for source in sources]
     done.append(write_card(card, classes, sizes, lists, args.overwrite))
     written = sum(each.mask == 'made' for each in made)
     print(f'{len(made)} photographs; {written} masks written, {len(made) - written} existed')
-    print(f'\n{report(classes, export, ids, made, lists)}')
+    print(f'\n{report(classes, export, objects, ids, made, lists)}')
     of_split = [np.isin(ids, lists.get(split, [])) for split in ('train', 'val')]
     alone = on_one_side(of_split[1][of_split[0] | of_split[1]], shows[of_split[0] | of_split[1]])
     if 'val' in lists and alone.any():
@@ -272,7 +293,20 @@ def main(args: argparse.Namespace):
         print(f'not in both training and evaluation images: {some(names)}')
     if args.crowd == 'draw' and any(instance.crowd for source in sources for instance in source.instances):
         print('regions of "iscrowd": 1 are drawn as objects; --crowd ignore or leave-out changes that')
-    print(*done, *(f'note: {note}' for note in notes(args.out, ids, sizes)), sep='\n')
+    told = split_notes(sources, splits, lists, args.val_fraction) + notes(args.out, ids, sizes)
+    print(*done, *(f'note: {note}' for note in told), sep='\n')
+
+
+def split_notes(sources: list[Source], splits: list[str | None], lists: dict, val_fraction: float) -> list[str]:
+    """Where the lists come from, if not from chance alone."""
+    if any(source.split for source in sources):
+        counts = ', '.join(f'{len(ids)} {split}' for split, ids in lists.items())
+        return [f'the export names splits, which the lists have: {counts}']
+    if known := sum(split is not None for split in splits):
+        return [f'{known} images stay in the lists that they were in; delete the folder list to divide all anew']
+    if 'val' not in lists and val_fraction:
+        return ['too few images for evaluation, so the card has val: none; add some, or raise --val-fraction']
+    return []
 
 
 def notes(out: Path, ids: list[str], sizes: Sequence[tuple[int, int]]) -> list[str]:

@@ -58,7 +58,7 @@ def place_photograph(source: Path, target: Path, copy: bool = False, overwrite: 
     Args:
         source: the photograph.
         target: its new place. Where symbolic links are not possible, it gets a hard link.
-        copy: copy the file instead.
+        copy: copy the file instead, also in place of a link to it.
         overwrite: replace another file that is there.
 
     Returns:
@@ -67,10 +67,11 @@ def place_photograph(source: Path, target: Path, copy: bool = False, overwrite: 
     Raises:
         InputError: neither link can be made, or the folder cannot be written to.
     """
-    if target.is_symlink() or target.exists():
-        if target.exists() and (target.samefile(source) or (copy and filecmp.cmp(source, target))):
+    if target.exists():  # a link whose photograph has moved does not, and is made anew
+        is_link = target.samefile(source)
+        if (is_link and not (copy and target.is_symlink())) or (copy and not is_link and filecmp.cmp(source, target)):
             return 'same'
-        if not overwrite:
+        if not is_link and not overwrite:
             return 'differs'
     if copy:
         with open(source, 'rb') as file, atomic_write(target, 'wb', sync=False) as copied:

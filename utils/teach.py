@@ -223,7 +223,7 @@ def save(args: argparse.Namespace, lesson: Lesson, net: POP, network: str, base_
     write_memory(args.out / NAME, Memory(network, lesson.base_views, lesson.support))
     counts = {name: len(images) for name, images in lesson.support.items()}
     theirs = lesson.checkpoint.config
-    config = {key: theirs[key] for key in ('dataset', 'fold', 'backbone', 'os', 'card') if key in theirs}
+    config = {key: theirs[key] for key in ('dataset', 'fold', 'backbone', 'os', 'card', 'scale_range') if key in theirs}
     config |= {'classes': lesson.legend.classes, 'base_size': list(lesson.size), 'taught': counts}
     save_checkpoint(args.out / 'best.pth', net, config, 0, {'base': base_miou})
 
@@ -243,7 +243,7 @@ def report(args: argparse.Namespace, lesson: Lesson, teacher: Teacher) -> dict[s
             'trained_iou': iou_per_class(trained)[label],
         }  # fmt: skip
         rows = [
-            (image_id.partition('/')[2], *samples.read(image_id), predictions[image_id], image_id in found)
+            (image_id.rpartition('/')[2], *samples.read(image_id), predictions[image_id], image_id in found)
             for image_id in ids
         ]
         draw_panel(args.out / 'panels' / f'{name}.png', name, rows, legend)

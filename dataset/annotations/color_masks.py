@@ -10,8 +10,7 @@ import numpy as np
 
 from core.errors import InputError, some
 from core.names import canonical
-from dataset.formats import palette_colors
-from dataset.masks import GREY, PALETTE, open_png
+from dataset.masks import open_png, places_of_colors
 
 TABLE = 'labelmap.txt'
 LINE = re.compile(r'(?P<name>.+?)\s*:\s*(?P<color>\d+\s*,\s*\d+\s*,\s*\d+)\s*(:.*)?')
@@ -59,20 +58,8 @@ def read_color_names(path: Path, table: dict[str, tuple[int, int, int]]) -> tupl
     Raises:
         InputError: as `masks.open_png`; or a colour is not in the table.
     """
-    mask, picture = open_png(path)
-    values = np.array(mask)
-    if picture.color_type == PALETTE:
-        used, places = np.unique(values, return_inverse=True)
-        palette = palette_colors(picture.palette)
-        codes = [tuple(palette[value]) if value < len(palette) else None for value in used]
-    elif picture.color_type == GREY:
-        used, places = np.unique(values, return_inverse=True)
-        codes = [(int(value),) * 3 for value in used]
-    else:
-        packed = np.array(mask.convert('RGB'), np.int64) @ (65536, 256, 1)
-        used, places = np.unique(packed, return_inverse=True)
-        codes = [tuple(int(code).to_bytes(3, 'big')) for code in used]
-    places = places.reshape(values.shape[:2])
+    places, colors = places_of_colors(*open_png(path))
+    codes = [color and tuple(color) for color in colors]
     names = {color: name for name, color in table.items()}
     if unknown := [i for i, code in enumerate(codes) if code not in names]:
         y, x = np.argwhere(places == unknown[0])[0].tolist()

@@ -65,13 +65,19 @@ def choose_classes(
     special = {name: 0 for name in export.class_names if name.casefold() in BACKGROUND}
     special |= dict.fromkeys((IGNORED, *ignore), IGNORE_INDEX)
     names = list(chosen or ()) or [name for name in export.class_names if there[name] and name not in special]
+    for flag, given in (('--classes', chosen or ()), ('--novel', novel), ('--ignore', ignore)):
+        if twice := [name for name, count in Counter(given).items() if count > 1]:
+            raise InputError(f'{flag} names {some(map(repr, twice))} twice; name each once')
+    if no_class := [name for name in names if name in special]:
+        raise InputError(
+            f'{some(map(repr, no_class))} cannot be a class: it is the background, or --ignore names it; leave it out'
+        )
     for flag, given, known in (('--classes', names, there), ('--novel', novel, names)):
         if unknown := [name for name in given if name not in known]:
             near = difflib.get_close_matches(unknown[0], known, 3) or list(known)
             raise InputError(f'{flag} {some(map(repr, unknown))}: nothing is annotated so; there is {some(near, 8)}')
-    strange = [name for name in ignore if name not in export.class_names] or [n for n in names if n in special]
-    if strange:
-        raise InputError(f'--ignore {some(map(repr, strange))}: expected names in the annotations that are no classes')
+    if strange := [name for name in ignore if name not in export.class_names]:
+        raise InputError(f'--ignore {some(map(repr, strange))}: nothing is annotated so')
     _check_names(names, novel)
     values = special | {name: value for value, name in enumerate(names, 1)}
     background = 0 if export.colors is None or any(special.get(name) == 0 for name in export.colors) else None

@@ -16,13 +16,15 @@ class PhotographIndex:
     Args:
         root: the folder.
         leave_out: folders that are not searched.
+        files: that are no photographs, such as colour masks.
     """
 
-    def __init__(self, root: Path, leave_out: Collection[Path] = ()):
+    def __init__(self, root: Path, leave_out: Collection[Path] = (), files: Collection[Path] = ()):
         self.root = root
         self.missing = []
         self._by_stem = defaultdict(list)
         left_out, seen = {path.resolve() for path in leave_out}, set()
+        others = {path.resolve() for path in files}
         if not root.is_dir():
             raise InputError(f'folder {root} of the photographs does not exist')
         for folder, folders, names in os.walk(root, followlinks=True):
@@ -33,7 +35,7 @@ class PhotographIndex:
             seen.add(real)  # links may lead back
             folders[:] = sorted(name for name in folders if not is_companion(name))
             for name in sorted(names):
-                if name.lower().endswith(SUFFIXES) and not is_companion(name):
+                if name.lower().endswith(SUFFIXES) and not is_companion(name) and real / name not in others:
                     self._by_stem[canonical(Path(name).stem)].append(Path(folder) / name)
 
     def find(self, name: PurePosixPath, required: bool, any_suffix: bool = False) -> Path | None:
@@ -113,7 +115,7 @@ def unique_ids(paths: Sequence[PurePath]) -> list[str]:
     Raises:
         InputError: two differ by their suffix only.
     """
-    parts = [[canonical(part) for part in (*path.parent.parts, path.stem)] for path in paths]
+    parts = [[canonical(part) for part in (*path.parent.parts, path.stem) if part != path.anchor] for path in paths]
     depths = [1] * len(paths)
     while True:
         ids = ['_'.join(part[-depth:]) for part, depth in zip(parts, depths, strict=True)]

@@ -24,9 +24,10 @@ from dataset.annotations.labelme import displayed_size, embedded_photograph, rea
 from dataset.annotations.photographs import PhotographIndex, PhotographIndices, made_folders
 from dataset.formats import undecodable
 from dataset.images import check_same_size
-from dataset.lists import read_ids
+from dataset.lists import read_lines
 
-SPLITS = re.compile(r'(train|val|test)', re.IGNORECASE)  # how the names of splits begin: Train, valid, val2017
+# names of splits: Train, training, valid, validation, val2017, test-dev
+SPLITS = re.compile(r'(train|val|test)(ing|id|idation)?([-_ ]?(\d+|dev))*', re.IGNORECASE)
 COLOR_FOLDERS = ('SegmentationClass', 'SegmentationObject')  # of VOC and CVAT
 
 
@@ -74,8 +75,8 @@ class Export:
 
 def split_of(name: str) -> str | None:
     """The split that the name of a folder or list means."""
-    match = SPLITS.match(name)
-    return match and match[0].lower()
+    match = SPLITS.fullmatch(name)
+    return match and match[1].lower()
 
 
 def _count(instances):
@@ -193,7 +194,7 @@ def read_colors(paths: Sequence[Path], images: Path | None, out: Path, workers: 
     if not masks:
         raise InputError(f'{folder} holds no colour mask; expected *.png')
     read = parallel_map(partial(_color_source, table=table), masks, 'reading masks', workers)
-    index = PhotographIndex(images or paths[0], (*made, *(paths[0] / name for name in COLOR_FOLDERS)))
+    index = PhotographIndex(images or paths[0], (*made, *(paths[0] / name for name in COLOR_FOLDERS)), files=masks)
     splits = _voc_splits(paths[0] / 'ImageSets' / 'Segmentation')
     sources = []
     for path, source in zip(masks, read, strict=True):
@@ -216,7 +217,7 @@ def _voc_splits(folder):
     splits = {}
     for path in sorted(folder.glob('*.txt')):
         if split := split_of(path.stem):
-            splits |= dict.fromkeys(read_ids(path, allow_empty=True), split)
+            splits |= dict.fromkeys(map(canonical, read_lines(path)), split)  # names may have folders: sub/a
     return splits
 
 
