@@ -298,12 +298,15 @@ def arguments_of_seeds(args: argparse.Namespace, data: FoldData, dtype: torch.dt
 def main(args: argparse.Namespace):
     with from_flags.training_process(args) as device:
         data, dtype = from_flags.fold_data(args), precision(device, args.fp16)
+        data.check_support_lists(args.shot, args.random_seed)  # before class lists are made
         notes = main_first(data.prepare)
-        data.check_support_lists(args.shot, args.random_seed)
         # a shortage of images is an error before anything is computed
         train_sets = {seed: few_shot_set(args, data, seed) for seed in args.random_seed}
         if short := {args.dataset.classes[c] for train_set in train_sets.values() for c in train_set.short_classes}:
             notes.append(f'base images of {some(sorted(short))} repeat: there are fewer than {args.shot} in an epoch')
+        for seed in args.random_seed:
+            if old := data.outdated_supports(args.shot, seed):
+                notes.append(f'supports of seed {seed}, {some(old)}, are not in the class lists any more')
         folder = from_flags.run_folder(args, data, arguments_of_seeds(args, data, dtype))
         val_set = data.validation(args.base_size, with_novel=True, limit=args.val_limit)
         base = restore_base(args, data, folder).to(device, memory_format=torch.channels_last)

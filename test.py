@@ -204,8 +204,8 @@ def main(args: argparse.Namespace):
                 shot=args.shot if data.taught is None else None, precision=name_of(dtype),
                 model=args.model,
             )  # fmt: skip
+            results.write(folder)  # before it is printed, as a pipe may be closed
             print(f'\n{results.tables()}')
-            results.write(folder)
             if args.plots:
                 results.draw(folder / 'plots')
 

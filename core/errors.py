@@ -17,8 +17,8 @@ class InputError(Exception):
 def exits_cleanly(main: Callable) -> Callable:
     """Decorate a command's main function so that expected errors end it with a message and an exit code, no traceback.
 
-    An InputError, a full disk or quota, and the end of another process of the run give exit code 1, Ctrl-C gives 130,
-    and `Stopped` has its own code. Other exceptions are programming errors and keep their traceback.
+    An InputError, a full disk or quota, and the end of another process of the run give exit code 1, Ctrl-C gives 130, a
+    closed pipe 141, as in shells, and `Stopped` has its own code. Others are programming errors with a traceback.
     """
 
     @functools.wraps(main)
@@ -36,6 +36,9 @@ def exits_cleanly(main: Callable) -> Callable:
             _end('stopped', 130)
         except Stopped as stop:
             _end(f'{stop}; run the same command again to resume', stop.exit_code)
+        except BrokenPipeError:  # whatever read the output has ended
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise

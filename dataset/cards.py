@@ -262,7 +262,9 @@ def _class_id(entry, classes):
         return value
     ids = {name: class_id for class_id, name in classes.items()}
     if not isinstance(value, str) or value not in ids:
-        raise entry.expected(f'one of the names {some(ids, 8)}, or its value')
+        near = difflib.get_close_matches(str(value), ids, 1)
+        hint = f'; did you mean {near[0]}?' if near else '; a list is written [a, b]' if ',' in str(value) else ''
+        raise entry.expected(f'one of the names {some(ids, 8)}, or its value{hint}')
     return ids[value]
 
 

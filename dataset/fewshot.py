@@ -39,6 +39,18 @@ def draw_support(class_lists: dict[int, list[str]], shot: int, seed: int) -> lis
     return support
 
 
+def support_shortage(class_lists: dict[int, list[str]], shot: int, tries: int = 10) -> str:
+    """Why no support images can be drawn with any of the first seeds; '' where they can."""
+    for seed in range(tries):
+        try:
+            draw_support(class_lists, shot, seed)
+        except InputError as error:
+            reason = str(error)
+        else:
+            return ''
+    return reason
+
+
 def draw_nested_support(class_lists: dict[int, list[str]], shot: int, seed: int) -> list[str]:
     """Draw support images so that those of a smaller `shot` are the first ones of each class.
 
@@ -58,7 +70,8 @@ def draw_nested_support(class_lists: dict[int, list[str]], shot: int, seed: int)
             if image_id is None and set(order) - set(support[class_id]):
                 raise InputError(
                     f'novel class {class_id}: {shot} support images asked for, but only {turn} of its {len(order)} '
-                    'images do not support another class. Use fewer shots, another seed or more training images.'
+                    'images do not support another class. Use fewer shots, another seed, a lower min_pixels or more '
+                    'training images.'
                 )
             support[class_id].append(image_id or order[turn % len(order)])
             taken.add(image_id)
@@ -70,7 +83,7 @@ def _draw_unused(class_id, ids, shot, taken, rng):
     if len(unused) < shot:
         raise InputError(
             f'novel class {class_id}: {shot} support images asked for, but only {len(unused)} of its {len(ids)} images '
-            'do not support another class. Use fewer shots, another seed or more training images.'
+            'do not support another class. Use fewer shots, another seed, a lower min_pixels or more training images.'
         )
     drawn = []
     while len(drawn) < shot:
@@ -109,7 +122,7 @@ def draw_base(
     raise InputError(
         f'base class {short}: {shot} base images per epoch asked for; it has {len(class_lists[short])}, of which '
         f'{len(free[short])} are not support images, and other classes need some of these. '
-        'Use fewer shots, more training images, or --repeat-base-images.'
+        'Use fewer shots, a lower min_pixels, more training images, or --repeat-base-images.'
     )
 
 

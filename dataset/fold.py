@@ -122,7 +122,7 @@ class FoldData:
         lists = {} if self.support_list else {c: self.lists.novel_class(c) for c in self.novel_ids}
         lists |= {c: self.lists.base_class(c) for c in self.base_ids}
         empty = [self.spec.classes[c] for c, path in lists.items() if not self.read_list(path, allow_empty=True)]
-        if empty:
+        if empty and self.fold != -1:
             notes.append(
                 f'no training image shows >= {self.spec.min_pixels} pixels of {some(empty)}, so stage 2 will refuse to '
                 'start: add images, or lower min_pixels'
@@ -232,6 +232,17 @@ class FoldData:
                 raise InputError(f'list {path}{line}: image {image_id} does not show novel class {class_id}. {hint}')
         return supports
 
+    def outdated_supports(self, shot: int, seed: int) -> list[str]:
+        """Drawn support images that are not in the class lists any more, as after a change of min_pixels.
+
+        None where support images are chosen by hand, or class lists are missing.
+        """
+        lists = {c: self.lists.novel_class(c) for c in self.novel_ids}
+        if self.support_list or not all(path.is_file() for path in lists.values()):
+            return []
+        listed = {c: set(self.read_list(path, allow_empty=True)) for c, path in lists.items()}
+        return [i for c, ids in self.supports(shot, seed).items() for i in ids if i not in listed[c]]
+
     def validation(
         self, size: tuple[int, int], with_novel: bool, original_size: bool = False, limit: int | None = None
     ) -> SegmentationDataset | None:
@@ -270,7 +281,8 @@ class FoldData:
         samples = self._samples(split, novel_as_background)
         for folder, suffixes in ((samples.image_dir, samples.image_suffixes), (samples.mask_dir, MASK_SUFFIXES)):
             if not folder.is_dir():
-                raise InputError(f'folder {folder} does not exist; {self.spec.hint}')
+                key = 'images' if folder == samples.image_dir else 'masks'
+                raise InputError(f'folder {folder} ({key}) does not exist; {self.spec.hint}')
             _check_present(folder, suffixes, ids)
         return samples
 

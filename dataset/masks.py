@@ -39,8 +39,8 @@ def open_mask(path: str | Path, class_colors: Mapping[bytes, int] | None = None)
     if picture.color_type in COLORED:
         raise InputError(
             f'{path} is a colour-coded mask ({COLORED[picture.color_type]}); expected one 8-bit channel or a '
-            'palette whose values are class ids. Use SegmentationClassAug rather than colour renderings, or convert '
-            'colours to class ids.'
+            'palette whose values are class ids. Use SegmentationClassAug rather than colour renderings; for your own '
+            'colours, utils.import_annotations --format colors makes such masks.'
         )
     if class_colors:
         _check_palette(path, mask, picture, class_colors)
@@ -182,7 +182,7 @@ def wrong_values(path: str | Path, found: np.ndarray, table: np.ndarray) -> Inpu
     if wrong := [value for value in np.unique(found).tolist() if value not in known]:
         return InputError(
             f'{path} holds the values {some(map(str, wrong), 8)}; expected {accepted(table)}. Is it a mask of this '
-            '--dataset, and has no tool turned colours into shades of grey?'
+            '--dataset, does its card lack a class or an ignored value, or has a tool turned colours into grey?'
         )
     return None
 

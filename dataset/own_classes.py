@@ -203,7 +203,7 @@ def read_described_support(folder: Path, size: tuple[int, int]) -> tuple[dict[st
             support[spec.classes[class_id]].append(SupportImage(name, image, mask))
             used = True
         if not used and not pixels[1 : len(taught) + 1].any():
-            left_out.append(name)
+            left_out.append(f'{name}, which shows no taught class')
     if empty := [name for name, images in support.items() if not images]:
         raise InputError(
             f'{spec.card}: no photograph shows {spec.min_pixels} pixels of {some(empty)} (min_pixels); add some, lower '

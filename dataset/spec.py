@@ -78,7 +78,7 @@ class DatasetSpec:
         if fold == -1:
             return ()
         if not self.folds:
-            raise ValueError(f'{self.name} has no folds: name its novel classes in {self.card}, or use --fold -1')
+            raise ValueError(f'{self.name} has no folds: name its novel classes in {self.card} (novel: [...])')
         if not 0 <= fold < len(self.folds):
             raise ValueError(f'fold {fold} not supported; {self.name} has folds 0..{len(self.folds) - 1}, -1 for none')
         return self.folds[fold]

@@ -1,16 +1,18 @@
 """Support images that were chosen by hand: a file with a class and an image id in each line."""
 
+import difflib
 import re
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from core.errors import InputError, some
 from core.names import canonical
+from dataset.formats import SUFFIXES
 from dataset.lists import id_of, numbered_lines
 
 FORMAT = (
-    'a class, by name or id, and an image id, the name of a photograph without folder and suffix, separated by blanks, '
-    'tab or comma, e.g. "scooter,IMG_1"'
+    'a class, by name or id, and an image id, the name of a photograph without its folder, separated by blanks, tab '
+    'or comma, e.g. "scooter,IMG_1"'
 )
 
 
@@ -45,15 +47,25 @@ def read_supports(path: Path, classes: Mapping[int, str]) -> dict[int, list[str]
         if line.startswith('#'):
             continue
         found = entry.fullmatch(line)
-        if not found or id_of(found[2]) is None:
+        image_id = found and _without_suffix(found[2])
+        if not image_id:
+            first = re.split(r'[,\t]', line)[0].strip()
+            near = difflib.get_close_matches(first, names, 1) if not found and first not in names else ()
+            hint = f'did you mean the class {near[0]}? Expected' if near else 'expected'
             raise InputError(
-                f'support list {path}, line {number}: {line!r}; expected {FORMAT}. The novel classes are '
+                f'support list {path}, line {number}: {line!r}; {hint} {FORMAT}. The novel classes are '
                 f'{some([f"{name} ({class_id})" for class_id, name in classes.items()])}'
             )
         ids = supports[names[found[1]]]
-        if found[2] in ids:
-            raise InputError(f'support list {path}, line {number}: {found[1]} has the image {found[2]} already')
-        ids.append(found[2])
+        if image_id in ids:
+            raise InputError(f'support list {path}, line {number}: {found[1]} has the image {image_id} already')
+        ids.append(image_id)
     if empty := [classes[class_id] for class_id, ids in supports.items() if not ids]:
         raise InputError(f'support list {path} has no image of {some(empty)}; expected {FORMAT}')
     return supports
+
+
+def _without_suffix(name):
+    """The id that a name of a photograph, with or without its suffix, means; None for paths."""
+    path = PurePosixPath(name)
+    return id_of(path.stem if '/' not in name and path.suffix.lower() in SUFFIXES else name)

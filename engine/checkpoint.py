@@ -180,10 +180,10 @@ class Checkpoint:
         try:
             return method.count_classes(self.state)
         except KeyError as error:
-            raise InputError(
-                f'{self.path} is no checkpoint of a {method.title} network: it has no {error.args[0]}, but '
-                f'{some(self.state)}'
-            ) from None
+            found = find_backbone(self.state)
+            hint = f'. It holds weights of {found}, from which train_base.py starts' if found else ''
+            raise InputError(f'{self.path} is no checkpoint of a {method.title} network: it has no {error.args[0]}, '
+                             f'but {some(self.state)}{hint}') from None  # fmt: skip
 
     def load_into(self, net: Network, expected: dict | None = None) -> list[str]:
         """Load a checkpoint of ours or of the published code into a network.

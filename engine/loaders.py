@@ -70,12 +70,16 @@ class Loader(DataLoader):
     """A DataLoader that ends the run with advice where its processes die, hang or cannot hand over a batch."""
 
     def __iter__(self) -> Iterator[dict]:
+        batches = super().__iter__()
         try:
-            yield from super().__iter__()
-        except (OSError, RuntimeError, EOFError) as error:
-            if _lost_its_process(error):
-                raise InputError(ENDED.format(type(error).__name__)) from error
-            raise_advice(error)
+            yield from batches
+        except Exception as error:
+            if hasattr(batches, '_shutdown_workers'):  # now: after they were killed, queues would complain
+                batches._shutdown_workers()
+            if isinstance(error, (OSError, RuntimeError, EOFError)):
+                if _lost_its_process(error):
+                    raise InputError(ENDED.format(type(error).__name__)) from error
+                raise_advice(error)
             raise
 
 

@@ -109,6 +109,12 @@ def write_memory(path: Path, memory: Memory):
     on_main(lambda: write_file(path, lambda file: torch.save(content, file)))
 
 
+def network_of(path: Path) -> str | None:
+    """Digest of the network whose memory a file is; None where it is no memory. Raises InputError if it is damaged."""
+    content = read_content(path)
+    return content.get('network') if isinstance(content, dict) else None
+
+
 def read_memory(path: Path, net: POP, network: str, device: torch.device) -> Memory:
     """Read a memory.
 

@@ -165,7 +165,7 @@ def test_ids_out_of_range(train, copy):
 def test_a_mask_of_16_bits(train, copy):
     path = copy / 'SegmentationClassAug' / 'train_0006.png'
     cv2.imwrite(str(path), np.zeros((100, 100), np.uint16))
-    expect(train(copy), 1, str(path), '16 or 32 bits', '8-bit')
+    expect(train(copy), 1, str(path), '16 bits per channel', 'expected 8')
 
 
 def test_a_colour_coded_mask(train, copy):

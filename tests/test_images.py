@@ -74,7 +74,7 @@ JPEG, PNG = encoded(PHOTOGRAPH, 'jpeg'), encoded(PHOTOGRAPH, 'png')
 @pytest.mark.parametrize(('content', 'message'), (
     (with_header(encoded(PALETTE_MASK.point(lambda v: v % 4), 'png', bits=4), color=0), 'fewer than 8 bits (4)'),
     (encoded(Image.fromarray(VALUES > 0), 'png'), 'fewer than 8 bits (1)'),
-    (encoded(Image.fromarray(VALUES.astype(np.uint16)), 'png'), 'has 16 or 32 bits per pixel'),
+    (encoded(Image.fromarray(VALUES.astype(np.uint16)), 'png'), 'has 16 bits per channel'),
     (encoded(PALETTE_MASK.convert('RGB'), 'png'), 'colour-coded mask (RGB)'),
     (encoded(PALETTE_MASK.convert('RGBA'), 'png'), 'colour-coded mask (RGBA)'),
     (encoded(MASK.convert('LA'), 'png'), 'colour-coded mask (grey with transparency)'),

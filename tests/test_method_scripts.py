@@ -119,9 +119,15 @@ def test_flags_that_do_not_fit_a_method_are_refused(run_script, shapes, tmp_path
 def test_the_examples_of_the_documentation_run(tiny, run_script, shapes, tmp_path):
     """A method and a backbone of one's own, through all scripts."""
     run_script('utils/gen_fs_list.py', '--dataset', 'shapes', '--data-dir', shapes, '--shot', 1, '--seed', 123)
-    blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'docs' / 'extend.md').read_text(), re.DOTALL)
+    documentation = (ROOT / 'docs' / 'extend.md').read_text()
+    blocks = re.findall(r'```python\n(.*?)```', documentation, re.DOTALL)
+    names = {}
     for block in blocks:
-        exec(block, {})
+        exec(block, names)
+    rows = ((MODELS, 'pspnet_linear', 'Linear'), (BACKBONES, 'regnet_x_400mf', 'RegNet'))
+    for table, row, name in rows:
+        assert f"'{row}': {name}" in documentation
+        table[row] = names[name]
     try:
         network = ('--model', 'pspnet_linear', '--backbone', 'regnet_x_400mf')
         data = (*TINY, '--data-dir', shapes, *network)
@@ -140,4 +146,5 @@ def test_the_examples_of_the_documentation_run(tiny, run_script, shapes, tmp_pat
         assert {key for key in states[1] if key not in states[0]} == {'novel.weight', 'novel.bias'}
         assert all(torch.equal(states[1][key], value) for key, value in states[0].items())
     finally:
-        del MODELS['pspnet_linear'], BACKBONES['regnet_x_400mf']
+        for table, row, _ in rows:
+            del table[row]

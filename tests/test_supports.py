@@ -19,7 +19,7 @@ CLASSES = {1: 'lamp', 2: 'lamp post', 7: '1'}
 
 def test_lines_name_a_class_and_an_image(tmp_path):
     path = tmp_path / 'supports.txt'
-    path.write_text('# mine\nlamp post,a b\nlamp  a b\n\n1\tIMG_1\n2 c\nlamp post, d\n  lamp x,y  \n')
+    path.write_text('# mine\nlamp post,a b\nlamp  a b.JPG\n\n1\tIMG_1\n2 c\nlamp post, d\n  lamp x,y  \n')
     assert read_supports(path, CLASSES) == {1: ['a b', 'x,y'], 2: ['a b', 'c', 'd'], 7: ['IMG_1']}
 
 
@@ -34,7 +34,8 @@ def test_lists_of_other_systems_are_read(tmp_path, encoding):
 
 
 @pytest.mark.parametrize(('text', 'message'), (
-    ('lamp a.jpg', "line 1: 'lamp a.jpg'; expected a class.* without folder and suffix"),
+    ('lamp b/a', "line 1: 'lamp b/a'; expected a class.* without its folder"),
+    ('lanp,a', 'did you mean the class lamp[?] Expected'),
     ('lamp a\nbin b', r"line 2: 'bin b'; expected a class.*lamp \(1\), lamp post \(2\)"),
     ('lamp', "line 1: 'lamp'; expected a class"),
     ('lamppost a', "line 1: 'lamppost a'"),

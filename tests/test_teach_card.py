@@ -40,7 +40,7 @@ def test_a_mask_of_several_classes_is_a_mask_of_each(folder):
     assert {name: [image.name for image in images] for name, images in support.items()} == {
         'scooter': ['a.png', 'c.png'], 'bin': ['a.png']
     }  # fmt: skip
-    assert left_out == ['b.png', 'bin in c.png (1 pixels)']
+    assert left_out == ['b.png, which shows no taught class', 'bin in c.png (1 pixels)']
     scooter, bin_ = (support[name][0].mask for name in ('scooter', 'bin'))
     for mask, own, other in ((scooter, slice(0, 10), slice(20, 30)), (bin_, slice(20, 30), slice(0, 10))):
         assert (mask[own, :10] == 1).all() and (mask[other, :10] == 255).all() and (mask[30:] == 255).all()

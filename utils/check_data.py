@@ -24,15 +24,17 @@ from core.errors import InputError, exits_cleanly, some
 from core.parallel import parallel_map
 from dataset import DatasetSpec, FoldData
 from dataset.cards import read_entries
-from dataset.fewshot import base_shortage
+from dataset.fewshot import base_shortage, support_shortage
 from dataset.formats import jpeg_damage, palette_colors, read_file, read_picture
 from dataset.images import Samples, read_header
 from dataset.labels import ranges
 from dataset.masks import wrong_values
-from utils.cli import make_parser, not_negative, positive
+from dataset.transforms import fit_factor
+from utils.cli import BASE_SIZE, make_parser, not_negative, positive
 from utils.data_flags import add_dataset_flags, check_data_flags
 
 DEFAULT_SHOTS = (1, 5, 10)
+TOLERATED = 0.7  # how much smaller than in training objects may be in evaluation without a note
 FEW_LEFT_OVER = re.compile('Corrupt JPEG data: [0-9] extraneous bytes before marker 0xd9')  # some cameras write them
 
 
@@ -97,13 +99,15 @@ class Examined(NamedTuple):
     Attributes:
         error: message, or ''.
         pixels: of each mask value, int64 [256]; zeros if the image or its mask cannot be read.
-        rotated: the image has an EXIF orientation.
+        size: (width, height) of the image; zeros if it cannot be read.
+        rotated: it has an EXIF orientation.
         leftover: a few bytes are left over at the end of a JPEG.
         palette: RGB bytes of the mask's palette; b'' if it is greyscale.
     """
 
     error: str
     pixels: np.ndarray
+    size: tuple[int, int] = (0, 0)
     rotated: bool = False
     leftover: bool = False
     palette: bytes = b''
@@ -125,7 +129,7 @@ def examine(image_id: str, samples: Samples) -> Examined:
     error = ''
     if damage and not leftover:
         error = f'image {image_path} is damaged ({damage}), so that a part of it shows something else. Copy it again.'
-    return Examined(error, np.bincount(values.ravel(), minlength=256), rotated, leftover, palette)
+    return Examined(error, np.bincount(values.ravel(), minlength=256), values.shape[::-1], rotated, leftover, palette)
 
 
 def check_split(split: str, data: FoldData, workers: int | None) -> tuple[list[Finding], list[str], list[Examined]]:
@@ -167,6 +171,20 @@ def check_split(split: str, data: FoldData, workers: int | None) -> tuple[list[F
         if chosen := [image_id for image_id, chosen in zip(ids, which, strict=True) if chosen]:
             findings.append(Finding('note', f'{split} {subject}', f'{len(chosen)} {text.format(some(chosen))}'))
     return findings, ids, results
+
+
+def check_scales(spec: DatasetSpec, results: Sequence[Examined]) -> list[Finding]:
+    """Find photographs that evaluation shrinks much more than training does."""
+    factors = [fit_factor(result.size[::-1], BASE_SIZE) for result in results if min(result.size)]
+    factor, (low, high) = float(np.median(factors or [1.0])), spec.scale_range
+    if not factors or factor >= low * TOLERATED:
+        return []
+    text = (
+        f'evaluation shrinks by {factor:.2g} (median, to {BASE_SIZE[0]}x{BASE_SIZE[1]}), training resizes by {low:g} '
+        f'to {high:g}, so objects differ in scale; scale_range: [{0.9 * factor:.2g}, {1.1 * factor:.2g}] makes them '
+        'alike, and --slide evaluates in windows'
+    )
+    return [Finding('note', 'scale_range', text)]
 
 
 def check_palettes(ids: Sequence[str], results: Sequence[Examined]) -> list[Finding]:
@@ -214,24 +232,29 @@ def check_classes(
     return findings
 
 
-def check_base_draws(
+def check_draws(
     spec: DatasetSpec, fold: int, ids: Sequence[str], pixels: np.ndarray, shots: Sequence[int], severity: str
 ) -> list[Finding]:
-    """Draw base images as stage 2 does, which refuses base classes with too few of them.
+    """Draw base images as stage 2 does, and support images as gen_fs_list does, which refuse classes with too few.
 
     Args:
         spec: the dataset.
-        fold: of the base classes.
+        fold: of the classes.
         ids: training images.
         pixels: number of pixels of each mask value in them, int64 [N, 256].
-        shots: base images per class and epoch.
+        shots: images per class.
         severity: of a failed draw.
     """
-    lists = {c: [ids[i] for i in np.flatnonzero(pixels[:, c] >= spec.min_pixels)] for c in spec.base_ids(fold)}
+
+    def usable(classes):
+        return {c: [ids[i] for i in np.flatnonzero(pixels[:, c] >= spec.min_pixels)] for c in classes}
+
+    base, novel = usable(spec.base_ids(fold)), usable(spec.novel_ids(fold))
     findings = []
-    for shot in shots if all(lists.values()) else ():  # empty classes are found by `check_classes`
-        if shortage := base_shortage(lists, shot):
-            findings.append(Finding(severity, f'fold {fold}, {shot}-shot', shortage))
+    for shot in shots if all([*base.values(), *novel.values()]) else ():  # `check_classes` finds empty classes
+        for shortage in (base_shortage(base, shot), support_shortage(novel, shot)):
+            if shortage:
+                findings.append(Finding(severity, f'fold {fold}, {shot}-shot', shortage))
     return findings
 
 
@@ -254,13 +277,14 @@ def check_lists(data: FoldData, shots: Sequence[int]) -> list[Finding]:
             drawn = re.fullmatch(r'.*_seed(\d+)(_nested)?', path.stem)
             if not drawn:
                 continue
+            of_draw, seed = replace(data, nested=bool(drawn[2]), support_list=None), int(drawn[1])
             try:
-                supports = replace(data, nested=bool(drawn[2])).checked_supports(shot, int(drawn[1]))
-                listed = {c: set(data.read_list(data.lists.novel_class(c), allow_empty=True)) for c in data.novel_ids}
+                of_draw.checked_supports(shot, seed)
+                old = of_draw.outdated_supports(shot, seed)
             except InputError as error:
                 findings.append(Finding('error', path.name, str(error)))
                 continue
-            if old := [image_id for c, ids in supports.items() for image_id in ids if image_id not in listed[c]]:
+            if old:
                 text = f'{some(old)} are not in the class lists any more; to draw again: gen_fs_list --overwrite'
                 findings.append(Finding('note', path.name, text))
     return findings
@@ -279,7 +303,7 @@ def main(args: argparse.Namespace):
     for split, data in splits.items():
         split_findings, ids, results = check_split(split, data, args.workers)
         findings, val_ids, val = findings + split_findings, val_ids + ids, val + results
-    findings += check_palettes(train_ids + val_ids, train + val)
+    findings += check_palettes(train_ids + val_ids, train + val) + check_scales(spec, val)
     pixels = np.array([result.pixels for result in train])
     if shared := sorted(set(train_ids) & set(val_ids)):
         text = f'{len(shared)} ids are in both lists, so training would use evaluation images: {some(shared)}'
@@ -291,8 +315,11 @@ def main(args: argparse.Namespace):
     if unseen := val and [name for c, name in spec.classes.items() if not seen[c]]:
         text = f'no evaluation image shows {some(unseen, 8)}: the IoU of such a class is undefined, or 0 if predicted'
         findings.append(Finding('note', 'classes', text))
+    if not spec.folds:
+        text = 'none is novel, so there is only stage 1, with --fold -1; to name some: novel: [...]'
+        findings.append(Finding('error' if args.shot else 'note', 'classes', text))
     for fold in args.fold:
-        findings += check_base_draws(spec, fold, train_ids, pixels, shots, 'error' if args.shot else 'note')
+        findings += check_draws(spec, fold, train_ids, pixels, shots, 'error' if args.shot else 'note')
     if readable:  # the check of the lists reads the masks
         for fold in args.fold:
             lists = (args.data_dir, fold, args.train_list, args.val_list)

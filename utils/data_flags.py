@@ -5,6 +5,7 @@ from pathlib import Path
 
 from core.errors import InputError
 from dataset import DATASETS, DatasetSpec
+from dataset.cards import FILE_NAME
 from dataset.classes import find_dataset
 
 
@@ -59,8 +60,13 @@ def fill_data(args: argparse.Namespace, spec: DatasetSpec):
 def check_data_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, folds: list[int], needed: bool = True):
     """`fill_data`, and end the program with exit code 2 where a data set lacks its folder or one of the folds."""
     check_folds(parser, args.dataset, folds)
+    if args.dataset.root is None and args.data_dir and (args.data_dir / FILE_NAME).is_file():
+        parser.error(f'{args.data_dir} has a card of its own: give --dataset {args.data_dir}')
     if needed and args.data_dir is None and args.dataset.root is None:
-        parser.error(f'--data-dir is needed: the folder of the images and masks of {args.dataset}')
+        parser.error(
+            f'--data-dir is needed: the folder of the images and masks of {args.dataset}. For your own data, give '
+            '--dataset FOLDER (docs/own_data.md).'
+        )
     try:
         fill_data(args, args.dataset)
     except InputError as error:

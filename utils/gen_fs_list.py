@@ -8,6 +8,7 @@ list with images that are not in the train list is an error.
 
 import argparse
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from core.errors import InputError, exits_cleanly, some
@@ -62,6 +63,8 @@ def main(args: argparse.Namespace):
                 if path.is_file() and not args.overwrite:
                     check_subset(path, args.train_list, data.ids('train'))
                     print(f'kept {path}')
+                    if old := replace(data, nested=args.nested).outdated_supports(shot, seed):
+                        print(f'note: {some(old)} are not in the class lists any more; --overwrite draws again')
                 else:
                     draw = draw_nested_support if args.nested else draw_support
                     write_ids(path, draw(class_lists, shot, seed))

@@ -165,10 +165,13 @@ def check_card(path: Path, classes: Classes):
         spec = read_card(path)
         names = dict(enumerate(classes.names, 1))
         if (dict(spec.classes), spec.background) != (names, classes.background):
+            differing = [
+                f'{value} is {spec.classes.get(value, "no class")}, now {names.get(value, "no class")}'
+                for value in sorted({*spec.classes, *names}) if spec.classes.get(value) != names.get(value)
+            ]  # fmt: skip
             raise InputError(
-                f'{path} has the classes {some(f"{c} {name}" for c, name in spec.classes.items())}, but the '
-                f'annotations give {some(f"{c} {name}" for c, name in names.items())}: they have changed, or --classes '
-                'has. Choose another --out, or --overwrite the masks, lists and card.'
+                f'{path} has other classes than the annotations: {some(differing or ["another background"])}. They '
+                'have changed, or --classes has. Choose another --out, or --overwrite the masks, lists and card.'
             )
 
 

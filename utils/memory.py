@@ -15,7 +15,8 @@ from core.files import check_writable
 from engine.checkpoint import read_checkpoint, resolve_checkpoint
 from engine.described import described_network
 from engine.distributed import process_group
-from engine.memory import LIMIT_MB, NAME, keeper_in_memory, look_at_base, write_memory
+from engine.feature_store import digest
+from engine.memory import LIMIT_MB, NAME, keeper_in_memory, look_at_base, network_of, write_memory
 from engine.precision import precision
 from utils import cli, from_flags
 
@@ -26,6 +27,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--data-dir', type=Path, required=True, help='the data that it was trained on')
     parser.add_argument('--train-list', type=Path, help="training ids (default: the data set's)")
     parser.add_argument('--out', type=Path, help='the file to write (default: memory.pt beside the checkpoint)')
+    parser.add_argument('--overwrite', action='store_true', help='replace the memory of another network')
     parser.add_argument('--memory-mb', type=cli.rate, default=LIMIT_MB, help='size at most (default: 300)')
     parser.add_argument('--num-workers', type=cli.not_negative, default=0, help='loader processes (default: 0)')
     cli.add_device_flags(parser)
@@ -44,6 +46,11 @@ def main(args: argparse.Namespace):
             )
         net, _ = described_network(checkpoint)
         out = args.out or Path(checkpoint.path).parent / NAME
+        if out.is_file() and not args.overwrite and network_of(out) != digest(net.state_dict()):
+            raise InputError(
+                f'{out} is the memory of another network than {checkpoint.path}, such as best.pth beside last.pth; '
+                'give another file: --out, or --overwrite to replace it'
+            )
         data = from_flags.described_data(args, checkpoint.config)
         check_writable(out.parent)
         keeper = keeper_in_memory(net.to(device), device, precision(device, args.fp16), print, args.num_workers)

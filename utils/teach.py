@@ -254,9 +254,9 @@ def disappointments(classes: dict[str, dict], lost: float) -> list[str]:
     """What of a result is bad: IoU of `report`, and lost points of base mIoU."""
     notes = [
         f'{name} was not learned: look at panels/{name}.png. Are its masks right, and do they show all of it?'
-        for name, known in classes.items()
-        if known['new'] and known['trained_iou'] < LEAST_IOU
-    ]
+        if known['new'] else f'{name}, taught before, is hardly recognised any more: raise --steps'
+        for name, known in classes.items() if known['trained_iou'] < LEAST_IOU
+    ]  # fmt: skip
     if lost > MOST_LOST:
         notes.append(
             f'base mIoU fell by {lost:.1f} points: a class may look like a base class, or its masks cover others'

@@ -21,7 +21,7 @@ class PhotographIndex:
 
     def __init__(self, root: Path, leave_out: Collection[Path] = (), files: Collection[Path] = ()):
         self.root = root
-        self.missing = []
+        self.missing, self.used = [], set()
         self._by_stem = defaultdict(list)
         left_out, seen = {path.resolve() for path in leave_out}, set()
         others = {path.resolve() for path in files}
@@ -64,7 +64,12 @@ class PhotographIndex:
                 f'{self.root} holds several photographs that {name} may mean: {some(map(str, best))}. Name their '
                 'folder with --images, or import them one after the other.'
             )
+        self.used.add(best[0].resolve())
         return best[0]
+
+    def unused(self) -> list[str]:
+        """Names of the photographs that were not found by any annotation."""
+        return [path.name for paths in self._by_stem.values() for path in paths if path.resolve() not in self.used]
 
     def raise_missing(self):
         """InputError where required photographs were not found."""
@@ -91,6 +96,13 @@ class PhotographIndices(dict):
     def __missing__(self, root: Path) -> PhotographIndex:
         self[root] = PhotographIndex(root, made_folders(root, self.out))
         return self[root]
+
+    def unused(self) -> list[str]:
+        """As `PhotographIndex.unused`, of all indices."""
+        used = {path for index in self.values() for path in index.used}
+        for index in self.values():
+            index.used |= used
+        return sorted({name for index in self.values() for name in index.unused()})
 
     def raise_missing(self):
         """As `PhotographIndex.raise_missing`."""

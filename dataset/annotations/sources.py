@@ -28,6 +28,7 @@ from dataset.lists import read_lines
 
 # names of splits: Train, training, valid, validation, val2017, test-dev
 SPLITS = re.compile(r'(train|val|test)(ing|id|idation)?([-_ ]?(\d+|dev))*', re.IGNORECASE)
+UNNAMED = 'photographs that no annotation names'
 COLOR_FOLDERS = ('SegmentationClass', 'SegmentationObject')  # of VOC and CVAT
 
 
@@ -116,6 +117,7 @@ def read_coco(paths: Iterable[Path], images: Path | None, out: Path, workers: in
                     Source(where, photograph, size, image.instances, names=_count(image.instances), split=split)
                 )
     indices.raise_missing()
+    left_out[UNNAMED] += indices.unused()
     return Export(sources, list(names), left_out)
 
 
@@ -161,9 +163,11 @@ def read_labelme_files(paths: Iterable[Path], images: Path | None, out: Path, wo
             continue
         left_out['shapes without area (points and lines)'] += content.left_out
         photograph, embedded = file.parent / content.image_path, None
+        index = indices[images or root]
         if images or not os.path.isfile(photograph):  # False for names that no disk can hold
-            found = indices[images or root].find(content.image_path, required=not content.embedded)
+            found = index.find(content.image_path, required=not content.embedded)
             photograph, embedded = found or photograph, None if found else file
+        index.used.add(photograph.resolve())
         split = split_of(file.relative_to(root).parts[0]) if file.parent != root else None
         sources.append(
             Source(
@@ -172,6 +176,7 @@ def read_labelme_files(paths: Iterable[Path], images: Path | None, out: Path, wo
             )
         )  # fmt: skip
     indices.raise_missing()
+    left_out[UNNAMED] += indices.unused()
     names = sorted({name for source in sources for name in source.names}, key=lambda name: (name.casefold(), name))
     return Export(sources, names, left_out)
 
@@ -202,7 +207,7 @@ def read_colors(paths: Sequence[Path], images: Path | None, out: Path, workers: 
         photograph = index.find(PurePosixPath(name + path.suffix), required=True, any_suffix=True)
         sources.append(replace(source, photograph=photograph, split=splits.get(name)))
     index.raise_missing()
-    return Export(sources, list(table), {}, table)
+    return Export(sources, list(table), {UNNAMED: index.unused()}, table)
 
 
 def _color_source(path, table):
