@@ -10,8 +10,10 @@ import pytest
 from PIL import Image
 
 from dataset import DATASETS
+from dataset.fewshot import support_shortage
 from dataset.formats import ORIENTATION_TAG
 from dataset.masks import read_mask, save_palette_png
+from utils.check_data import Examined, check_scales
 
 
 @pytest.fixture
@@ -192,3 +194,36 @@ def test_base_classes_with_too_few_images_are_errors_for_shots_that_are_named(ch
     assert code == 1 and 'error  fold 0, 20-shot' in output and '20 base images' in output, output
     code, output = check('--fold', 0)
     assert code == 0 and 'note   fold 0, 10-shot' in output and '0 errors' in output, output
+
+
+def test_draws_that_would_be_refused_are_found(shapes, run_script, tmp_path):
+    folder = tmp_path / 'data'
+    shutil.copytree(shapes, folder)
+    flags = ('--dataset', 'shapes', '--data-dir', folder, '--shot', 2)
+    assert run_script('utils/gen_fs_list.py', *flags)[0] == 0
+    lists = folder / 'list/fold0'
+    ids = {c: (lists / f'train_novel_class{c}.txt').read_text().split() for c in (1, 2)}
+    path = lists / 'train_novel_class1.txt'
+    drawn = (lists / 'fold0_2shot_seed123.txt').read_text().split()[0]
+    path.write_text('\n'.join(i for i in ids[1] if i != drawn))  # as after a change of min_pixels
+    for script, more in (('utils/gen_fs_list.py', ()), ('utils/check_data.py', ('--fold', 0, '--workers', 1))):
+        code, output = run_script(script, *flags, *more)
+        assert code == 0 and f'{drawn} are not in the class lists any more' in output, output
+    path.unlink()
+    code, output = run_script('utils/check_data.py', *flags, '--fold', 0, '--workers', 1)
+    assert code == 0, output
+    assert not support_shortage({1: list('abc'), 2: list('def')}, 3)
+    assert 'class 2: 2 support images asked for' in support_shortage({1: list('ab'), 2: list('ab')}, 2)
+
+
+def test_photographs_that_evaluation_shrinks_much_are_noted():
+    large, small = (Examined('', np.zeros(256), size) for size in ((2000, 1500), (500, 375)))
+    (finding,) = check_scales(DATASETS['voc'], [large, large, small])
+    assert 'shrinks by 0.24' in finding.text and 'scale_range: [0.21, 0.26]' in finding.text
+    assert not check_scales(DATASETS['voc'], [small, large, small]) and not check_scales(DATASETS['voc'], [])
+
+
+def test_a_folder_with_a_card_is_no_built_in_data_set(run_script, tmp_path):
+    (tmp_path / 'dataset.yaml').write_text('names: [car, tree]\n')
+    code, output = run_script('utils/check_data.py', '--data-dir', tmp_path)
+    assert code == 2 and f'has a card of its own: give --dataset {tmp_path}' in output

@@ -136,3 +136,22 @@ def test_copies_take_the_place_of_links_and_an_export_may_move(imported, tmp_pat
 
 def test_ids_have_no_folder_of_the_root():
     assert unique_ids([PurePosixPath('/data/x.jpg'), PurePosixPath('/mnt/data/x.jpg')]) == ['data_x', 'mnt_data_x']
+
+
+@pytest.mark.parametrize('kind', ('coco', 'labelme', 'colors'))
+def test_photographs_without_annotations_are_reported(imported, tmp_path, kind):
+    folder = tmp_path / 'export'
+    if kind == 'coco':
+        small_coco(folder, CAR)
+    elif kind == 'labelme':
+        small_labelme(folder, ('car', 'rectangle', [[1, 1], [9, 9]]))
+    else:
+        write_photograph(folder / 'SegmentationClass/a.png', PHOTOGRAPH + np.uint8(9))
+        write_photograph(folder / 'JPEGImages/a.png', PHOTOGRAPH)
+        (folder / 'labelmap.txt').write_text('background:0,0,0::\ncar:9,9,9::\n')
+    photographs = {'coco': 'images', 'labelme': '.', 'colors': 'JPEGImages'}[kind]
+    code, output = imported(kind)
+    assert code == 0 and 'that no annotation names' not in output, output
+    write_photograph(folder / photographs / 'forgotten.png', PHOTOGRAPH)
+    code, output = imported(kind)
+    assert code == 0 and 'left out: 1 photographs that no annotation names: forgotten.png' in output, output

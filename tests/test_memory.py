@@ -1,5 +1,7 @@
 """memory.pt: it belongs to one network, is read whole or not at all, and has a size limit."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -59,3 +61,17 @@ def test_a_memory_has_a_size_limit():
     assert views_per_class(net, (65, 65), 300) == 20
     with pytest.raises(InputError, match='at least 61'):
         views_per_class(net, (473, 473), 50)
+
+
+def test_the_memory_of_another_network_is_not_replaced_by_accident(run_script, shapes, remembered, tmp_path):
+    folder = tmp_path / 'run'
+    shutil.copytree(remembered, folder)
+    content = torch.load(folder / 'best.pth', weights_only=True)
+    content['model']['base_emb'] += 1
+    torch.save(content, folder / 'last.pth')
+    before, flags = (folder / 'memory.pt').read_bytes(), ('--data-dir', shapes, '--memory-mb', 1)
+    code, output = run_script('utils/memory.py', '--restore-from', folder / 'last.pth', *flags)
+    assert code == 1 and 'is the memory of another network than' in output and '--overwrite' in output, output
+    assert (folder / 'memory.pt').read_bytes() == before
+    code, output = run_script('utils/memory.py', '--restore-from', folder / 'last.pth', *flags, '--overwrite')
+    assert code == 0 and (folder / 'memory.pt').read_bytes() != before, output
