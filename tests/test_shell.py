@@ -91,7 +91,7 @@ def test_the_whole_grid_starts_with_the_recipe(tmp_path):
         return done.returncode, done.stdout + done.stderr
 
     code, output = run()
-    assert code == 1 and '7 commands, 0 of them done' in output, output  # base; lists, stage 2, evaluation of two shots
+    assert code == 1 and '10 commands, 0 of them done' in output, output  # of the base 2, of two shots 4
     assert f"--restore-from '{weights}'" in output and '--backbone resnet50v2' in output
     assert 'utils.coco_parse_script' in output and 'Traceback' not in output and '1 commands failed' in output
     code, output = run(EPOCHS='1')
