@@ -41,6 +41,7 @@ from report.tables import summary_table
 from report.tensorboard import ValidationPanel
 from utils import cli, from_flags
 from utils.data_flags import add_support_flags
+from utils.from_flags import UNTRAINED
 from utils.method_flags import add_method_flags, check_method_flags, method_options
 
 
@@ -81,10 +82,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         '--features-disk-gb', type=cli.rate, default=50, metavar='GB',
         help='size of the features folder; those used least recently make room (default: 50)',
     )  # fmt: skip
+    parser.set_defaults(backbone=None, os=None)
     args = parser.parse_args(argv)
     check_method_flags(parser, args)
     cli.check(parser, args)
-    if args.start_epoch and args.restore_from in ('none', 'imagenet'):
+    if args.start_epoch and args.restore_from in UNTRAINED:
         parser.error(f'--start-epoch needs a stage-2 checkpoint; --restore-from {args.restore_from} is none')
     if args.views and args.features == 'off':
         parser.error('--views trains on kept features; give --features another place than off')
@@ -215,7 +217,7 @@ def feature_keeper(
 ) -> FeatureKeeper:
     """What keeps the features of the frozen base network, in the folder of its checkpoint if that can be written to."""
     folder = args.snapshot_dir
-    if args.restore_from not in ('none', 'imagenet'):
+    if args.restore_from not in UNTRAINED:
         source = Path(args.restore_from)
         beside = source if source.is_dir() else source.parent
         folder = beside if os.access(beside, os.W_OK) else folder
@@ -285,7 +287,7 @@ def arguments_of_seeds(args: argparse.Namespace, data: FoldData, dtype: torch.dt
     """Seed -> what its run depends on (`resume.run_arguments`)."""
     files = {'validation list': data.val_list} if data.val_list else {}
     files |= {f'list of base class {class_id}': data.lists.base_class(class_id) for class_id in data.base_ids}
-    if args.restore_from not in ('none', 'imagenet') and not args.start_epoch:
+    if args.restore_from not in UNTRAINED and not args.start_epoch:
         files['base network'] = resolve_checkpoint(args.restore_from)
     common = run_arguments(vars(args), dtype, files)
     return {
@@ -297,6 +299,7 @@ def arguments_of_seeds(args: argparse.Namespace, data: FoldData, dtype: torch.dt
 @exits_cleanly
 def main(args: argparse.Namespace):
     with from_flags.training_process(args) as device:
+        from_flags.fill_network(args, *(('last', args.random_seed[0]) if args.start_epoch else ()))
         data, dtype = from_flags.fold_data(args), precision(device, args.fp16)
         data.check_support_lists(args.shot, args.random_seed)  # before class lists are made
         notes = main_first(data.prepare)

@@ -39,9 +39,8 @@ from model import BACKBONES, MODELS, Network, build_model
 from report.panels import ImageScores, draw_examples
 from report.results import Results, draw_seed, seed_result
 from utils import cli, from_flags
+from utils.from_flags import UNTRAINED
 from utils.view_flags import add_view_flags, check_view_flags, views_of
-
-UNTRAINED = ('none', 'imagenet')  # --restore-from without a checkpoint
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -77,6 +76,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument('--save-path', type=Path, help="folder of the results (default: the checkpoint's)")
     add_view_flags(parser)
+    parser.set_defaults(model=None, backbone=None, os=None)
     args = parser.parse_args(argv)
     args.dataset = args.dataset if args.val_list else args.dataset.tested()
     cli.check(parser, args)
@@ -186,6 +186,7 @@ def evaluate_seed(
 @exits_cleanly
 def main(args: argparse.Namespace):
     with process_group(args.device, args.timeout_minutes, args.deterministic) as device:
+        from_flags.fill_network(args, args.select, args.random_seed[0])
         data = taught_data(args, from_flags.fold_data(args))
         refuse_one_file_for_several_seeds(args)
         main_first(data.ensure_images)

@@ -28,7 +28,7 @@ def test_every_script_runs_and_interrupted_runs_resume_to_the_same_weights(
 ):
     base_name = MODELS[name].BASE_MODEL or name
     base_data = (*TINY, '--backbone', tiny, '--data-dir', shapes, *in_half, '--model', base_name)
-    data = (*base_data[:-1], name)
+    data = ('--dataset', 'shapes', '--base-size', '65,65', '--num-workers', 0, '--data-dir', shapes, *in_half)
     train = (*TINY_TRAINING, '--input-size', '33,33', '--num-epoch', 1, '--save-every-steps', 1)
     monkeypatch.setattr(precision, 'computes_in_bfloat16', lambda: True)
     run_script('utils/gen_fs_list.py', '--dataset', 'shapes', '--data-dir', shapes, '--shot', 1, '--seed', 123)
@@ -42,7 +42,7 @@ def test_every_script_runs_and_interrupted_runs_resume_to_the_same_weights(
 
     def stage_2(folder):
         return run_script(
-            'ft_pop.py', *data, *train, '--restore-from', whole / 'base', '--snapshot-dir', folder / 'novel', *flags,
+            'ft_pop.py', *data, '--model', name, *train, '--restore-from', whole / 'base', '--snapshot-dir', folder / 'novel', *flags,
             '--batch-size', 8, '--features-disk-gb', 0,
         )  # fmt: skip
 
@@ -68,8 +68,10 @@ def test_every_script_runs_and_interrupted_runs_resume_to_the_same_weights(
     assert rate == MODELS[base_name].BASE_LEARNING_RATE == {'pspnet_capl': 1e-2}.get(name, 1e-3)
     code, output = run_script('test.py', *data, '--restore-from', whole / 'novel')
     assert code == 0 and f'"model": "{name}"' in (whole / 'novel/results.json').read_text(), output
-    code, output = run_script('test.py', *data[:-2], '--restore-from', whole / 'novel')
+    code, output = run_script('test.py', *data, '--restore-from', whole / 'novel', '--model', 'pspnet_pop')
     assert code == 1 and f'is a checkpoint of {name}, expected pspnet_pop. Give --model {name}' in output
+    code, output = run_script('test.py', *data, '--restore-from', whole / 'novel', '--os', 8)
+    assert code == 1 and 'os is 32, expected 8' in output
     (tmp_path / 'photographs').mkdir()
     shutil.copy(next((shapes / 'JPEGImages').glob('*.jpg')), tmp_path / 'photographs')
     code, output = run_script(

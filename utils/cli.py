@@ -146,9 +146,14 @@ def add_model_flags(
 ):
     """Which network, from which weights, where and in which precision."""
     group = parser.add_argument_group('model')
-    group.add_argument('--model', choices=models, default=models[0], help=f'default: {models[0]}')
-    group.add_argument('--backbone', choices=list(backbones), default='resnet50v2', help='default: resnet50v2')
-    group.add_argument('--os', type=int, choices=(8, 16, 32), default=8, help='output stride (default: 8)')
+    group.add_argument('--model', choices=models, default=models[0], help=f'the method (default: {models[0]})')
+    group.add_argument(
+        '--backbone', choices=list(backbones), default='resnet50v2',
+        help='default: resnet50v2; ft_pop.py and test.py: that of the checkpoint',
+    )  # fmt: skip
+    group.add_argument(
+        '--os', type=int, choices=(8, 16, 32), default=8, help='output stride (default: 8, or as --backbone)'
+    )
     group.add_argument('--restore-from', required=True, help=restore_help)
     add_device_flags(group)
     group.add_argument(

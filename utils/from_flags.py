@@ -12,6 +12,7 @@ from core.ranks import is_main
 from dataset import DATASETS, FoldData
 from dataset.classes import find_dataset
 from engine import run
+from engine.checkpoint import DEFAULT_MODEL, read_checkpoint, resolve_checkpoint
 from engine.distributed import main_first
 from engine.optim import Optimization
 from engine.resume import RunFolder
@@ -19,6 +20,8 @@ from engine.stage import Plan, Stage
 from engine.trainer import Trainer
 from utils.data_flags import fill_data
 from utils.method_flags import method_options
+
+UNTRAINED = ('none', 'imagenet')  # --restore-from without a checkpoint
 
 
 def fold_data(args: argparse.Namespace) -> FoldData:
@@ -86,6 +89,22 @@ def network_config(args: argparse.Namespace, data: FoldData, seed: int | None = 
     if data.support_list or (data.nested and seed is not None):
         config['supports'] = [list(pair) for pair in data.supports(args.shot, seed or 0).items()]
     return config if seed is None else config | {'shot': args.shot, 'seed': seed}
+
+
+def fill_network(args: argparse.Namespace, *which):
+    """Set --model, --backbone and --os, where they are None, to those of the checkpoint, or to the default ones.
+
+    Args:
+        args: changed in place.
+        which: of a folder's checkpoints, as for `resolve_checkpoint`.
+    """
+    defaults = {'model': DEFAULT_MODEL, 'backbone': 'resnet50v2', 'os': 8}
+    missing = [name for name in defaults if getattr(args, name) is None]
+    if missing and args.restore_from not in UNTRAINED:
+        checkpoint = read_checkpoint(resolve_checkpoint(args.restore_from, *which))
+        defaults |= checkpoint.config | {'model': checkpoint.model}
+    for name in missing:
+        setattr(args, name, defaults[name])
 
 
 def training_process(args: argparse.Namespace) -> contextlib.AbstractContextManager[torch.device]:
