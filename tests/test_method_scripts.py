@@ -42,8 +42,8 @@ def test_every_script_runs_and_interrupted_runs_resume_to_the_same_weights(
 
     def stage_2(folder):
         return run_script(
-            'ft_pop.py', *data, '--model', name, *train, '--restore-from', whole / 'base', '--snapshot-dir', folder / 'novel', *flags,
-            '--batch-size', 8, '--features-disk-gb', 0,
+            'ft_pop.py', *data, '--model', name, *train, '--restore-from', whole / 'base', '--snapshot-dir',
+            folder / 'novel', *flags, '--batch-size', 8, '--features-disk-gb', 0,
         )  # fmt: skip
 
     for stage, part, names in ((stage_1, 'base', ('best', 'last')), (stage_2, 'novel', ('best_123', 'last_123'))):
