@@ -164,6 +164,15 @@ def restore_base(args: argparse.Namespace, data: FoldData, folder: RunFolder) ->
     return base
 
 
+def network_source(args: argparse.Namespace) -> Checkpoint | None:
+    """The checkpoint that says backbone and output stride, where flags do not."""
+    if args.restore_from in UNTRAINED or None not in (args.backbone, args.os):
+        return None
+    if args.start_epoch:
+        return start_epoch_checkpoint(args, args.random_seed[0])
+    return read_checkpoint(resolve_checkpoint(args.restore_from))
+
+
 def start_epoch_checkpoint(args: argparse.Namespace, seed: int) -> Checkpoint:
     """The stage-2 checkpoint that --start-epoch continues from."""
     checkpoint = read_checkpoint(resolve_checkpoint(args.restore_from, 'last', seed))
@@ -299,7 +308,7 @@ def arguments_of_seeds(args: argparse.Namespace, data: FoldData, dtype: torch.dt
 @exits_cleanly
 def main(args: argparse.Namespace):
     with from_flags.training_process(args) as device:
-        from_flags.fill_network(args, *(('last', args.random_seed[0]) if args.start_epoch else ()))
+        from_flags.fill_network(args, network_source(args))
         data, dtype = from_flags.fold_data(args), precision(device, args.fp16)
         data.check_support_lists(args.shot, args.random_seed)  # before class lists are made
         notes = main_first(data.prepare)

@@ -119,12 +119,9 @@ def load_network(args: argparse.Namespace, data: FoldData, seed: int) -> tuple[N
     return net, checkpoint
 
 
-def taught_data(args: argparse.Namespace, data: FoldData) -> FoldData:
-    """The fold with those novel classes that utils.teach has taught the network, where it has."""
-    if args.restore_from in UNTRAINED:
-        return data
-    checkpoint = read_checkpoint(resolve_checkpoint(args.restore_from, args.select, args.random_seed[0]))
-    taught = taught_classes(checkpoint)
+def taught_data(args: argparse.Namespace, data: FoldData, checkpoint: Checkpoint | None) -> FoldData:
+    """The fold with those novel classes that utils.teach has taught the network of a checkpoint, where it has."""
+    taught = taught_classes(checkpoint) if checkpoint else None
     if taught is None:
         return data
     known = data.spec.classes
@@ -186,8 +183,11 @@ def evaluate_seed(
 @exits_cleanly
 def main(args: argparse.Namespace):
     with process_group(args.device, args.timeout_minutes, args.deterministic) as device:
-        from_flags.fill_network(args, args.select, args.random_seed[0])
-        data = taught_data(args, from_flags.fold_data(args))
+        first = None
+        if args.restore_from not in UNTRAINED:
+            first = read_checkpoint(resolve_checkpoint(args.restore_from, args.select, args.random_seed[0]))
+        from_flags.fill_network(args, first)
+        data = taught_data(args, from_flags.fold_data(args), first)
         refuse_one_file_for_several_seeds(args)
         main_first(data.ensure_images)
         source = Path(args.restore_from)

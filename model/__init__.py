@@ -42,8 +42,7 @@ def build_model(
         raise ValueError(f'model {model!r} not supported; choose one of {", ".join(MODELS)}')
     features = build_backbone(backbone, output_stride)
     method = MODELS[model]
-    chosen = {'options': method.choose(options)} if method.OPTIONS or options else {}
-    net = method(features, PSP(features.out_channels), num_base, num_novel, **chosen)
+    net = method(features, PSP(features.out_channels), num_base, num_novel, **method.choose(options))
     kernels.accelerate(net)
     return net
 

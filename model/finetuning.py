@@ -3,7 +3,6 @@
 Dimensions: B batch, C feature channels, Kb base classes, Kn novel classes, h x w feature size.
 """
 
-from collections.abc import Mapping
 from types import MappingProxyType
 
 import torch
@@ -21,8 +20,7 @@ class FineTuned(Network):
     rows of the novel classes alone ('head'), or the decoder too, whose batch normalisations stay as they are
     ('decoder').
 
-    Args: those of `Network`, and
-        options: name -> choice of `OPTIONS`.
+    Args: those of `Network`.
     """
 
     title = 'PSPNet-FT'
@@ -32,16 +30,8 @@ class FineTuned(Network):
         'train': {'head': 'train the rows of the novel classes', 'decoder': "the decoder's convolutions too"},
     })  # fmt: skip
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        decoder: nn.Module,
-        num_base: int,
-        num_novel: int = 0,
-        options: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(backbone, decoder, num_base, num_novel)
-        self.options = self.choose(options)
+    def __init__(self, backbone: nn.Module, decoder: nn.Module, num_base: int, num_novel: int = 0, **options) -> None:
+        super().__init__(backbone, decoder, num_base, num_novel, **options)
         self.classifier = nn.Conv2d(decoder.out_channels, 1 + num_base, 1, bias=False)
         if num_novel:
             self.classifier_n = nn.Conv2d(decoder.out_channels, num_novel, 1, bias=False)

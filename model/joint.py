@@ -4,7 +4,7 @@ Dimensions: B batch, C channels of the decoder, Cb channels of the backbone, Kb 
 feature size.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from types import MappingProxyType
 
 import torch
@@ -33,8 +33,7 @@ class JointPOP(POP):
     Untrained, the prototypes have zeros in the backbone's channels, and phi_n ignores these: the network then equals
     POP's, but for the background if it is 'base'.
 
-    Args: those of `Network`, and
-        options: name -> choice of `OPTIONS`; the first of each is the default.
+    Args: those of `Network`.
     """
 
     title = 'POP, joint space'
@@ -46,16 +45,8 @@ class JointPOP(POP):
     STARTS_FROM_SUPPORTS = True
     STAGE_2_PREFIXES = ('novel_emb', 'classifier_n.', 'backbone_mean', 'backbone_std')
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        decoder: nn.Module,
-        num_base: int,
-        num_novel: int = 0,
-        options: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(backbone, decoder, num_base, num_novel)
-        self.options = self.choose(options)
+    def __init__(self, backbone: nn.Module, decoder: nn.Module, num_base: int, num_novel: int = 0, **options) -> None:
+        super().__init__(backbone, decoder, num_base, num_novel, **options)
         channels = decoder.out_channels
         self.extra = backbone.out_channels if self.options['prototypes'] == 'joint' else 0
         if num_novel and self.extra:

@@ -27,6 +27,7 @@ class Network(nn.Module):
         decoder: [B, Cb, h, w] -> [B, C, h, w]; carries `out_channels`.
         num_base: Kb >= 1.
         num_novel: Kn >= 0; 0 is the network of stage 1.
+        options: name=choice of `OPTIONS`; only methods that have any take them.
 
     Attributes:
         title: name of the method in tables.
@@ -56,7 +57,7 @@ class Network(nn.Module):
     STARTS_FROM_SUPPORTS = False
     REGISTERS = False
 
-    def __init__(self, backbone: nn.Module, decoder: nn.Module, num_base: int, num_novel: int = 0) -> None:
+    def __init__(self, backbone: nn.Module, decoder: nn.Module, num_base: int, num_novel: int = 0, **options) -> None:
         super().__init__()
         if num_base < 1 or num_novel < 0:
             raise ValueError(f'got {num_base} base and {num_novel} novel classes; expected at least 1 and 0')
@@ -65,7 +66,7 @@ class Network(nn.Module):
         self.backbone = backbone
         self.decoder = decoder
         self.auxiliary = None
-        self.options = self.choose()
+        self.options = self.choose(options)
 
     @classmethod
     def choose(cls, options: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -34,8 +34,8 @@ class POP(Network):
     title = 'POP'
     STAGE_2_PREFIXES = ('novel_emb', 'classifier_n.')
 
-    def __init__(self, backbone: nn.Module, decoder: nn.Module, num_base: int, num_novel: int = 0) -> None:
-        super().__init__(backbone, decoder, num_base, num_novel)
+    def __init__(self, backbone: nn.Module, decoder: nn.Module, num_base: int, num_novel: int = 0, **options) -> None:
+        super().__init__(backbone, decoder, num_base, num_novel, **options)
         channels = decoder.out_channels
         self.classifier = _prototype_mlp(channels)
         self.base_emb = nn.Parameter(nn.init.orthogonal_(torch.empty(num_base, channels)))

@@ -35,7 +35,7 @@ def decoder():
 
 def network(options, num_base=3, num_novel=2, trained=True):
     torch.manual_seed(0)
-    net = JointPOP(Backbone(), decoder(), num_base, num_novel, options).double()
+    net = JointPOP(Backbone(), decoder(), num_base, num_novel, **options).double()
     if trained:  # anything but the start
         with torch.no_grad():
             net.novel_emb.normal_()

@@ -11,6 +11,7 @@ from core.ranks import check_ranks, world_size
 from utils.data_flags import add_dataset_flags, check_data_flags
 
 BASE_SIZE = (473, 473)
+DEFAULT_NETWORK = {'backbone': 'resnet50v2', 'os': 8}
 
 
 def parse_switch(text: str) -> bool:
@@ -146,14 +147,16 @@ def add_model_flags(
 ):
     """Which network, from which weights, where and in which precision."""
     group = parser.add_argument_group('model')
-    group.add_argument('--model', choices=models, default=models[0], help=f'the method (default: {models[0]})')
+    default = DEFAULT_NETWORK
+    group.add_argument('--model', choices=models, default=models[0], help=f'default: {models[0]}')
     group.add_argument(
-        '--backbone', choices=list(backbones), default='resnet50v2',
-        help='default: resnet50v2; ft_pop.py and test.py: that of the checkpoint',
+        '--backbone', choices=list(backbones), default=default['backbone'],
+        help=f'default: {default["backbone"]}; ft_pop.py and test.py: that of the checkpoint',
     )  # fmt: skip
     group.add_argument(
-        '--os', type=int, choices=(8, 16, 32), default=8, help='output stride (default: 8, or as --backbone)'
-    )
+        '--os', type=int, choices=(8, 16, 32), default=default['os'],
+        help=f'output stride (default: {default["os"]}, or as --backbone)',
+    )  # fmt: skip
     group.add_argument('--restore-from', required=True, help=restore_help)
     add_device_flags(group)
     group.add_argument(

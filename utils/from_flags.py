@@ -12,12 +12,13 @@ from core.ranks import is_main
 from dataset import DATASETS, FoldData
 from dataset.classes import find_dataset
 from engine import run
-from engine.checkpoint import DEFAULT_MODEL, read_checkpoint, resolve_checkpoint
+from engine.checkpoint import DEFAULT_MODEL, Checkpoint
 from engine.distributed import main_first
 from engine.optim import Optimization
 from engine.resume import RunFolder
 from engine.stage import Plan, Stage
 from engine.trainer import Trainer
+from utils import cli
 from utils.data_flags import fill_data
 from utils.method_flags import method_options
 
@@ -91,20 +92,17 @@ def network_config(args: argparse.Namespace, data: FoldData, seed: int | None = 
     return config if seed is None else config | {'shot': args.shot, 'seed': seed}
 
 
-def fill_network(args: argparse.Namespace, *which):
-    """Set --model, --backbone and --os, where they are None, to those of the checkpoint, or to the default ones.
+def fill_network(args: argparse.Namespace, checkpoint: Checkpoint | None):
+    """Set --model, --backbone and --os, where they are None, to those of a checkpoint, or to the default ones.
 
     Args:
         args: changed in place.
-        which: of a folder's checkpoints, as for `resolve_checkpoint`.
+        checkpoint: that --restore-from names; None where it names none.
     """
-    defaults = {'model': DEFAULT_MODEL, 'backbone': 'resnet50v2', 'os': 8}
-    missing = [name for name in defaults if getattr(args, name) is None]
-    if missing and args.restore_from not in UNTRAINED:
-        checkpoint = read_checkpoint(resolve_checkpoint(args.restore_from, *which))
-        defaults |= checkpoint.config | {'model': checkpoint.model}
-    for name in missing:
-        setattr(args, name, defaults[name])
+    known = {**checkpoint.config, 'model': checkpoint.model} if checkpoint else {}
+    for name, default in {'model': DEFAULT_MODEL, **cli.DEFAULT_NETWORK}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, known.get(name, default))
 
 
 def training_process(args: argparse.Namespace) -> contextlib.AbstractContextManager[torch.device]:

@@ -67,9 +67,10 @@ class PhotographIndex:
         self.used.add(best[0].resolve())
         return best[0]
 
-    def unused(self) -> list[str]:
-        """Names of the photographs that were not found by any annotation."""
-        return [path.name for paths in self._by_stem.values() for path in paths if path.resolve() not in self.used]
+    def unused(self, used: Collection[Path] = ()) -> list[str]:
+        """Names of the photographs that were not found by any annotation; others may know of more that are `used`."""
+        used = {*used, *self.used}
+        return [path.name for paths in self._by_stem.values() for path in paths if path.resolve() not in used]
 
     def raise_missing(self):
         """InputError where required photographs were not found."""
@@ -100,9 +101,7 @@ class PhotographIndices(dict):
     def unused(self) -> list[str]:
         """As `PhotographIndex.unused`, of all indices."""
         used = {path for index in self.values() for path in index.used}
-        for index in self.values():
-            index.used |= used
-        return sorted({name for index in self.values() for name in index.unused()})
+        return sorted({name for index in self.values() for name in index.unused(used)})
 
     def raise_missing(self):
         """As `PhotographIndex.raise_missing`."""
