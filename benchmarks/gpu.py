@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -46,23 +47,24 @@ PARTS = {
 }
 
 
-def run_parts(names: list[str], setting: Setting) -> list[Row]:
-    """Run parts and print their rows; a part that raises becomes a row that fails."""
-    rows = []
+def run_parts(names: list[str], setting: Setting) -> Iterator[Row]:
+    """Run parts, and print and yield their rows as they are found; an exception ends its part with a row that fails."""
     for name in names:
         began = time.perf_counter()
-        try:
-            found = PARTS[name](setting)
-        except Exception:  # whatever one part meets, the others are still worth their time
-            traceback.print_exc()
-            found = [Row('the part raised an exception', 1, 0)]
-        for row in found:
+        for row in _guarded(PARTS[name], setting):
             limit = '' if row.limit is None else f'<= {row.limit:g}'
             verdict = '' if row.limit is None else 'PASS' if row.passed else 'FAIL'
             print(f'{name:16} {row.name:80} {row.value:12.5g} {row.unit:8} {limit:10} {verdict}', flush=True)
+            yield row
         print(f'{name:16} took {time.perf_counter() - began:.0f} s', flush=True)
-        rows += found
-    return rows
+
+
+def _guarded(part, setting):
+    try:
+        yield from part(setting)
+    except Exception:  # whatever one part meets, the others are still worth their time
+        traceback.print_exc()
+        yield Row('the part raised an exception', 1, 0)
 
 
 def as_json(row: Row) -> dict:
@@ -87,15 +89,13 @@ def main() -> int:
             print(f'  {name:16} {PARTS[name].__doc__.splitlines()[0]}')
         return 3
     with tempfile.TemporaryDirectory() as folder, process_group('cuda') as device:
-        print(f'{torch.cuda.get_device_name(device)}, PyTorch {torch.__version__}')
-        rows = run_parts(args.only, Setting(device, args.size, Path(folder), args.data_dir))
-    if args.json:
-        content = {
-            'device': torch.cuda.get_device_name(),
-            'pytorch': torch.__version__,
-            'rows': list(map(as_json, rows)),
-        }
-        args.json.write_text(json.dumps(content, indent=2))
+        about = {'device': torch.cuda.get_device_name(device), 'pytorch': torch.__version__}
+        print(', PyTorch '.join(about.values()), flush=True)
+        rows = []
+        for row in run_parts(args.only, Setting(device, args.size, Path(folder), args.data_dir)):
+            rows.append(row)
+            if args.json:  # after every row, so that a run that is stopped leaves what it found
+                args.json.write_text(json.dumps(about | {'rows': list(map(as_json, rows))}, indent=2))
     failed = [row.name for row in rows if not row.passed]
     print(f'{len(rows)} rows, {len(failed)} failed' + ''.join(f'\n  {name}' for name in failed))
     return 1 if failed else 0

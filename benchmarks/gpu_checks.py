@@ -1,7 +1,8 @@
-"""Parts of `gpu.py` that pass or fail: each checks one property of the CUDA path and returns rows of the table."""
+"""Parts of `gpu.py` that pass or fail: each checks one property of the CUDA path and yields rows of the table."""
 
 import copy
 import json
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -26,16 +27,18 @@ from engine.precision import autocast, compile_features, name_of, to_device
 from model import build_model, reference
 from model.kernels import fuse
 
+LOSS_SCALE = 2.0**16  # as --fp16 starts with: smaller gradients vanish in float16
 TORCHRUN = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node')
 
 
-def smoke(setting: Setting) -> list[Row]:
+def smoke(setting: Setting) -> Iterator[Row]:
     """All scripts end with exit code 0, in both precisions."""
-    return [row for flags in ((), ('--fp16',)) for row in _run_scripts(setting, flags)]
+    for flags in ((), ('--fp16',)):
+        yield from _run_scripts(setting, flags)
 
 
 def _run_scripts(setting, flags, predicts=True):
-    """Rows of the exit codes of stage 1, stage 2 and evaluation."""
+    """Yield rows of the exit codes of stage 1, stage 2 and evaluation."""
     name = ' '.join(flags) or 'float32'
     base, folder = setting.folder / f'base{name}', setting.folder / f'5shot{name}'
     lists = (*network_flags(setting)[:4], '--shot', 5, '--seed', 123)
@@ -54,18 +57,16 @@ def _run_scripts(setting, flags, predicts=True):
             '-m', 'utils.predict', '--restore-from', folder, '--images', setting.data / 'JPEGImages', '--save-path',
             folder / 'segmented', '--device', setting.device.type, *flags,
         ))  # fmt: skip
-    rows = []
     for command in commands:
         code, output = gpu_cases.run_script(*command)
         if code:
-            print(output[-2000:])
+            print(output)
         script = command[1] if command[0] == '-m' else command[0]
         kind = f'{name} --views' if '--views' in command else name
-        rows.append(Row(f'{script} {kind}, exit code', code, 0))
-    return rows
+        yield Row(f'{script} {kind}, exit code', code, 0)
 
 
-def overflow(setting: Setting) -> list[Row]:
+def overflow(setting: Setting) -> Iterator[Row]:
     """An overflow in the first step leaves weights finite, and the next steps as without it."""
     weights = {}
     for name, values in (('overflow', (float('inf'), 1.0, 1.0)), ('plain', (1.0, 1.0))):
@@ -77,10 +78,10 @@ def overflow(setting: Setting) -> list[Row]:
             optimization.backward((net.weight * value).sum())
             optimization.step()
         weights[name] = net.weight.detach()
-    return [Row('weights after an overflow, relative difference', _distance(*weights.values()), 0.0)]
+    yield Row('weights after an overflow, relative difference', _distance(*weights.values()), 0.0)
 
 
-def reference_forms(setting: Setting) -> list[Row]:
+def reference_forms(setting: Setting) -> Iterator[Row]:
     """Logits and gradients of the closed forms, in float32 without TF32 and in half precision, against the plain form.
 
     The plain form is in float64: in float32, its own gradients are less exact than those of the closed forms.
@@ -93,23 +94,22 @@ def reference_forms(setting: Setting) -> list[Row]:
     x = torch.randn(2, net.decoder.in_channels, side, side, device=setting.device).relu()
 
     def results(net, logits):
-        logits.float().square().mean().backward()
+        (LOSS_SCALE * logits.float().square().mean()).backward()
         gradients = net.decoder.bottleneck[0].weight.grad, net.novel_emb.grad
         net.zero_grad()
         return logits.detach(), *gradients
 
     expected = results(exact, reference.classify(exact, reference.decode(exact.decoder, x.double())))
-    rows = []
     for dtype, limit, gradient_limit in (
         (torch.float32, 1e-5, 1e-4),
         (setting.half, max(10 * torch.finfo(setting.half).eps, 1e-5), None),
     ):
-        with exact_float32(), autocast(setting.device, dtype):
-            logits = net.classify(net.decompose(net.decoder(x)))
-        distances = list(map(_distance, results(net, logits), expected))
-        rows.append(Row(f'logits against the reference, {name_of(dtype)}', distances[0], limit))
-        rows.append(Row(f'gradients against the reference, {name_of(dtype)}', max(distances[1:]), gradient_limit))
-    return rows
+        with exact_float32():
+            with autocast(setting.device, dtype):
+                logits = net.classify(net.decompose(net.decoder(x)))
+            distances = list(map(_distance, results(net, logits), expected))
+        yield Row(f'logits against the reference, {name_of(dtype)}', distances[0], limit)
+        yield Row(f'gradients against the reference, {name_of(dtype)}', max(distances[1:]), gradient_limit)
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -118,7 +118,7 @@ def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
 
 
-def golden_curve(setting: Setting) -> list[Row]:
+def golden_curve(setting: Setting) -> Iterator[Row]:
     """Losses of the same short run on the CPU and on the device, without TF32."""
     curves = []
     for device in ('cpu', setting.device.type):
@@ -126,11 +126,11 @@ def golden_curve(setting: Setting) -> list[Row]:
         records = map(json.loads, (folder / 'metrics.jsonl').read_text().splitlines())
         curves.append([record['ce'] for record in records if record['kind'] == 'train'])
     gaps = [abs(a - b) for a, b in zip(*curves, strict=True)]
-    return [Row('loss of the first step against the CPU', gaps[0], 1e-5),
-            Row('losses of the first five steps against the CPU', max(gaps[:5]), 1e-3)]  # fmt: skip
+    yield Row('loss of the first step against the CPU', gaps[0], 1e-5)
+    yield Row('losses of the first five steps against the CPU', max(gaps[:5]), 1e-3)
 
 
-def precisions(setting: Setting) -> list[Row]:
+def precisions(setting: Setting) -> Iterator[Row]:
     """The loss after many steps in half precision against float32."""
     ends = []
     for dtype in (torch.float32, setting.half):
@@ -138,24 +138,22 @@ def precisions(setting: Setting) -> list[Row]:
         losses = [step() for _ in range(setting.steps)]
         ends.append(torch.stack(losses[-10:]).mean().item())
     name = f'mean loss of the last ten of {setting.steps} steps, relative difference of half precision'
-    return [Row(name, abs(ends[1] / ends[0] - 1), 0.05)]
+    yield Row(name, abs(ends[1] / ends[0] - 1), 0.05)
 
 
-def evaluations(setting: Setting) -> list[Row]:
+def evaluations(setting: Setting) -> Iterator[Row]:
     """Confusion matrices from features in every place, against those of the CPU without kept features."""
     make = partial(make_validation, setting, images=16, backbone='resnet18', dtype=torch.float32)
     expected = make(place='off', device=CPU)()
     places = ('gpu', 'memory', 'disk', 'off') if setting.device.type == 'cuda' else ('memory', 'disk', 'off')
-    rows = []
     with exact_float32():
         for place in places:
             found = make(place=place, device=setting.device)()
             share = np.abs(found - expected).sum() / 2 / expected.sum()
-            rows.append(Row(f'pixels that the CPU predicts otherwise, features in {place}', share, 0.002))
-    return rows
+            yield Row(f'pixels that the CPU predicts otherwise, features in {place}', share, 0.002)
 
 
-def synchronisations(setting: Setting) -> list[Row]:
+def synchronisations(setting: Setting) -> Iterator[Row]:
     """Steps of both stages do not wait for the GPU; a validation waits once, for its counts."""
     calls = {
         'stage-1 step': (stage_1_step(setting.variant(setting.half), 15), 0),
@@ -165,10 +163,11 @@ def synchronisations(setting: Setting) -> list[Row]:
     for place in ('gpu', 'memory'):
         validate = make_validation(setting, place, setting.half, setting.device, images=64, backbone='resnet18')
         calls[f'validation, features in {place}'] = validate, 1
-    return [Row(f'{name}, host waits for the GPU', count_waits(call), limit) for name, (call, limit) in calls.items()]
+    for name, (call, limit) in calls.items():
+        yield Row(f'{name}, host waits for the GPU', count_waits(call), limit)
 
 
-def resuming(setting: Setting) -> list[Row]:
+def resuming(setting: Setting) -> Iterator[Row]:
     """Deterministic runs are equal bit for bit, and so is one that is stopped after an epoch and resumed."""
     flags = ('--deterministic', '--num-workers', 0)
     runs = [train(setting, name, *flags) for name in ('whole', 'again')]
@@ -182,13 +181,13 @@ def resuming(setting: Setting) -> list[Row]:
     def differing(one, other):
         return sum(not torch.equal(value, weights(other)[key]) for key, value in weights(one).items())
 
-    return [Row('parameters that differ between two runs, --deterministic', differing(*runs), 0),
-            Row('parameters that differ after resuming', differing(whole, resumed), 0)]  # fmt: skip
+    yield Row('parameters that differ between two runs, --deterministic', differing(*runs), 0)
+    yield Row('parameters that differ after resuming', differing(whole, resumed), 0)
 
 
-def compiling(setting: Setting) -> list[Row]:
+def compiling(setting: Setting) -> Iterator[Row]:
     """--compile: the scripts run with it, features and losses are those without it, and what it gains."""
-    rows = _run_scripts(setting, ('--compile', '--fp16'), predicts=False)
+    yield from _run_scripts(setting, ('--compile', '--fp16'), predicts=False)
     net = fuse(network(setting.variant(setting.half), 15), setting.half)
     compiled = fuse(net, setting.half)
     compile_features(compiled, frozen=True)
@@ -197,7 +196,7 @@ def compiling(setting: Setting) -> list[Row]:
     with torch.no_grad(), autocast(setting.device, setting.half):
         for some in (images, images.flip(0), images[:1], images * 2):  # a CUDA graph is recorded, then replayed
             differences.append(_distance(compiled.features(some), net.features(some)))
-    rows.append(Row('features of a compiled frozen network, relative difference', max(differences), 0.02))
+    yield Row('features of a compiled frozen network, relative difference', max(differences), 0.02)
     for name, make in (
         ('stage-1 step', lambda variant: stage_1_step(variant, 15, setting.batch)),
         ('stage-2 step', lambda variant: stage_2_step(variant, 15, 5)),
@@ -205,29 +204,28 @@ def compiling(setting: Setting) -> list[Row]:
         eager, compiled = (make(setting.variant(setting.half, compiled=flag)) for flag in (False, True))
         losses = [[step().item() for _ in range(5)] for step in (eager, compiled)]
         gap = max(abs(a / b - 1) for a, b in zip(*losses, strict=True))
-        rows.append(Row(f'{name}, losses of five steps with --compile, relative difference', gap, 0.02))
-        rows += [Row(f'{name}, {side}', milliseconds(step, setting), unit='ms')
-                 for side, step in (('eager', eager), ('compiled', compiled))]  # fmt: skip
-    return rows
+        yield Row(f'{name}, losses of five steps with --compile, relative difference', gap, 0.02)
+        for side, step in (('eager', eager), ('compiled', compiled)):
+            yield Row(f'{name}, {side}', milliseconds(step, setting), unit='ms')
 
 
-def processes(setting: Setting) -> list[Row]:
+def processes(setting: Setting) -> Iterator[Row]:
     """Several processes: shared batch statistics and gradients against the joined batch, and stage 1 with NCCL."""
     gpus = torch.cuda.device_count()
-    rows = []
     for backend, count in (('gloo', 2), ('nccl', 1), ('nccl', 2)):
         if backend == 'nccl' and count > gpus:
             continue  # NCCL needs a GPU for each process
         name = f'{backend}, processes: {count}'
         code, output = gpu_cases.run_script(*TORCHRUN, count, 'benchmarks/gpu_processes.py', backend)
-        rows.append(Row(f'{name}, exit code', code, 0))
+        yield Row(f'{name}, exit code', code, 0)
         if code:
-            print(output[-2000:])
+            print(output)
             continue
         found = json.loads(next(line for line in output.splitlines() if line.startswith('{')))
-        rows += [Row(f'{name}, {what}', value, limit) for what, (value, limit) in found.items()]
+        for what, (value, limit) in found.items():
+            yield Row(f'{name}, {what}', value, limit)
     folder = train(setting, 'processes', launch=(*TORCHRUN, max(min(gpus, 2), 1)))
-    return [*rows, Row('stage 1 under torchrun, checkpoints missing', int(not (folder / 'last.pth').is_file()), 0)]
+    yield Row('stage 1 under torchrun, checkpoints missing', int(not (folder / 'last.pth').is_file()), 0)
 
 
 LITTLE_MEMORY = """
@@ -238,7 +236,7 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 """  # the weights of the network, their gradients and momentum take about as much
 
 
-def out_of_memory(setting: Setting) -> list[Row]:
+def out_of_memory(setting: Setting) -> Iterator[Row]:
     """A run that does not fit into the GPU's memory ends with advice and exit code 1."""
     code, output = gpu_cases.run_script(
         '-c', LITTLE_MEMORY, 'train_base.py', *network_flags(setting), *training_flags(setting), '--batch-size', 16,
@@ -246,5 +244,5 @@ def out_of_memory(setting: Setting) -> list[Row]:
     )  # fmt: skip
     told = code == 1 and '--accumulate' in output and 'Traceback' not in output
     if not told:
-        print(output[-2000:])
-    return [Row('out of memory ends without advice', int(not told), 0)]
+        print(output)
+    yield Row('out of memory ends without advice', int(not told), 0)

@@ -103,7 +103,7 @@ def test_parts_of_the_gpu_benchmark_run_on_a_cpu(tmp_path, capsys):
     """Those that need neither a GPU nor scripts, on small images; what they compare agrees."""
     setting = small(tmp_path)
     for name, count in PARTS.items():
-        rows = gpu.run_parts([name], setting)
+        rows = list(gpu.run_parts([name], setting))
         expected = count * len({torch.float32, setting.half}) if name == 'speed' else count
         assert len(rows) == expected and all(row.passed for row in rows), capsys.readouterr().out
         assert all(row.value >= 0 and gpu.as_json(row)['value'] is not None for row in rows)
@@ -142,7 +142,7 @@ def test_commands_of_the_gpu_benchmark_are_valid(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_cases, 'run_script', parse_only)
     parts = {'smoke': 12, 'golden': 2, 'resume': 2, 'processes': 3, 'memory': 1}
     for name, count in parts.items():
-        rows = gpu.run_parts([name], small(tmp_path))
+        rows = list(gpu.run_parts([name], small(tmp_path)))
         assert len(rows) == count and all(row.passed for row in rows), rows
     assert Counter(started) == {
         'train_base.py': 2 + 2 + 5 + 1 + 1, 'utils.gen_fs_list': 2, 'ft_pop.py': 4, 'test.py': 2, 'utils.predict': 2,

@@ -99,14 +99,14 @@ def test_losses_of_stage_2(dtype):
 @pytest.mark.parametrize('place', (CUDA, CPU), ids=('gpu', 'memory'))
 def test_losses_of_stage_2_on_kept_views(dtype, monkeypatch, place):
     make = torch.empty
-    # pinned memory needs a GPU; that it is asked for is what matters
     pinned = []
-    monkeypatch.setattr(
-        torch, 'empty', lambda *size, pin_memory=False, **more: pinned.append(pin_memory) or make(*size, **more)
-    )
     with fake_gpu():
         net = network(5)
         net.freeze_base()
+        # pinned memory needs a GPU; that it is asked for is what matters
+        monkeypatch.setattr(
+            torch, 'empty', lambda *size, pin_memory=False, **more: pinned.append(pin_memory) or make(*size, **more)
+        )
         arrays = {
             name: make(4, h, w, c, dtype=torch.float16, device=place)
             for name, (c, h, w) in net.map_shapes((SIZE, SIZE)).items()
