@@ -118,13 +118,13 @@ def start(step: Step, env: dict[str, str]) -> subprocess.Popen:
 
 
 def environment(slot: int, jobs: int) -> dict[str, str]:
-    """Environment variables of job number `slot`: they give it its share of the GPUs, or of the cores."""
+    """Environment variables of job number `slot`: they give it its share of the GPUs and of the cores."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get('PYTHONPATH'))))
     env = {**os.environ, 'PYTHONUNBUFFERED': '1', 'PYTHONPATH': path}
     listed = os.environ.get('CUDA_VISIBLE_DEVICES')
     devices = listed.split(',') if listed else [str(i) for i in range(torch.cuda.device_count())]
     if devices and jobs > 1:
         env['CUDA_VISIBLE_DEVICES'] = ','.join(devices[slot::jobs] or [devices[slot % len(devices)]])
-    elif jobs > 1:
+    if jobs > 1:
         env.setdefault('OMP_NUM_THREADS', str(max(usable_cores() // jobs, 1)))
     return env

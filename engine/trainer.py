@@ -21,6 +21,8 @@ from engine.optim import MIN_LOSS_SCALE, Optimization
 from engine.run import Run
 from engine.stage import Plan, Stage
 
+SECONDS_BETWEEN_SAVES = 10  # at least, between `last` of two epochs
+
 
 @dataclass
 class Progress:
@@ -128,7 +130,10 @@ class Trainer:
         return stops
 
     def end_epoch(self, stops_early: bool):
-        """Save, and stop if a signal asks for it. `last` is written last: a run killed before it repeats this."""
+        """Save, and stop if a signal asks for it. `last` is written last: a run killed before it repeats this.
+
+        Short epochs, such as those on kept features, are not worth a checkpoint each.
+        """
         progress, plan = self.progress, self.plan
         progress.finished = broadcast(stops_early or progress.epoch == plan.num_epoch)
         if plan.save_pred_every and progress.epoch % plan.save_pred_every == 0:
@@ -137,8 +142,10 @@ class Trainer:
             final = {f'best_{name}': value for name, value in (progress.best or {}).items()}
             final |= {f'last_{name}': value for name, value in progress.last.items()}
             self.logger.hyperparameters(self.run.arguments, final, **self.position)
-        self.save()
-        signals.raise_if_received(sum_over_processes(*signals.received()))
+        received = sum_over_processes(*signals.received())
+        if progress.finished or any(received) or time.monotonic() - self.saved_at >= SECONDS_BETWEEN_SAVES:
+            self.save()
+        signals.raise_if_received(received)
 
     def train_epoch(self):
         """Take the steps that are left of the current epoch."""

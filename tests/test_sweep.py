@@ -105,10 +105,11 @@ def test_jobs_share_gpus_or_cores(monkeypatch):
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '4,5,6')
     shares = [commands.environment(slot, 2)['CUDA_VISIBLE_DEVICES'] for slot in range(2)]
     assert shares == ['4,6', '5']
-    assert commands.environment(4, 5)['CUDA_VISIBLE_DEVICES'] == '5'
-    monkeypatch.delenv('CUDA_VISIBLE_DEVICES')
     monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
     monkeypatch.setattr(commands, 'usable_cores', lambda: 8)
+    crowded = commands.environment(4, 5)
+    assert crowded['CUDA_VISIBLE_DEVICES'] == '5' and crowded['OMP_NUM_THREADS'] == '1'
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES')
     monkeypatch.setattr('torch.cuda.device_count', lambda: 0)
     assert commands.environment(0, 3)['OMP_NUM_THREADS'] == '2' and 'OMP_NUM_THREADS' not in commands.environment(0, 1)
 
@@ -121,6 +122,7 @@ def test_jobs_share_gpus_or_cores(monkeypatch):
         (('--shot-flags', 'five=--fix-lr'), "got 'five'; expected a whole number"),
         (('--shot-flags', '7=--fix-lr'), '--shot has 1'),
         (('--model-flags', 'pspnet_ft=--train decoder'), '--model has pspnet_pop'),
+        (('--model-base-flags', 'pspnet_ft=--fix-bn'), '--model-base-flags pspnet_ft=--fix-bn: --model has pspnet_pop'),
         (('--fold', '7'), 'fold 7 not supported'),
         (('--data', 'voc=a', 'coco=b', '--train-list', 'x'), 'for one data set only'),
     ),
@@ -142,7 +144,10 @@ def test_a_larger_grid_keeps_the_commands_of_a_smaller_one_and_flags_add_up(tmp_
 
 
 def test_methods_share_data_supports_and_where_they_can_the_base_network(tmp_path):
-    flags = [*command(tmp_path, tmp_path), '--model-flags', 'pspnet_ft=--train decoder', '--nproc', '2']
+    flags = [
+        *command(tmp_path, tmp_path), '--model-flags', 'pspnet_ft=--train decoder', '--model-base-flags',
+        'pspnet_capl=--learning-rate 1e-2', '--nproc', '2',
+    ]  # fmt: skip
     alone = sweep.plan(sweep.parse_args([*command(tmp_path, tmp_path), '--nproc', '2']))
     steps = sweep.plan(sweep.parse_args([*flags, '--model', 'pspnet_pop', 'pspnet_ft', 'pspnet_capl']))
     assert {step.command for step in alone} < {step.command for step in steps}  # those of POP stay as they are
@@ -155,6 +160,8 @@ def test_methods_share_data_supports_and_where_they_can_the_base_network(tmp_pat
         assert (model in step.folder.parts[-2 - (step.folder.name == 'last')]) is (model != 'pspnet_pop')
         if step.script == 'ft_pop':
             assert lists in step.after and ('decoder' in step.command) is (model == 'pspnet_ft')
+        if step.script == 'train_base':
+            assert ('1e-2' in step.command) is (model == 'pspnet_capl')
 
 
 def test_tables_name_evaluations_that_left_images_out(tmp_path):

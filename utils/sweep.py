@@ -75,13 +75,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         '--model-flags', action='append', default=[], metavar='"MODEL=FLAG ..."',
         help='flags of ft_pop.py for one method, e.g. "pspnet_ft=--train decoder"',
     )  # fmt: skip
+    parser.add_argument(
+        '--model-base-flags', action='append', default=[], metavar='"MODEL=FLAG ..."',
+        help='flags of train_base.py for one method, e.g. "pspnet_capl=--learning-rate 1e-2"',
+    )  # fmt: skip
     args = parser.parse_args(argv)
     check_grid(parser, args)
     return args
 
 
 def check_grid(parser: argparse.ArgumentParser, args: argparse.Namespace):
-    """Refuse a grid that does not fit together; turn --data, --shot-flags and --model-flags into dicts."""
+    """Refuse a grid that does not fit together; turn --data and the flags of shots and methods into dicts."""
     data = {}
     for pair in args.data:
         name, _, folder = pair.partition('=')
@@ -98,21 +102,24 @@ def check_grid(parser: argparse.ArgumentParser, args: argparse.Namespace):
     args.data = data
     args.shot_flags = flags_of(parser, args, 'shot', positive)
     args.model_flags = flags_of(parser, args, 'model', str)
+    args.model_base_flags = flags_of(parser, args, 'model', str, 'model-base')
     if args.train_list and len(args.data) > 1:
         parser.error('--train-list can be given for one data set only')
 
 
-def flags_of(parser: argparse.ArgumentParser, args: argparse.Namespace, name: str, kind: type) -> dict:
-    """Value of the flag --NAME -> the flags of --NAME-flags for it; a value that --NAME does not have is refused."""
-    flags = {value: [] for value in getattr(args, name)}
-    for text in getattr(args, f'{name}_flags'):
+def flags_of(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, name: str, kind: type, prefix: str = ''
+) -> dict:
+    """Value of the flag --NAME -> the flags of --PREFIX-flags for it; a value that --NAME does not have is refused."""
+    flags, prefix = {value: [] for value in getattr(args, name)}, prefix or name
+    for text in getattr(args, f'{prefix}_flags'.replace('-', '_')):
         value, _, of_value = text.partition('=')
         try:
             known = kind(value)
         except argparse.ArgumentTypeError as error:
-            parser.error(f'--{name}-flags: {error}')
+            parser.error(f'--{prefix}-flags: {error}')
         if known not in flags:
-            parser.error(f'--{name}-flags {text}: --{name} has {", ".join(map(str, flags))}')
+            parser.error(f'--{prefix}-flags {text}: --{name} has {", ".join(map(str, flags))}')
         flags[known] += shlex.split(of_value)
     return flags
 
@@ -155,7 +162,7 @@ def plan_fold(args: argparse.Namespace, place: Path, data: list) -> list[Step]:
         if base_model not in trained:
             trained[base_model] = add(
                 'training', 'train_base', base, (), *together, ROOT / 'train_base.py', *flags,
-                *args.training_flags, '--snapshot-dir', base, *args.base_flags,
+                *args.training_flags, '--snapshot-dir', base, *args.base_flags, *args.model_base_flags[model],
             )  # fmt: skip
             add(
                 'evaluation', 'test', base, (trained[base_model],), *together, ROOT / 'test.py', *flags,
