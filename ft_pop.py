@@ -12,20 +12,18 @@ images, as evaluation reads them, without augmentation, and validated once.
 """
 
 import argparse
-import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from core import IGNORE_INDEX
 from core.errors import InputError, exits_cleanly, some
 from dataset import Augmentation, FewShotDataset, FoldData, SegmentationDataset
 from dataset.views import KeptPairs, base_views, support_views
 from engine.checkpoint import Checkpoint, read_checkpoint, resolve_checkpoint
 from engine.distributed import main_first, wrap_ddp
-from engine.feature_store import FeatureStore, digest
-from engine.features import PLACES, FeatureKeeper, FrozenFeatures, KeptFeatures, join
+from engine.features import FeatureKeeper, FrozenFeatures, KeptFeatures, join
 from engine.loaders import training_loader
 from engine.precision import autocast, compile_features, name_of, precision, to_device
 from engine.pretrained import imagenet_checkpoint
@@ -41,6 +39,7 @@ from report.tables import summary_table
 from report.tensorboard import ValidationPanel
 from utils import cli, from_flags
 from utils.data_flags import add_support_flags
+from utils.feature_flags import add_feature_flags, feature_keeper
 from utils.from_flags import UNTRAINED
 from utils.method_flags import add_method_flags, check_method_flags, method_options
 
@@ -59,29 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help='with --update-base: draw every N epochs (default: 1)',
     )  # fmt: skip
     add_method_flags(parser)
-    group = parser.add_argument_group('kept features')
-    group.add_argument(
-        '--views', type=cli.not_negative, default=0, metavar='N',
-        help='train on N views of each support image, drawn once and kept as features of the frozen base network '
-        '(default: 0, every view is new, as published)',
-    )  # fmt: skip
-    group.add_argument(
-        '--base-views', type=cli.positive, default=20, metavar='M',
-        help='with --views: views of each base class, drawn once for all runs on the base network; each epoch draws '
-        'from them, as --update-base does (default: 20)',
-    )  # fmt: skip
-    group.add_argument(
-        '--features', choices=PLACES, default='auto',
-        help='where features are kept: on the GPU, on disk (in features/ beside the base network, for later runs too), '
-        'in memory, or nowhere; auto: the first of these with room for them (default)',
-    )  # fmt: skip
-    group.add_argument(
-        '--features-gb', type=cli.rate, default=8, metavar='GB', help='memory for them on each host (default: 8)'
-    )
-    group.add_argument(
-        '--features-disk-gb', type=cli.rate, default=50, metavar='GB',
-        help='size of the features folder; those used least recently make room (default: 50)',
-    )  # fmt: skip
+    add_feature_flags(parser)
     parser.set_defaults(backbone=None, os=None)
     args = parser.parse_args(argv)
     check_method_flags(parser, args)
@@ -105,11 +82,15 @@ class NovelStage(Stage):
         frozen: the base network, fused; gives the maps.
         kept: maps of the support and base views where these are kept (--views).
         supports: of the support images, as `Network.register` takes them.
+        support_ids: ids of the support images.
+        base_views: batches of base views with their maps, where the method `calibrates`.
     """
 
     frozen: Network
     kept: dict[str, KeptFeatures] | None = None
     supports: Iterable[tuple[Maps, torch.Tensor]] = ()
+    support_ids: Collection[str] = ()
+    base_views: Iterable[dict] = ()
 
     def losses(self, batch: dict, pixel_weight: float, micro_batches: int) -> dict[str, torch.Tensor]:
         support, base = batch['support'], batch['base']
@@ -129,6 +110,20 @@ class NovelStage(Stage):
             return join(self.kept[name].take(batch[name]['row']) for name in ('support', 'base'))
         images = [to_device(batch[name]['image'], self.device) for name in ('support', 'base')]
         return self.frozen.maps(torch.cat(images))
+
+    def calibrate(self):
+        """Let the network calibrate on the base views that show no support image."""
+        if self.net.calibrates:
+            self.net.calibrate(self._views_without_supports())
+
+    def _views_without_supports(self) -> Iterator[tuple[Maps, torch.Tensor]]:
+        supports = set(self.support_ids)
+        for batch in self.base_views:
+            masks = batch['mask'].to(self.device).long()
+            for mask, image_id in zip(masks, batch['id'], strict=True):
+                if image_id in supports:
+                    mask.fill_(IGNORE_INDEX)
+            yield batch['maps'], masks
 
     @staticmethod
     def improves(metrics: dict, best: dict | None) -> bool:
@@ -221,32 +216,24 @@ def few_shot_set(args: argparse.Namespace, data: FoldData, seed: int) -> FewShot
     )  # fmt: skip
 
 
-def feature_keeper(
-    args: argparse.Namespace, base: Network, frozen: Network, device: torch.device, dtype: torch.dtype, run: Run
-) -> FeatureKeeper:
-    """What keeps the features of the frozen base network, in the folder of its checkpoint if that can be written to."""
-    folder = args.snapshot_dir
-    if args.restore_from not in UNTRAINED:
-        source = Path(args.restore_from)
-        beside = source if source.is_dir() else source.parent
-        folder = beside if os.access(beside, os.W_OK) else folder
-    return FeatureKeeper(
-        frozen=frozen, network=digest(base.state_dict()), device=device, dtype=dtype, place=args.features,
-        memory_gb=args.features_gb, store=FeatureStore(folder / 'features', args.features_disk_gb),
-        batch_size=args.test_batch_size, num_workers=args.num_workers, log=run.logger.info,
-    )  # fmt: skip
-
-
 def keep_views(args: argparse.Namespace, pairs: FewShotDataset, seed: int, keeper: FeatureKeeper) -> dict:
     """Features of views of the support images and of the pool of base views: 'support' and 'base', as in a batch."""
-    views = {
-        'support': support_views(pairs.support, args.views, seed),
-        'base': base_views(pairs.base, pairs.class_lists, args.base_views),
+    support = support_views(pairs.support, args.views, seed)
+    kept = {
+        'support': keeper.keep(support, 'support view', args.input_size, whole=True),
+        'base': keep_base_views(args, pairs, keeper),
     }
-    kept = {name: keeper.keep(part, f'{name} view', args.input_size, whole=True) for name, part in views.items()}
     if not all(isinstance(part, KeptFeatures) for part in kept.values()):
         raise InputError('--views: there is no room to keep the features; raise --features-gb, or keep fewer views')
     return kept
+
+
+def keep_base_views(
+    args: argparse.Namespace, pairs: FewShotDataset, keeper: FeatureKeeper
+) -> KeptFeatures | FrozenFeatures:
+    """Features of the pool of base views."""
+    views = base_views(pairs.base, pairs.class_lists, args.base_views)
+    return keeper.keep(views, 'base view', args.input_size, whole=True)
 
 
 def train_seed(
@@ -265,12 +252,12 @@ def train_seed(
     Returns:
         Validation metrics of 'best' and of 'last'; none without a validation list.
     """
-    device, kept = keeper.device, None
-    support = train_set.support
+    device, kept, pairs = keeper.device, None, train_set
+    support = pairs.support
     supports = SegmentationDataset(support.image_ids, support.samples, fit_size=args.base_size, resize_mask=True)
     support_counts = [len(ids) for ids in data.supports(args.shot, seed).values()]
     if args.views:
-        kept = keep_views(args, train_set, seed, keeper)
+        kept = keep_views(args, pairs, seed, keeper)
         train_set = KeptPairs(**kept, num_base=len(data.base_ids), support_ids=support.image_ids,
                               shot=args.shot, seed=seed)  # fmt: skip
     loader = training_loader(
@@ -280,11 +267,12 @@ def train_seed(
     torch.manual_seed(seed)  # only now: loaders draw too, and features may be there already
     by_class = supports_by_class(supports, support_counts, keeper.frozen, device, keeper.dtype)
     net = build_novel(args, data, seed, base=base, supports=by_class, folder=run.folder)
+    pool = kept['base'] if kept else keep_base_views(args, pairs, keeper) if net.calibrates else ()
     panel = None
     if val_batches is not None:
         panel = ValidationPanel(data.legend, data.samples('val', novel_as_background=False).read_image)
     stage = NovelStage(
-        net=net, frozen=keeper.frozen, kept=kept, supports=by_class,
+        net=net, frozen=keeper.frozen, kept=kept, supports=by_class, support_ids=support.image_ids, base_views=pool,
         model=wrap_ddp(Head(net), device, sync_bn=False), device=device, dtype=keeper.dtype, val_batches=val_batches,
         panel=panel, class_names=data.legend.names, config=from_flags.network_config(args, data, seed), seed=seed,
         listed=len(data.ids('val')), patience=args.num_epoch // 4,

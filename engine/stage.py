@@ -88,6 +88,9 @@ class Stage(ABC):
     def improves(metrics: dict, best: dict | None) -> bool:
         """Whether validation metrics (`metrics.summarize`) are better than the best so far."""
 
+    def calibrate(self) -> None:  # noqa: B027
+        """Before a validation and at the end: fit what only evaluation uses."""
+
     def validate(self) -> tuple[np.ndarray, int]:
         """Confusion matrix on the validation images, int64 [K, K], row = truth; and how many images these were."""
         counted = Counted(self.panel if is_main() else None)

@@ -103,9 +103,10 @@ class Trainer:
         progress, plan = self.progress, self.plan
         while not progress.finished and progress.epoch < plan.num_epoch:
             self.train_epoch()
-            validated = self.stage.val_batches is not None and (
-                (progress.epoch + 1) % plan.val_every == 0 or progress.epoch + 1 == plan.num_epoch
-            )
+            is_last = progress.epoch + 1 == plan.num_epoch
+            validated = self.stage.val_batches is not None and ((progress.epoch + 1) % plan.val_every == 0 or is_last)
+            if validated or is_last:
+                self.stage.calibrate()
             metrics = self.validation() if validated else {}
             progress.epoch, progress.step, progress.last = progress.epoch + 1, 0, metrics
             if metrics:

@@ -17,6 +17,7 @@ from model.network import Maps
 from model.pop import POP, as_map, score, vectors
 
 LEAST_STD = 0.1  # of a channel, relative to the mean over channels
+FALSE_ALARMS = 0.005  # share of the pixels of base images that calibration lets become novel
 
 
 class JointPOP(POP):
@@ -30,6 +31,10 @@ class JointPOP(POP):
     POP scores the background by phi_n on what all prototypes leave, and so learns it anew from a few supports. Here it
     is scored by phi on what the base prototypes leave, which is constant ('base'), or as in POP ('novel').
 
+    What is learned from a few images fits these images best, so that novel classes are overlooked elsewhere. Calibrated
+    stacking (Chao et al., ECCV 2016) adds a constant to the scores of new classes. Here each class has its own, as
+    large as base images allow (`calibrate`).
+
     Untrained, the prototypes have zeros in the backbone's channels, and phi_n ignores these: the network then equals
     POP's, but for the background if it is 'base'.
 
@@ -41,9 +46,10 @@ class JointPOP(POP):
     OPTIONS = MappingProxyType({
         'prototypes': {'joint': "in decoder's and backbone's features", 'decoder': "in the decoder's, as POP"},
         'background': {'base': 'scored as stage 1 learned it', 'novel': 'learned anew, as POP'},
+        'calibration': {'base': 'novel logits are raised as far as base images allow', 'none': 'not raised, as POP'},
     })  # fmt: skip
     STARTS_FROM_SUPPORTS = True
-    STAGE_2_PREFIXES = ('novel_emb', 'classifier_n.', 'backbone_mean', 'backbone_std')
+    STAGE_2_PREFIXES = ('novel_emb', 'classifier_n.', 'backbone_mean', 'backbone_std', 'novel_offset')
 
     def __init__(self, backbone: nn.Module, decoder: nn.Module, num_base: int, num_novel: int = 0, **options) -> None:
         super().__init__(backbone, decoder, num_base, num_novel, **options)
@@ -55,6 +61,12 @@ class JointPOP(POP):
             self.register_buffer('backbone_mean', torch.zeros(self.extra))
             self.register_buffer('backbone_std', torch.ones(self.extra))
             self.start_novel()
+        if self.calibrates:
+            self.register_buffer('novel_offset', torch.zeros(num_novel))
+
+    @property
+    def calibrates(self) -> bool:
+        return self.num_novel > 0 and self.options['calibration'] == 'base'
 
     def maps(self, images: torch.Tensor) -> Maps:
         """Of images [B, 3, H, W] those of POP, and 'backbone' [B, Cb, h, w] and 'background' [B, 1, h, w] where the
@@ -77,7 +89,7 @@ class JointPOP(POP):
         return shapes
 
     def classify(self, maps: Maps, constants: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
-        """Logits [B, 1 + Kb + Kn, h, w] of `maps`, as `POP.classify`."""
+        """Logits [B, 1 + Kb + Kn, h, w] of `maps`, as `POP.classify`; in training, without the offset."""
         with torch.autocast(self.base_emb.device.type, enabled=False):
             p, r = vectors(maps['projections']), vectors(maps['residual'])  # [N, Kb], [N, C]
             if self.num_novel:
@@ -98,7 +110,28 @@ class JointPOP(POP):
         else:
             background = score(self._background_mlp, r)  # [N]
         logits = torch.cat([background.to(logits.dtype)[:, None], logits], dim=1)
+        if self.calibrates and not self.training:
+            logits = logits + F.pad(self.novel_offset, (1 + self.num_base, 0))
         return as_map(logits, maps['residual'])
+
+    @torch.no_grad()
+    def calibrate(self, views: Iterable[tuple[Maps, torch.Tensor]]) -> None:
+        """Set the offsets of the novel logits, from base images.
+
+        Each class may win the same share of their pixels from base classes and background, together `FALSE_ALARMS`.
+        """
+        self.eval()
+        self.novel_offset.zero_()
+        margins = []
+        for maps, masks in views:
+            logits = vectors(self.classify(maps))[labelled(masks, maps['residual'])]  # [N, 1 + Kb + Kn]
+            base, novel = logits.split([1 + self.num_base, self.num_novel], dim=1)
+            margins.append(base.amax(dim=1, keepdim=True) - novel)
+        margins = torch.cat(margins)  # [N, Kn]
+        if len(margins):
+            # so many pixels have a smaller margin: these become novel
+            wins = int(FALSE_ALARMS / self.num_novel * len(margins))
+            self.novel_offset.copy_(margins.kthvalue(1 + wins, dim=0).values)
 
     def prototypes(self) -> tuple[torch.Tensor, ...]:
         """Those of the base classes, followed by those of the novel ones where there are any, in the joint space."""
@@ -128,11 +161,15 @@ class JointPOP(POP):
             return
         count, total, squares = 0, 0, 0
         for maps, masks in supports:
-            small = F.interpolate(masks[:, None].float(), maps['backbone'].shape[2:], mode='nearest')
-            seen = vectors(maps['backbone'])[small.flatten() != IGNORE_INDEX].double()
+            seen = vectors(maps['backbone'])[labelled(masks, maps['backbone'])].double()
             count, total, squares = count + len(seen), total + seen.sum(dim=0), squares + seen.square().sum(dim=0)
         mean = total / count
         std = (squares / count - mean.square()).clamp(min=0).sqrt()
         self.backbone_mean.copy_(mean)
         # a channel that is silent here may speak up elsewhere
         self.backbone_std.copy_(std.clamp(min=LEAST_STD * std.mean()))
+
+
+def labelled(masks: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """Which positions of maps [B, C, h, w] the masks [B, H, W] give a label other than 255, bool [B h w]."""
+    return F.interpolate(masks[:, None].float(), maps.shape[2:], mode='nearest').flatten() != IGNORE_INDEX

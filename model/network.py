@@ -79,6 +79,11 @@ class Network(nn.Module):
         return {name: options.get(name, next(iter(choices))) for name, choices in cls.OPTIONS.items()}
 
     @property
+    def calibrates(self) -> bool:
+        """Whether `calibrate` does anything."""
+        return False
+
+    @property
     def num_logits(self) -> int:
         """1 + Kb + Kn."""
         return 1 + self.num_base + self.num_novel
@@ -192,6 +197,13 @@ class Network(nn.Module):
             pixel_weight, micro_batches: as in `losses.pop_losses`.
         """
         return {'ce': cross_entropy(logits, with_pseudo_labels(logits, masks, self.num_base), pixel_weight)}
+
+    def calibrate(self, views: Iterable[tuple[Maps, torch.Tensor]]) -> None:
+        """Fit what only evaluation uses to the weights that stage 2 has learned, where the method `calibrates`.
+
+        Args:
+            views: `maps` of base views that show no support image, and masks int64 [B, H, W]; 255 counts as no image.
+        """
 
     def register(self, supports: Iterable[tuple[Maps, torch.Tensor]]) -> None:
         """In place of stage 2, where the method `REGISTERS`: learn the novel classes without gradients.

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine.checkpoint import read_checkpoint, save_checkpoint
-from model import POP, Head, build_model
+from model import POP, Head, build_model, joint
 from model.joint import LEAST_STD, JointPOP
 from model.kernels import fuse
 from model.losses import orthogonality
@@ -16,6 +16,7 @@ OPTIONS = [
     for prototypes in ('joint', 'decoder')
     for background in ('base', 'novel')
 ]
+AS_POP = {'prototypes': 'decoder', 'background': 'novel', 'calibration': 'none'}
 
 
 class Backbone(nn.Module):
@@ -85,7 +86,7 @@ def test_logits_and_gradients_are_those_of_the_formulas(options):
 
 def test_it_starts_as_pop_and_without_its_options_is_pop():
     image = torch.randn(2, 6, 3, 4, dtype=torch.float64)
-    for options in ({'background': 'novel'}, OPTIONS[-1]):
+    for options in ({'background': 'novel'}, AS_POP):
         net = network(options, trained=False)
         pop = POP(Backbone(), decoder(), 3, 2).double()
         state = {key: value for key, value in net.state_dict().items() if key in pop.state_dict()}
@@ -111,6 +112,32 @@ def test_the_backbone_is_standardised_by_the_pixels_of_the_supports():
     std = seen.std(dim=1, unbiased=False)
     assert torch.allclose(net.backbone_std[:5], std[:5])
     assert torch.allclose(net.backbone_std[5], LEAST_STD * std.mean()) and std[5] == 0
+
+
+def test_novel_classes_win_as_many_pixels_of_base_images_as_calibration_allows(monkeypatch):
+    monkeypatch.setattr(joint, 'FALSE_ALARMS', 0.25)
+    net, images = network({}, num_novel=3), torch.randn(2, 2, 6, 5, 4, dtype=torch.float64)
+    masks = torch.randint(0, 4, (2, 2, 5, 4))
+    masks[0, 0, :2] = 255
+    with torch.no_grad():
+        raw = [net.train()(image) for image in images]
+        net.calibrate((net.maps(image), mask) for image, mask in zip(images, masks, strict=True))
+        raised = [net.eval()(image) for image in images]
+        assert all(torch.equal(net.train()(image), logits) for image, logits in zip(images, raw, strict=True))
+    seen = masks.flatten() != 255
+    before, after = (torch.stack(each).transpose(1, 2).transpose(0, 1).flatten(1)[:, seen] for each in (raw, raised))
+    assert torch.equal(after[:4], before[:4])
+    assert torch.allclose(after[4:] - before[4:], net.novel_offset[:, None].expand(-1, seen.sum()))
+    wins = [(after[4 + k] > after[:4].amax(0) + 1e-9).sum().item() for k in range(3)]
+    assert wins == [int(0.25 / 3 * seen.sum())] * 3 and seen.sum() == 80 - 8
+
+
+def test_calibration_without_a_labelled_pixel_changes_nothing():
+    net, image = network({}), torch.randn(1, 6, 3, 4, dtype=torch.float64)
+    net.novel_offset.fill_(1)
+    net.calibrate([(net.maps(image), torch.full((1, 3, 4), 255))])
+    assert torch.equal(net.eval()(image), net.train()(image))
+    assert not network({'calibration': 'none'}).calibrates and not network({}, num_novel=0, trained=False).calibrates
 
 
 @pytest.mark.parametrize('options', OPTIONS[:3])
