@@ -69,7 +69,7 @@ def _guarded(part, setting):
 
 def as_json(row: Row) -> dict:
     """A row in types that JSON knows: a value that is not finite becomes null."""
-    return asdict(row) | {'passed': row.passed, 'value': row.value if math.isfinite(row.value) else None}
+    return asdict(row) | {'passed': row.passed, 'value': float(row.value) if math.isfinite(row.value) else None}
 
 
 def main() -> int:

@@ -107,7 +107,7 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        return self.limit is None or self.value <= self.limit  # NaN fails
+        return self.limit is None or bool(self.value <= self.limit)  # NaN fails
 
 
 def run_script(*command, **environment) -> tuple[int, str]:

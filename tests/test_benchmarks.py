@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -109,6 +110,7 @@ def test_parts_of_the_gpu_benchmark_run_on_a_cpu(tmp_path, capsys):
         assert all(row.value >= 0 and gpu.as_json(row)['value'] is not None for row in rows)
     assert not gpu_cases.Row('', float('nan'), 1.0).passed
     assert gpu.as_json(gpu_cases.Row('', float('inf')))['value'] is None
+    json.dumps(gpu.as_json(gpu_cases.Row('', np.float64(1), np.float64(2))))
 
 
 def test_real_photographs_take_the_place_of_drawn_ones(voc_mini, tmp_path):

@@ -4,7 +4,8 @@ Unlike `nn.SyncBatchNorm`, it expects that no process has an empty batch. That c
 forward pass of every layer, and the host waits there for the GPU.
 
 PyTorch's CUDA operations compute the statistics. Processes exchange them inside two operations that are opaque to
-torch.compile, so a layer does not break its graph.
+torch.compile, so a layer does not break its graph. The number of processes is an argument, because a result has its
+size: torch.compile keeps graphs on disk, and one of two processes must not be taken for one of four.
 
 Dimensions: B batch of this process, C channels, P processes.
 """
@@ -13,10 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from core.ranks import world_size
+
 OPERATIONS = torch.library.Library('pop', 'DEF')
 OPERATIONS.define(
     'sync_batch_norm(Tensor x, Tensor weight, Tensor bias, Tensor(a!) running_mean, Tensor(b!) running_var, '
-    'float momentum, float eps) -> (Tensor, Tensor, Tensor, Tensor)'
+    'float momentum, float eps, int processes) -> (Tensor, Tensor, Tensor, Tensor)'
 )
 OPERATIONS.define(
     'sync_batch_norm_backward(Tensor gradient, Tensor x, Tensor weight, Tensor mean, Tensor invstd, Tensor counts) '
@@ -53,7 +56,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         self.num_batches_tracked.add_(1)
         x = x.contiguous(memory_format=torch.channels_last)  # as the network's tensors are
         return torch.ops.pop.sync_batch_norm(
-            x, self.weight, self.bias, self.running_mean, self.running_var, self.momentum, self.eps
+            x, self.weight, self.bias, self.running_mean, self.running_var, self.momentum, self.eps, world_size()
         )[0]
 
 
@@ -75,10 +78,10 @@ class _SyncBatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient, *_):
         gradient = gradient.contiguous(memory_format=torch.channels_last)
-        return *torch.ops.pop.sync_batch_norm_backward(gradient, *ctx.saved_tensors), None, None, None, None
+        return *torch.ops.pop.sync_batch_norm_backward(gradient, *ctx.saved_tensors), None, None, None, None, None
 
 
-def _normalize(x, weight, bias, running_mean, running_var, momentum, eps):
+def _normalize(x, weight, bias, running_mean, running_var, momentum, eps, processes):
     """Normalise x and update the running statistics.
 
     Returns:
@@ -86,7 +89,7 @@ def _normalize(x, weight, bias, running_mean, running_var, momentum, eps):
     """
     mean, invstd = torch.batch_norm_stats(x, eps)
     count = mean.new_full((1,), x.numel() // x.shape[1])
-    gathered = _gather(torch.cat([mean, invstd, count]))  # [P, 2 C + 1]
+    gathered = _gather(torch.cat([mean, invstd, count]), processes)  # [P, 2 C + 1]
     means, invstds, counts = gathered.split([len(mean), len(mean), 1], dim=1)
     mean, invstd = torch.batch_norm_gather_stats_with_counts(
         x, means, invstds, running_mean, running_var, momentum, eps, counts[:, 0]
@@ -109,10 +112,10 @@ def _gradients(gradient, x, weight, mean, invstd, counts):
     return grad_x, grad_weight, grad_bias
 
 
-def _gather(values):
+def _gather(values, processes):
     """The vectors [N] of all processes, [P, N]."""
     gather = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor  # its older name
-    gathered = values.new_empty(dist.get_world_size() * len(values))
+    gathered = values.new_empty(processes * len(values))
     gather(gathered, values)
     return gathered.view(-1, len(values))
 
@@ -123,8 +126,8 @@ OPERATIONS.impl('sync_batch_norm_backward', _gradients, 'CompositeExplicitAutogr
 
 
 @torch.library.register_fake('pop::sync_batch_norm', lib=OPERATIONS)
-def _(x, weight, bias, running_mean, running_var, momentum, eps):
-    counts = running_mean.new_empty(dist.get_world_size(), dtype=torch.int32)
+def _(x, weight, bias, running_mean, running_var, momentum, eps, processes):
+    counts = running_mean.new_empty(processes, dtype=torch.int32)
     return torch.empty_like(x), torch.empty_like(running_mean), torch.empty_like(running_mean), counts
 
 
