@@ -17,7 +17,7 @@ from model.network import Maps
 from model.pop import POP, as_map, score, vectors
 
 LEAST_STD = 0.1  # of a channel, relative to the mean over channels
-FALSE_ALARMS = 0.005  # share of the pixels of base images that calibration lets become novel
+FALSE_ALARMS = 0.005  # share of the pixels of base classes that calibration lets become novel
 
 
 class JointPOP(POP):
@@ -116,22 +116,25 @@ class JointPOP(POP):
 
     @torch.no_grad()
     def calibrate(self, views: Iterable[tuple[Maps, torch.Tensor]]) -> None:
-        """Set the offsets of the novel logits, from base images.
+        """Raise the novel logits by offsets >= 0, from base images.
 
-        Each class may win the same share of their pixels from base classes and background, together `FALSE_ALARMS`.
+        Each class may win the same share of the pixels of base classes, all together `FALSE_ALARMS` of them. Background
+        does not count: base images may show novel classes there.
         """
         self.eval()
         self.novel_offset.zero_()
         margins = []
         for maps, masks in views:
-            logits = vectors(self.classify(maps))[labelled(masks, maps['residual'])]  # [N, 1 + Kb + Kn]
+            labels = labels_of(masks, maps['residual'])
+            is_base = (labels >= 1) & (labels <= self.num_base)
+            logits = vectors(self.classify(maps))[is_base]  # [N, 1 + Kb + Kn]
             base, novel = logits.split([1 + self.num_base, self.num_novel], dim=1)
             margins.append(base.amax(dim=1, keepdim=True) - novel)
         margins = torch.cat(margins)  # [N, Kn]
         if len(margins):
             # so many pixels have a smaller margin: these become novel
             wins = int(FALSE_ALARMS / self.num_novel * len(margins))
-            self.novel_offset.copy_(margins.kthvalue(1 + wins, dim=0).values)
+            self.novel_offset.copy_(margins.kthvalue(1 + wins, dim=0).values.clamp(min=0))
 
     def prototypes(self) -> tuple[torch.Tensor, ...]:
         """Those of the base classes, followed by those of the novel ones where there are any, in the joint space."""
@@ -161,7 +164,7 @@ class JointPOP(POP):
             return
         count, total, squares = 0, 0, 0
         for maps, masks in supports:
-            seen = vectors(maps['backbone'])[labelled(masks, maps['backbone'])].double()
+            seen = vectors(maps['backbone'])[labels_of(masks, maps['backbone']) != IGNORE_INDEX].double()
             count, total, squares = count + len(seen), total + seen.sum(dim=0), squares + seen.square().sum(dim=0)
         mean = total / count
         std = (squares / count - mean.square()).clamp(min=0).sqrt()
@@ -170,6 +173,6 @@ class JointPOP(POP):
         self.backbone_std.copy_(std.clamp(min=LEAST_STD * std.mean()))
 
 
-def labelled(masks: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
-    """Which positions of maps [B, C, h, w] the masks [B, H, W] give a label other than 255, bool [B h w]."""
-    return F.interpolate(masks[:, None].float(), maps.shape[2:], mode='nearest').flatten() != IGNORE_INDEX
+def labels_of(masks: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """Labels of the positions of maps [B, C, h, w] by masks [B, H, W], float [B h w]."""
+    return F.interpolate(masks[:, None].float(), maps.shape[2:], mode='nearest').flatten()
