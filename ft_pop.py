@@ -41,7 +41,7 @@ from utils import cli, from_flags
 from utils.data_flags import add_support_flags
 from utils.feature_flags import add_feature_flags, feature_keeper
 from utils.from_flags import UNTRAINED
-from utils.method_flags import add_method_flags, check_method_flags, method_options
+from utils.method_flags import add_method_flags, add_recipe_flag, check_method_flags, method_options
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -60,6 +60,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_method_flags(parser)
     add_feature_flags(parser)
     parser.set_defaults(backbone=None, os=None)
+    add_recipe_flag(parser, argv)
     args = parser.parse_args(argv)
     check_method_flags(parser, args)
     cli.check(parser, args)

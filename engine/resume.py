@@ -27,14 +27,14 @@ from engine.precision import name_of
 # from batch statistics of micro-batches, the half precision of kept features, and skipped images.
 EXECUTION_FLAGS = {
     'accumulate', 'compile', 'data_dir', 'device', 'features', 'features_disk_gb', 'features_gb', 'fp16',
-    'memory', 'num_workers', 'overwrite', 'print_frequency', 'resume', 'save_every_minutes', 'save_every_steps',
-    'save_pred_every', 'select', 'skip_bad_images', 'snapshot_dir', 'support_list', 'test_batch_size',
-    'timeout_minutes', 'train_list', 'val_list',
+    'memory', 'num_workers', 'overwrite', 'print_frequency', 'recipe', 'resume', 'save_every_minutes',
+    'save_every_steps', 'save_pred_every', 'select', 'skip_bad_images', 'snapshot_dir', 'support_list',
+    'test_batch_size', 'timeout_minutes', 'train_list', 'val_list',
 }  # fmt: skip
 # What a run that resumes from a file (--resume FILE) must share with it: its network, optimiser and steps depend on it.
 FIXED_FLAGS = (
     'dataset', 'fold', 'model', 'backbone', 'os', 'shot', 'batch_size', 'start_epoch', 'fix_bn',
-    'freeze_backbone', 'filter_novel', 'train', 'prototypes', 'background', 'content of training list',
+    'freeze_backbone', 'filter_novel', 'train', 'prototypes', 'background', 'calibration', 'content of training list',
     'content of base network',
 )  # fmt: skip
 # Flags that runs of earlier versions do not name, with the value that these had in effect.

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, TINY_TRAINING, same_results
 
+import ft_pop
 from engine import precision
 from engine.trainer import Trainer
 from model import BACKBONES, MODELS
@@ -20,7 +21,7 @@ from model.capl import CAPL
     (
         ('pspnet_ft', ('--train', 'decoder', '--views', 1, '--base-views', 2)),
         ('pspnet_capl', ()),
-        ('pspnet_joint', ('--background', 'novel')),
+        ('pspnet_joint', ('--background', 'novel', '--base-views', 2)),
     ),
 )
 def test_every_script_runs_and_interrupted_runs_resume_to_the_same_weights(
@@ -83,6 +84,23 @@ def test_every_script_runs_and_interrupted_runs_resume_to_the_same_weights(
         own = ('--support', shapes, '--out', tmp_path / 'out') if 'teach' in command else ('--data-dir', shapes)
         code, output = run_script(command, '--restore-from', whole / 'base', *own)
         assert code == 1 and 'takes pspnet_pop only' in output, output
+
+
+def test_a_recipe_stands_for_defaults_and_flags_have_priority(shapes, tmp_path, capsys):
+    def parsed(*flags):
+        required = ('--dataset', 'shapes', '--data-dir', shapes, '--restore-from', 'none', '--snapshot-dir', tmp_path)
+        args = vars(ft_pop.parse_args(list(map(str, (*required, *flags)))))
+        return args, {name: args[name] for name in ('model', 'views', 'batch_size', 'num_epoch', 'val_every')}
+
+    names = ('model', 'views', 'batch_size', 'num_epoch', 'val_every')
+    assert parsed()[1] == dict(zip(names, ('pspnet_pop', 0, 1, 500, 1), strict=True))
+    args, best = parsed('--recipe', 'best', '--shot', 5)
+    assert best == dict(zip(names, ('pspnet_joint', 20, 4, 16, 16), strict=True)) and args['calibration'] == 'base'
+    changed = parsed('--views', 7, '--shot', 100, '--recipe', 'best', '--model', 'pspnet_pop')[1]
+    assert changed == dict(zip(names, ('pspnet_pop', 7, 4, 1, 1), strict=True))
+    with pytest.raises(SystemExit):
+        parsed('--recipe', 'worst')
+    assert "invalid choice: 'worst'" in capsys.readouterr().err
 
 
 def ends_after(count, function):

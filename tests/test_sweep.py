@@ -123,6 +123,7 @@ def test_jobs_share_gpus_or_cores(monkeypatch):
         (('--shot-flags', '7=--fix-lr'), '--shot has 1'),
         (('--model-flags', 'pspnet_ft=--train decoder'), '--model has pspnet_pop'),
         (('--model-base-flags', 'pspnet_ft=--fix-bn'), '--model-base-flags pspnet_ft=--fix-bn: --model has pspnet_pop'),
+        (('--novel-flags=--recipe best',), '--model-flags "MODEL=--recipe NAME"'),
         (('--fold', '7'), 'fold 7 not supported'),
         (('--data', 'voc=a', 'coco=b', '--train-list', 'x'), 'for one data set only'),
     ),

@@ -1,6 +1,8 @@
-"""Flags of ft_pop.py that are options of methods (`Network.OPTIONS`)."""
+"""Flags of ft_pop.py that are options of methods (`Network.OPTIONS`), and recipes: defaults that go together."""
 
 import argparse
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 from core.ranks import is_main, world_size
 from model import MODELS
@@ -10,6 +12,37 @@ TRAINING_FLAGS = (
     'input_size', 'scale_range', 'batch_size', 'learning_rate', 'momentum', 'weight_decay', 'power', 'num_epoch',
     'start_epoch', 'fix_lr', 'accumulate', 'update_base', 'update_epoch', 'views', 'base_views', 'val_every',
 )  # fmt: skip
+PAIRS = 80  # of a support and a base view for each base class, in all epochs
+
+
+def _best(shot: int) -> dict:
+    epochs = max(PAIRS // shot, 1)  # of `shot` pairs for each base class
+    return {
+        'model': 'pspnet_joint', 'views': 20, 'batch_size': 4, 'learning_rate': 3e-3, 'num_epoch': epochs,
+        'val_every': epochs,
+    }  # fmt: skip
+
+
+# name -> number of shots -> defaults of flags
+RECIPES: Mapping[str, Callable[[int], dict]] = MappingProxyType({'best': _best})
+
+
+def add_recipe_flag(parser: argparse.ArgumentParser, argv: Sequence[str] | None):
+    """Add --recipe, and set the defaults that it stands for; flags that are given as well have priority."""
+    parser.add_argument(
+        '--recipe', choices=tuple(RECIPES),
+        help='other defaults that go together. best: --model pspnet_joint --views 20 --batch-size 4 --learning-rate '
+        f'3e-3, {PAIRS} / shot epochs, validated once (default: those of the published method)',
+    )  # fmt: skip
+    early = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    early.add_argument('--recipe', choices=tuple(RECIPES))
+    early.add_argument('--shot', type=int, default=parser.get_default('shot'))
+    try:
+        known, _ = early.parse_known_args(argv)
+    except argparse.ArgumentError:  # the parser itself will say so
+        return
+    if known.recipe and known.shot > 0:
+        parser.set_defaults(**RECIPES[known.recipe](known.shot))
 
 
 def add_method_flags(parser: argparse.ArgumentParser):

@@ -103,6 +103,8 @@ def check_grid(parser: argparse.ArgumentParser, args: argparse.Namespace):
     args.shot_flags = flags_of(parser, args, 'shot', positive)
     args.model_flags = flags_of(parser, args, 'model', str)
     args.model_base_flags = flags_of(parser, args, 'model', str, 'model-base')
+    if any(word.startswith('--recipe') for word in args.novel_flags):
+        parser.error('--novel-flags: --recipe sets the method; give it to one: --model-flags "MODEL=--recipe NAME"')
     if args.train_list and len(args.data) > 1:
         parser.error('--train-list can be given for one data set only')
 
