@@ -17,7 +17,7 @@ from model.network import Maps
 from model.pop import POP, as_map, score, vectors
 
 LEAST_STD = 0.1  # of a channel, relative to the mean over channels
-FALSE_ALARMS = 0.005  # share of the pixels of base classes that calibration lets become novel
+FALSE_ALARMS = 0.01  # share of the pixels of base classes that calibration lets become novel
 
 
 class JointPOP(POP):
