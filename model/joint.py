@@ -16,6 +16,7 @@ from model.losses import novel_losses
 from model.network import Maps
 from model.pop import POP, as_map, score, vectors
 
+KEPT_STRIDE = 16  # of the backbone's features
 LEAST_STD = 0.1  # of a channel, relative to the mean over channels
 FALSE_ALARMS = 0.01  # share of the pixels of base classes that calibration lets become novel
 
@@ -55,6 +56,7 @@ class JointPOP(POP):
         super().__init__(backbone, decoder, num_base, num_novel, **options)
         channels = decoder.out_channels
         self.extra = backbone.out_channels if self.options['prototypes'] == 'joint' else 0
+        self.pool = max(KEPT_STRIDE // backbone.output_stride, 1)
         if num_novel and self.extra:
             self.classifier_n[0] = nn.Conv2d(channels + self.extra, channels, 1, bias=False)
             self.novel_emb = nn.Parameter(F.pad(self.novel_emb.detach(), (0, self.extra)))
@@ -69,12 +71,12 @@ class JointPOP(POP):
         return self.num_novel > 0 and self.options['calibration'] == 'base'
 
     def maps(self, images: torch.Tensor) -> Maps:
-        """Of images [B, 3, H, W] those of POP, and 'backbone' [B, Cb, h, w] and 'background' [B, 1, h, w] where the
-        options need them."""
+        """Of images [B, 3, H, W] those of POP, and where the options need them 'background' [B, 1, h, w] and 'backbone'
+        [B, Cb, h', w'], at a stride of 16 at least: it has many channels, and is kept."""
         backbone = self.backbone(images)
         maps = self.decompose(self.decoder(backbone))
         if self.extra:
-            maps['backbone'] = backbone
+            maps['backbone'] = F.avg_pool2d(backbone, self.pool, ceil_mode=True, count_include_pad=False)
         if self.options['background'] == 'base':
             maps['background'] = as_map(score(self.classifier, vectors(maps['residual']))[:, None], backbone)
         return maps
@@ -83,10 +85,17 @@ class JointPOP(POP):
         """Shape (channels, h, w) of each of the `maps` of images of size (H, W)."""
         shapes, place = super().map_shapes(size), self.feature_size(size)
         if self.extra:
-            shapes['backbone'] = (self.extra, *place)
+            shapes['backbone'] = (self.extra, *(-(-side // self.pool) for side in place))
         if self.options['background'] == 'base':
             shapes['background'] = (1, *place)
         return shapes
+
+    def finish_maps(self, maps: Maps) -> Maps:
+        """Enlarge the backbone's map to the size of the others."""
+        if self.extra and self.pool > 1:
+            size = maps['residual'].shape[2:]
+            maps = maps | {'backbone': F.interpolate(maps['backbone'].float(), size, mode='bilinear')}
+        return maps
 
     def classify(self, maps: Maps, constants: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
         """Logits [B, 1 + Kb + Kn, h, w] of `maps`, as `POP.classify`; in training, without the offset."""
@@ -125,6 +134,7 @@ class JointPOP(POP):
         self.novel_offset.zero_()
         margins = []
         for maps, masks in views:
+            maps = self.finish_maps(maps)
             labels = labels_of(masks, maps['residual'])
             is_base = (labels >= 1) & (labels <= self.num_base)
             logits = vectors(self.classify(maps))[is_base]  # [N, 1 + Kb + Kn]

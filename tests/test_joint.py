@@ -22,7 +22,11 @@ AS_POP = {'prototypes': 'decoder', 'background': 'novel', 'calibration': 'none'}
 class Backbone(nn.Module):
     """Scales its input, channel by channel."""
 
-    output_stride, out_channels = 1, 6
+    out_channels = 6
+
+    def __init__(self, output_stride=16):
+        super().__init__()
+        self.output_stride = output_stride  # said to be
 
     def forward(self, x):
         return x * torch.arange(1, 7, dtype=x.dtype)[:, None, None]
@@ -34,9 +38,9 @@ def decoder():
     return layer
 
 
-def network(options, num_base=3, num_novel=2, trained=True):
+def network(options, num_base=3, num_novel=2, trained=True, output_stride=16):
     torch.manual_seed(0)
-    net = JointPOP(Backbone(), decoder(), num_base, num_novel, **options).double()
+    net = JointPOP(Backbone(output_stride), decoder(), num_base, num_novel, **options).double()
     if trained:  # anything but the start
         with torch.no_grad():
             net.novel_emb.normal_()
@@ -112,6 +116,17 @@ def test_the_backbone_is_standardised_by_the_pixels_of_the_supports():
     std = seen.std(dim=1, unbiased=False)
     assert torch.allclose(net.backbone_std[:5], std[:5])
     assert torch.allclose(net.backbone_std[5], LEAST_STD * std.mean()) and std[5] == 0
+
+
+def test_the_backbones_map_is_kept_at_a_stride_of_16():
+    net, plain = network({}, output_stride=8), network({})
+    image = torch.randn(2, 6, 5, 7, dtype=torch.float64)
+    maps = net.maps(image)
+    assert {name: tuple(value.shape[1:]) for name, value in maps.items()} == net.map_shapes((40, 56))
+    assert maps['backbone'].shape[2:] == (3, 4) and net.finish_maps(maps)['backbone'].shape[2:] == (5, 7)
+    assert torch.allclose(maps['backbone'][..., 2, 3], plain.maps(image)['backbone'][..., 4, 6])  # alone in its cell
+    flat = image[..., :1, :1].expand_as(image)
+    assert torch.allclose(net(flat), plain(flat), atol=1e-5)
 
 
 def test_novel_classes_win_as_many_pixels_of_base_images_as_calibration_allows(monkeypatch):
