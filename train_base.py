@@ -122,7 +122,9 @@ def keep_memory(args: argparse.Namespace, data: FoldData, stage: BaseStage, run:
         read_checkpoint(resolve_checkpoint(run.folder.path())).load_into(net, stage.config)
         if on_main(lambda: memory.is_memory_of(path, digest(net.state_dict()))):
             return
-        keeper = memory.keeper_in_memory(net, stage.device, stage.dtype, run.logger.info, args.num_workers)
+        keeper = memory.keeper_in_memory(
+            memory.teachable(net), stage.device, stage.dtype, run.logger.info, args.num_workers
+        )
         memory.write_memory(path, memory.look_at_base(keeper, data, args.base_size))
     except InputError as error:
         run.logger.info(f'note: no {path}: {error}')

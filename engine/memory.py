@@ -21,11 +21,11 @@ from engine.distributed import on_main
 from engine.feature_store import digest
 from engine.features import FeatureKeeper, KeptFeatures, kept_bytes, kept_shapes
 from engine.weights import read_content
-from model import POP
+from model import POP, JointPOP
 from model.kernels import fuse
 
 NAME = 'memory.pt'
-VERSION = 1
+VERSION = 2
 MOST_VIEWS = 20  # of each base class
 LIMIT_MB = 300
 SCALE_RANGE = (0.8, 1.25)  # of base views, relative to the size that fits: about that of the training on VOC
@@ -46,7 +46,16 @@ class Memory:
     support: dict[str, list[SupportImage]] = field(default_factory=dict)
 
 
-def views_per_class(net: POP, size: tuple[int, int], limit_mb: float) -> int:
+def teachable(base: POP) -> JointPOP:
+    """A base network of POP as `utils.teach` teaches it; they share their weights."""
+    if isinstance(base, JointPOP):
+        return base
+    net = JointPOP(base.backbone, base.decoder, base.num_base).to(base.base_emb.device)
+    net.base_emb, net.classifier, net.background = base.base_emb, base.classifier, base.background
+    return net
+
+
+def views_per_class(net: JointPOP, size: tuple[int, int], limit_mb: float) -> int:
     """How many views of each base class fit into so many MB (10^6 bytes), at most `MOST_VIEWS`.
 
     Raises:
@@ -62,7 +71,7 @@ def views_per_class(net: POP, size: tuple[int, int], limit_mb: float) -> int:
 
 
 def keeper_in_memory(
-    net: POP, device: torch.device, dtype: torch.dtype, log: Callable[[str], None], num_workers: int = 0
+    net: JointPOP, device: torch.device, dtype: torch.dtype, log: Callable[[str], None], num_workers: int = 0
 ) -> FeatureKeeper:
     """Keeps features of a base network on the GPU or in memory, never on disk."""
     return FeatureKeeper(
@@ -115,12 +124,12 @@ def network_of(path: Path) -> str | None:
     return content.get('network') if isinstance(content, dict) else None
 
 
-def read_memory(path: Path, net: POP, network: str, device: torch.device) -> Memory:
+def read_memory(path: Path, net: JointPOP, network: str, device: torch.device) -> Memory:
     """Read a memory.
 
     Args:
         path: of the file.
-        net: the base network.
+        net: the base network, as `teachable`.
         network: its digest.
         device: of the maps that are taken from it.
 

@@ -1,7 +1,7 @@
 """Teaching novel classes on kept features: views go through the frozen network once, and each training uses them."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +16,9 @@ from engine.features import FeatureKeeper, KeptFeatures, join
 from engine.loaders import training_loader
 from engine.optim import Optimization
 from engine.precision import autocast
-from model import POP
+from model import POP, Head, JointPOP
 from model.kernels import predict
+from model.network import Maps
 
 TURNS = 5  # at most so many trainings leave photographs out
 
@@ -45,7 +46,7 @@ class Recipe:
 
 
 def novel_state(net: POP) -> dict[str, torch.Tensor]:
-    """A copy of what stage 2 trains: novel prototypes and phi_n."""
+    """A copy of what stage 2 adds."""
     return {name: value.clone() for name, value in net.state_dict().items() if name.startswith(net.STAGE_2_PREFIXES)}
 
 
@@ -62,7 +63,8 @@ def learn(net: POP, support: KeptFeatures, base: KeptFeatures, recipe: Recipe, d
         InputError: the loss is not finite.
     """
     net.freeze_base()
-    device = net.base_emb.device
+    net.train()
+    head, device = Head(net), net.base_emb.device
     per_class = (max(base.rows) + 1) // net.num_base
     pairs = KeptPairs(support, base, net.num_base, (), shot=per_class, seed=recipe.seed)
     loader = training_loader(pairs, recipe.batch_size, recipe.seed, num_workers=0, device=device, fill_last=True)
@@ -75,7 +77,7 @@ def learn(net: POP, support: KeptFeatures, base: KeptFeatures, recipe: Recipe, d
         maps = [kept.take(half['row']) for kept, half in halves]
         masks = torch.cat([half['mask'].to(device, non_blocking=True) for _, half in halves]).long()
         with autocast(device, dtype):
-            logits = net.classify(join(maps))
+            logits = head(join(maps))
         loss = sum(net.novel_losses(logits, masks).values())
         optimization.backward(loss)
         optimization.step()
@@ -115,6 +117,7 @@ class Teacher:
     Args:
         net: with novel classes, as they start.
         base: the network without them.
+        is_new: no class was taught before, so the network starts from the photographs too.
         samples: the images, with labels of the network.
         base_views: as many of each base class, in the order of the classes.
         keeper: gives the features.
@@ -126,11 +129,12 @@ class Teacher:
 
     def __init__(
         self,
-        net: POP,
-        base: POP,
+        net: JointPOP,
+        base: JointPOP,
         samples: SupportSamples,
         base_views: KeptFeatures,
         *,
+        is_new: bool,
         keeper: FeatureKeeper,
         size: tuple[int, int],
         recipe: Recipe,
@@ -145,6 +149,8 @@ class Teacher:
         label_rest(self.views, base)
         whole = SegmentationDataset(samples.ids, samples, fit_size=size, resize_mask=True)
         self.photographs = keeper.keep(whole, 'photograph', size, whole=True)
+        if is_new:
+            net.start_from_supports(self._maps_and_masks(self.photographs))
         self.start = novel_state(net)
 
     def learn(self, without: Collection[str] = ()):
@@ -152,6 +158,12 @@ class Teacher:
         self.net.load_state_dict(self.net.state_dict() | self.start)
         rows = [row for row, known in self.views.rows.items() if known['id'] not in without]
         learn(self.net, self.views.part(rows), self.base_views, self.recipe, self.dtype)
+        self.net.calibrate(self._maps_and_masks(self.base_views))
+
+    def _maps_and_masks(self, kept: KeptFeatures) -> Iterator[tuple[Maps, torch.Tensor]]:
+        """As `Network.calibrate` and `start_from_supports` take them."""
+        for batch in kept:
+            yield batch['maps'], batch['mask'].to(self.net.base_emb.device).long()
 
     def segment(self, ids: Collection[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Segment some of the photographs.

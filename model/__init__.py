@@ -47,4 +47,15 @@ def build_model(
     return net
 
 
-__all__ = ['BACKBONES', 'MODELS', 'POP', 'PSP', 'Head', 'Network', 'build_backbone', 'build_model', 'find_backbone']
+__all__ = [
+    'BACKBONES',
+    'MODELS',
+    'POP',
+    'PSP',
+    'Head',
+    'JointPOP',
+    'Network',
+    'build_backbone',
+    'build_model',
+    'find_backbone',
+]

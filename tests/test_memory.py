@@ -10,12 +10,12 @@ from engine import memory as memory_file
 from engine.checkpoint import read_checkpoint
 from engine.described import described_network
 from engine.feature_store import digest
-from engine.memory import views_per_class
+from engine.memory import teachable, views_per_class
 from model import build_model
 
 
 def test_a_memory_belongs_to_its_network(remembered, tmp_path):
-    net, _ = described_network(read_checkpoint(remembered / 'best.pth'))
+    net = teachable(described_network(read_checkpoint(remembered / 'best.pth'))[0])
     network, path = digest(net.state_dict()), tmp_path / 'memory.pt'
     whole = (remembered / 'memory.pt').read_bytes()
     changed = torch.load(remembered / 'memory.pt', weights_only=True)
@@ -42,7 +42,7 @@ def test_a_memory_belongs_to_its_network(remembered, tmp_path):
 
 
 def test_a_memory_that_cannot_be_written_is_named(remembered, tmp_path, monkeypatch):
-    net, _ = described_network(read_checkpoint(remembered / 'best.pth'))
+    net = teachable(described_network(read_checkpoint(remembered / 'best.pth'))[0])
     known = memory_file.read_memory(remembered / 'memory.pt', net, digest(net.state_dict()), torch.device('cpu'))
 
     def full(*_):
@@ -55,11 +55,11 @@ def test_a_memory_that_cannot_be_written_is_named(remembered, tmp_path, monkeypa
 
 
 def test_a_memory_has_a_size_limit():
-    net = build_model('resnet18', 15, output_stride=8)
-    each = 60 * 60 * 2 * (15 + 512) + 473 * 473
+    net = teachable(build_model('resnet18', 15, output_stride=8))
+    each = 60 * 60 * 2 * (15 + 512 + 1) + 30 * 30 * 2 * 512 + 473 * 473
     assert views_per_class(net, (473, 473), 300) == 300_000_000 // (15 * each) == 4
     assert views_per_class(net, (65, 65), 300) == 20
-    with pytest.raises(InputError, match='at least 61'):
+    with pytest.raises(InputError, match='at least 75'):
         views_per_class(net, (473, 473), 50)
 
 

@@ -16,7 +16,7 @@ from engine.checkpoint import read_checkpoint, resolve_checkpoint
 from engine.described import described_network
 from engine.distributed import process_group
 from engine.feature_store import digest
-from engine.memory import LIMIT_MB, NAME, keeper_in_memory, look_at_base, network_of, write_memory
+from engine.memory import LIMIT_MB, NAME, keeper_in_memory, look_at_base, network_of, teachable, write_memory
 from engine.precision import precision
 from utils import cli, from_flags
 
@@ -44,7 +44,7 @@ def main(args: argparse.Namespace):
                 f'{checkpoint.path} has novel classes, whose photographs are in the memory of utils.teach; give '
                 'the base network (of train_base.py)'
             )
-        net, _ = described_network(checkpoint)
+        net = teachable(described_network(checkpoint)[0])
         out = args.out or Path(checkpoint.path).parent / NAME
         if out.is_file() and not args.overwrite and network_of(out) != digest(net.state_dict()):
             raise InputError(

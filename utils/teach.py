@@ -35,15 +35,25 @@ from engine.distributed import process_group
 from engine.evaluation import evaluate
 from engine.feature_store import digest
 from engine.features import FeatureKeeper, KeptFeatures
-from engine.memory import LIMIT_MB, NAME, Memory, keeper_in_memory, look_at_base, read_memory, write_memory
+from engine.memory import (
+    LIMIT_MB,
+    NAME,
+    Memory,
+    keeper_in_memory,
+    look_at_base,
+    read_memory,
+    teachable,
+    write_memory,
+)
 from engine.metrics import iou_per_class, summarize
 from engine.precision import name_of, precision
 from engine.teaching import Recipe, Teacher
 from engine.weights import SUFFIXES
-from model import POP, build_model
+from model import JointPOP, build_model
 from report.teaching import draw_panel, teaching_table, write_teaching
 from utils import cli, from_flags
 
+TAUGHT_MODEL = 'pspnet_joint'  # row of `model.MODELS` of `JointPOP`, with its default options
 STEPS = 150
 MOST_COVERED = 0.9  # of a photograph by its class; more is unusual, and usual for a mask that is inverted
 LEAST_IOU, MOST_LOST = 25, 5  # a class below this IoU on its own photographs was not learned; points of base mIoU
@@ -110,7 +120,7 @@ class Lesson:
     """
 
     checkpoint: Checkpoint
-    base: POP
+    base: JointPOP
     legend: Legend
     support: dict[str, list[SupportImage]]
     new: list[str]
@@ -122,9 +132,9 @@ class Lesson:
 def read_lesson(args: argparse.Namespace, device: torch.device) -> Lesson:
     """Read network, memory and photographs. Raises InputError for what is wrong with them, and writes nothing."""
     checkpoint = read_checkpoint(resolve_checkpoint(args.restore_from))
-    checkpoint.expect_pop('utils.teach')
-    base, legend = described_network(checkpoint, base_only=True)
     before = taught_before(checkpoint)
+    base, legend = described_network(checkpoint, base_only=True)
+    base = teachable(base)
     if unknown := [name for name in args.forget if name not in before]:
         raise InputError(f'--forget {some(unknown)}: {checkpoint.path} was taught {some(before) or "no class"}')
     stay = {name: class_id for name, class_id in before.items() if name not in args.forget}
@@ -168,8 +178,14 @@ def doubts(support: dict[str, list[SupportImage]], known: Collection[str]) -> li
 
 
 def taught_before(checkpoint: Checkpoint) -> dict[str, int]:
-    """As `taught_classes`. Raises InputError for classes that ft_pop.py has taught: no memory has their images."""
+    """As `taught_classes`. Raises InputError for other methods, and for classes whose images no memory has."""
     taught = taught_classes(checkpoint)
+    if taught is None:
+        checkpoint.expect_pop('utils.teach')
+    elif checkpoint.model != TAUGHT_MODEL:
+        raise InputError(
+            f'{checkpoint.path} was taught by an earlier version; teach its base network again (of train_base.py)'
+        )
     if taught is None and checkpoint.class_counts[1]:
         raise InputError(
             f'{checkpoint.path} has novel classes of ft_pop.py, whose images are in no memory; give its base network '
@@ -178,21 +194,22 @@ def taught_before(checkpoint: Checkpoint) -> dict[str, int]:
     return taught or {}
 
 
-def build_network(lesson: Lesson, seed: int) -> POP:
+def build_network(lesson: Lesson, seed: int) -> JointPOP:
     """The network to train: new classes start as in stage 2, those taught before from what they were."""
     config = lesson.checkpoint.config
     torch.manual_seed(seed)
-    net = build_model(config['backbone'], lesson.base.num_base, len(lesson.support), config['os'])
+    net = build_model(config['backbone'], lesson.base.num_base, len(lesson.support), config['os'], TAUGHT_MODEL)
     net.start_from(lesson.base)
     net.background = lesson.base.background
     before = list(taught_before(lesson.checkpoint))
     if before:
-        state = lesson.checkpoint.state
-        parts = {name: value for name, value in state.items() if name.startswith('classifier_n.')}
+        state = {key: value for key, value in lesson.checkpoint.state.items() if key.startswith(net.STAGE_2_PREFIXES)}
         stay = [name for name in before if name in lesson.support and name not in lesson.new]
-        prototypes = net.novel_emb.detach().clone()
-        prototypes[: len(stay)] = state['novel_emb'][[before.index(name) for name in stay]]
-        net.load_state_dict(net.state_dict() | parts | {'novel_emb': prototypes})
+        for key in ('novel_emb', 'novel_offset'):  # a row for each class
+            rows = net.state_dict()[key].clone()
+            rows[: len(stay)] = state[key][[before.index(name) for name in stay]]
+            state[key] = rows
+        net.load_state_dict(net.state_dict() | state)
     return net.to(lesson.base.base_emb.device, memory_format=torch.channels_last)
 
 
@@ -203,14 +220,15 @@ def train(args: argparse.Namespace, lesson: Lesson, keeper: FeatureKeeper) -> Te
     recipe = Recipe(args.steps, args.batch_size, args.learning_rate, seed=args.seed)
     teacher = Teacher(
         build_network(lesson, args.seed), lesson.base, SupportSamples(lesson.support, labels), lesson.base_views,
-        keeper=keeper, size=lesson.size, recipe=recipe, views=args.views, scale_range=args.scale_range,
+        is_new=not taught_before(lesson.checkpoint), keeper=keeper, size=lesson.size, recipe=recipe,
+        views=args.views, scale_range=args.scale_range,
     )  # fmt: skip
     if lesson.new:
         teacher.learn()
     return teacher
 
 
-def base_miou(net: POP, views: KeptFeatures, device: torch.device, dtype: torch.dtype) -> float:
+def base_miou(net: JointPOP, views: KeptFeatures, device: torch.device, dtype: torch.dtype) -> float:
     """Base mIoU on the base views, in percent."""
     confusion = evaluate(net, views, device, dtype)
     if not net.background:
@@ -218,12 +236,13 @@ def base_miou(net: POP, views: KeptFeatures, device: torch.device, dtype: torch.
     return summarize(confusion, net.num_base)['base']
 
 
-def save(args: argparse.Namespace, lesson: Lesson, net: POP, network: str, base_miou: float):
+def save(args: argparse.Namespace, lesson: Lesson, net: JointPOP, network: str, base_miou: float):
     """Write memory.pt, then best.pth, which needs it to be taught more."""
     write_memory(args.out / NAME, Memory(network, lesson.base_views, lesson.support))
     counts = {name: len(images) for name, images in lesson.support.items()}
     theirs = lesson.checkpoint.config
     config = {key: theirs[key] for key in ('dataset', 'fold', 'backbone', 'os', 'card', 'scale_range') if key in theirs}
+    config |= {'model': TAUGHT_MODEL, 'options': net.options}
     config |= {'classes': lesson.legend.classes, 'base_size': list(lesson.size), 'taught': counts}
     save_checkpoint(args.out / 'best.pth', net, config, 0, {'base': base_miou})
 
