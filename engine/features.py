@@ -247,13 +247,14 @@ class FeatureKeeper:
             chosen = [row_of[index] for index in batch['index']]
             height, width = batch['mask'].shape[1:]
             for name, maps in batch['maps'].items():
-                arrays[name][chosen] = maps.permute(0, 2, 3, 1).to(arrays[name])
-                finite = arrays[name][chosen].isfinite().flatten(1).all(dim=1).tolist()
+                values = maps.permute(0, 2, 3, 1).to(arrays[name].dtype)
+                finite = values.isfinite().flatten(1).all(dim=1).tolist()  # where they are: a GPU is much faster at it
                 if not all(finite):
                     raise InputError(
                         f'features of image {batch["id"][finite.index(False)]} do not fit half precision; keep none: '
                         'ft_pop.py --features off, train_base.py --no-memory'
                     )
+                arrays[name][chosen] = values.to(arrays[name].device)
             arrays['mask'][chosen] = IGNORE_INDEX  # beyond the images
             arrays['mask'][chosen, :height, :width] = batch['mask']
             for i, row in enumerate(chosen):
