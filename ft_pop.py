@@ -23,6 +23,7 @@ from dataset import Augmentation, FewShotDataset, FoldData, SegmentationDataset
 from dataset.views import KeptPairs, base_views, support_views
 from engine.checkpoint import Checkpoint, read_checkpoint, resolve_checkpoint
 from engine.distributed import main_first, wrap_ddp
+from engine.evaluation import interruptible
 from engine.features import FeatureKeeper, FrozenFeatures, KeptFeatures, join
 from engine.loaders import training_loader
 from engine.precision import autocast, compile_features, name_of, precision, to_device
@@ -119,7 +120,7 @@ class NovelStage(Stage):
 
     def _views_without_supports(self) -> Iterator[tuple[Maps, torch.Tensor]]:
         supports = set(self.support_ids)
-        for batch in self.base_views:
+        for batch in interruptible(self.base_views):
             masks = batch['mask'].to(self.device).long()
             for mask, image_id in zip(masks, batch['id'], strict=True):
                 if image_id in supports:

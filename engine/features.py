@@ -141,7 +141,7 @@ class FeatureKeeper:
             dataset: evaluation items, and `fingerprint()`, what they depend on.
             title: what they are, for messages and names, e.g. 'validation'.
             size: (H, W) of the images and, at most, of the masks.
-            whole: every process can take every row; otherwise each keeps at least those that it evaluates.
+            whole: every process takes and goes through all rows; otherwise it goes through its share of them.
 
         Returns:
             Batches for `evaluation.evaluate`, computed again in each pass if they are not kept.
@@ -156,10 +156,11 @@ class FeatureKeeper:
         name = self._set_name(dataset, title, size)
         place = self._choose(title, name, image_bytes * len(own), image_bytes * len(dataset))
         if place == 'off':
-            return FrozenFeatures(self.frozen, self._loader(dataset, share, keep=True), self.device, self.dtype)
+            return FrozenFeatures(self.frozen, self._loader(dataset, own, keep=True), self.device, self.dtype)
         self.log(f'{title} features: {len(dataset)} images, {image_bytes * len(dataset) / GB:.2f} GB, {PLACES[place]}')
         if place == 'disk':
-            return self._on_disk(dataset, name, _with_rows(shapes, len(dataset)), share, title)
+            arrays, rows = self._on_disk(dataset, name, _with_rows(shapes, len(dataset)), share, title)
+            return KeptFeatures(arrays, rows, own, self.device)
         in_memory = {'pin_memory': self.device.type == 'cuda'}
         arrays = {
             array: torch.empty(
@@ -170,7 +171,7 @@ class FeatureKeeper:
         if place == 'memory':
             self.memory_gb -= image_bytes * len(own) * local_world_size() / GB
         rows = self._compute(dataset, own, arrays, {row: i for i, row in enumerate(own)}, title)
-        return KeptFeatures(arrays, rows, share if whole else range(len(own)), self.device)
+        return KeptFeatures(arrays, rows, range(len(own)), self.device)
 
     def _set_name(self, dataset, title, size):
         """Name of a set on disk: a digest of all that the maps depend on."""
@@ -232,7 +233,7 @@ class FeatureKeeper:
             barrier()
             arrays, rows = self.store.load(name)
             barrier()
-        return KeptFeatures(arrays, rows, share, self.device)
+        return arrays, rows
 
     def _compute(self, dataset, indices, arrays, row_of, title):
         """Fill arrays with maps and masks of some images; returns what is known of each row."""

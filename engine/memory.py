@@ -27,7 +27,7 @@ from model.kernels import fuse
 NAME = 'memory.pt'
 VERSION = 2
 MOST_VIEWS = 20  # of each base class
-LIMIT_MB = 300
+LIMIT_MB = 300  # by default; one view of each class may take more
 SCALE_RANGE = (0.8, 1.25)  # of base views, relative to the size that fits: about that of the training on VOC
 
 
@@ -59,9 +59,11 @@ def views_per_class(net: JointPOP, size: tuple[int, int], limit_mb: float) -> in
     """How many views of each base class fit into so many MB (10^6 bytes), at most `MOST_VIEWS`.
 
     Raises:
-        InputError: not even one.
+        InputError: not even one, and the limit is not the default.
     """
     need = net.num_base * kept_bytes(net, size) / 1e6  # of one view per class
+    if limit_mb == LIMIT_MB:
+        limit_mb = max(limit_mb, need)
     if need > limit_mb:
         raise InputError(
             f'one view of each of {net.num_base} base classes takes {need:.2f} MB, more than the {limit_mb:g} MB of '
@@ -179,8 +181,9 @@ def _knows_only(masks, num_base):
 
 
 def is_memory_of(path: Path, network: str) -> bool:
-    """Whether a file is the memory of a network with this digest."""
+    """Whether a file is the memory, of this version, of a network with this digest."""
     try:
-        return path.is_file() and read_content(path).get('network') == network
+        content = read_content(path) if path.is_file() else {}
+        return (content.get('version'), content.get('network')) == (VERSION, network)
     except (InputError, AttributeError):
         return False

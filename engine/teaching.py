@@ -149,15 +149,14 @@ class Teacher:
         label_rest(self.views, base)
         whole = SegmentationDataset(samples.ids, samples, fit_size=size, resize_mask=True)
         self.photographs = keeper.keep(whole, 'photograph', size, whole=True)
-        if is_new:
-            net.start_from_supports(self._maps_and_masks(self.photographs))
-        self.start = novel_state(net)
+        self.is_new, self.start = is_new, novel_state(net)
 
     def learn(self, without: Collection[str] = ()):
         """Train from the start, without the images that have these ids."""
         self.net.load_state_dict(self.net.state_dict() | self.start)
-        rows = [row for row, known in self.views.rows.items() if known['id'] not in without]
-        learn(self.net, self.views.part(rows), self.base_views, self.recipe, self.dtype)
+        if self.is_new:
+            self.net.start_from_supports(self._maps_and_masks(_others(self.photographs, without)))
+        learn(self.net, _others(self.views, without), self.base_views, self.recipe, self.dtype)
         self.net.calibrate(self._maps_and_masks(self.base_views))
 
     def _maps_and_masks(self, kept: KeptFeatures) -> Iterator[tuple[Maps, torch.Tensor]]:
@@ -200,3 +199,8 @@ class Teacher:
         several = [ids for ids in by_class.values() if len(ids) > 1]
         count = min(max(map(len, several), default=0), TURNS)
         return [{image_id for ids in several for image_id in ids[turn::count]} for turn in range(count)]
+
+
+def _others(kept: KeptFeatures, ids: Collection[str]) -> KeptFeatures:
+    """All rows but those of images with these ids."""
+    return kept.part([row for row, known in kept.rows.items() if known['id'] not in ids])

@@ -1,11 +1,11 @@
 """Training, as both stages do it: steps, validation, checkpoints. `stage.Stage` is what differs between the two."""
 
 import contextlib
-import resource
-import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,11 +16,13 @@ from core import IGNORE_INDEX, signals
 from core.errors import InputError
 from core.ranks import is_main, rank, world_size
 from engine.distributed import broadcast, broadcast_buffers, mean_over_processes, sum_over_processes
+from engine.measuring import Speed, peak_memory
 from engine.metrics import iou_per_class, summarize
 from engine.optim import MIN_LOSS_SCALE, Optimization
 from engine.run import Run
 from engine.stage import Plan, Stage
 
+T = TypeVar('T')
 SECONDS_BETWEEN_SAVES = 10  # at least, between `last` of two epochs
 
 
@@ -105,8 +107,9 @@ class Trainer:
             self.train_epoch()
             is_last = progress.epoch + 1 == plan.num_epoch
             validated = self.stage.val_batches is not None and ((progress.epoch + 1) % plan.val_every == 0 or is_last)
-            if validated or is_last:
-                self.stage.calibrate()
+            kept = plan.save_pred_every and (progress.epoch + 1) % plan.save_pred_every == 0
+            if validated or is_last or kept:
+                self.interruptible(self.stage.calibrate)
             metrics = self.validation() if validated else {}
             progress.epoch, progress.step, progress.last = progress.epoch + 1, 0, metrics
             if metrics:
@@ -144,7 +147,8 @@ class Trainer:
             final |= {f'last_{name}': value for name, value in progress.last.items()}
             self.logger.hyperparameters(self.run.arguments, final, **self.position)
         received = sum_over_processes(*signals.received())
-        if progress.finished or any(received) or time.monotonic() - self.saved_at >= SECONDS_BETWEEN_SAVES:
+        new_best = progress.best_epoch == progress.epoch  # `last` must not be older, or a resumed run may miss it
+        if progress.finished or any(received) or new_best or self.seconds_since_save() >= SECONDS_BETWEEN_SAVES:
             self.save()
         signals.raise_if_received(received)
 
@@ -157,7 +161,7 @@ class Trainer:
             return
         # reading a loss waits for the GPU, so there it is read when it is printed
         check_every = 1 if self.optimization.device.type == 'cpu' else plan.print_frequency
-        unchecked, speed = [], _Speed(progress.step)
+        unchecked, speed = [], Speed(progress.step)
         hidden = None if is_main() else True  # None: hidden unless there is a terminal
         bar = tqdm(None, self.title, self.steps_per_epoch, initial=progress.step, leave=False, disable=hidden)
         batches = iter(self.loader)
@@ -215,14 +219,14 @@ class Trainer:
         place = (self.loader.batch_sampler.seed, self.progress.epoch, self.progress.step, micro_batch, rank())
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
 
-    def log_step(self, bar: tqdm, values: dict, rates: dict, speed: '_Speed', images: int):
+    def log_step(self, bar: tqdm, values: dict, rates: dict, speed: Speed, images: int):
         """Log the step just done; `values` and `rates` are its losses and learning rates, `images` this process's."""
         progress, device = self.progress, self.optimization.device
         means = mean_over_processes(values)
         steps_per_second, waiting = speed.measure(progress.step)
         images_per_second = steps_per_second * images * world_size()
         left = (self.steps_per_epoch * (self.plan.num_epoch - progress.epoch) - progress.step) / steps_per_second
-        memory = _peak_memory(device) / 1e9
+        memory = peak_memory(device) / 1e9
         losses = ' '.join(f'{name} {value:.4f}' for name, value in means.items() if name != 'grad_norm')
         shown_rates = ' '.join(f'{name} {rate:.2e}' for name, rate in rates.items() if name != 'head_bias')
         scale = {'loss_scale': self.optimization.loss_scale} if self.optimization.scales else {}
@@ -246,11 +250,7 @@ class Trainer:
         epoch, began = self.progress.epoch + 1, time.perf_counter()
         step = epoch * self.steps_per_epoch
         broadcast_buffers(self.net)
-        try:
-            confusion, images = self.stage.validate()
-        except signals.Stopped:  # between two batches; the weights are those of the end of the epoch
-            self.save()
-            raise
+        confusion, images = self.interruptible(self.stage.validate)
         means, seconds = summarize(confusion, self.net.num_base), {'seconds': time.perf_counter() - began}
         rests_on = {'images': images, 'listed_images': max(self.stage.listed, images)}
         iou = dict(zip(self.stage.class_names, iou_per_class(confusion).tolist(), strict=True))
@@ -259,6 +259,14 @@ class Trainer:
             for name, picture in self.stage.panel.pictures(self.net).items():
                 self.logger.picture(name, picture, step, **self.position)
         return means | rests_on
+
+    def interruptible(self, evaluation: Callable[[], T]) -> T:
+        """Call a function of the stage that a signal stops between two batches; the weights are those of the epoch."""
+        try:
+            return evaluation()
+        except signals.Stopped:
+            self.save()
+            raise
 
     def update_best(self, metrics: dict):
         """Save the weights as `best` where their metrics are the best so far."""
@@ -278,7 +286,11 @@ class Trainer:
         by_steps = plan.save_every_steps and done % plan.save_every_steps == 0
         if by_steps or not plan.save_every_minutes or not is_main():
             return bool(by_steps)
-        return time.monotonic() - self.saved_at >= 60 * plan.save_every_minutes
+        return self.seconds_since_save() >= 60 * plan.save_every_minutes
+
+    def seconds_since_save(self) -> float:
+        """Since `last` was written."""
+        return time.monotonic() - self.saved_at
 
     def note_skipped(self, micro_batches: list[dict]):
         """Log each image that could not be read (--skip-bad-images) once."""
@@ -311,31 +323,6 @@ class Trainer:
                 f'loss is not finite at epoch {self.progress.epoch + 1}, step {step} ({shown}); images: '
                 f'{", ".join(image_ids)}. Lower --learning-rate, or look at these images and masks.'
             )
-
-
-class _Speed:
-    """Steps per second since a step, and the share of the time spent waiting for data."""
-
-    def __init__(self, first_step: int):
-        self.first_step, self.began, self.waited = first_step, time.perf_counter(), 0.0
-
-    @contextlib.contextmanager
-    def waiting(self):
-        asked_at = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - asked_at
-
-    def measure(self, step: int) -> tuple[float, float]:
-        elapsed = time.perf_counter() - self.began
-        return (step - self.first_step) / elapsed, self.waited / elapsed
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Peak bytes so far: of the GPU's memory, or of this process."""
-    if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == 'darwin' else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _counted_pixels(batch: dict) -> int:

@@ -2,8 +2,8 @@
 
     python -m figures.compare --data-dir voc-small --fold 2 --pop runs/5shot --best runs/best_5shot
 
-For each novel class of VOC's fold: the first evaluation photograph in which it covers at least 16384 pixels, not chosen
-by hand. Both runs have the same base network and support images.
+For each novel class of VOC's fold: the first evaluation photograph in which it covers at least 16384 pixels and that no
+other class has taken, not chosen by hand. Both runs have the same base network and support images.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main():
     label_of = np.full(256, 255, np.uint8)
     label_of[list(legend.class_ids)] = range(len(legend.class_ids))
     figure = Figure(figsize=(2.6 * len(photographs), 6), layout='constrained')
-    rows = figure.subplots(3, len(photographs))
+    rows = figure.subplots(3, len(photographs), squeeze=False)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / 'photographs').mkdir()

@@ -13,7 +13,7 @@ from torch import nn
 
 from core import IGNORE_INDEX
 from model.losses import novel_losses
-from model.network import Maps
+from model.network import Maps, single
 from model.pop import POP, as_map, score, vectors
 
 KEPT_STRIDE = 16  # of the backbone's features
@@ -72,7 +72,7 @@ class JointPOP(POP):
 
     def maps(self, images: torch.Tensor) -> Maps:
         """Of images [B, 3, H, W] those of POP, and where the options need them 'background' [B, 1, h, w] and 'backbone'
-        [B, Cb, h', w'], at a stride of 16 at least: it has many channels, and is kept."""
+        [B, Cb, h', w'], averaged to a stride of 16 where the backbone's is finer: it has many channels, and is kept."""
         backbone = self.backbone(images)
         maps = self.decompose(self.decoder(backbone))
         if self.extra:
@@ -93,8 +93,9 @@ class JointPOP(POP):
     def finish_maps(self, maps: Maps) -> Maps:
         """Enlarge the backbone's map to the size of the others."""
         if self.extra and self.pool > 1:
-            size = maps['residual'].shape[2:]
-            maps = maps | {'backbone': F.interpolate(maps['backbone'].float(), size, mode='bilinear')}
+            height, width = maps['residual'].shape[2:]
+            larger = F.interpolate(single(maps['backbone']), scale_factor=float(self.pool), mode='bilinear')
+            maps = maps | {'backbone': larger[:, :, :height, :width]}  # pooling rounds up
         return maps
 
     def classify(self, maps: Maps, constants: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
@@ -108,12 +109,11 @@ class JointPOP(POP):
                 if self.extra:
                     z = (vectors(maps['backbone']) - self.backbone_mean) / self.backbone_std  # [N, Cb]
                     p_novel = p_novel + z @ extra.T
-                    r = torch.cat([r, z], dim=1)
                 p = torch.cat([p, p_novel], dim=1)
             toward, away = constants or self.constants()  # [K]
             logits = F.relu(p) * toward + F.relu(-p) * away  # [N, K]
             if self.options['background'] == 'novel' and self.num_novel:
-                r = r - p_novel @ s_novel
+                r = (torch.cat([r, z], dim=1) if self.extra else r) - p_novel @ s_novel
         if self.options['background'] == 'base':
             background = vectors(maps['background'])[:, 0]
         else:
@@ -139,12 +139,14 @@ class JointPOP(POP):
             is_base = (labels >= 1) & (labels <= self.num_base)
             logits = vectors(self.classify(maps))[is_base]  # [N, 1 + Kb + Kn]
             base, novel = logits.split([1 + self.num_base, self.num_novel], dim=1)
+            if not self.background:  # evaluation never predicts it
+                base = base[:, 1:]
             margins.append(base.amax(dim=1, keepdim=True) - novel)
         margins = torch.cat(margins)  # [N, Kn]
         if len(margins):
             # so many pixels have a smaller margin: these become novel
             wins = int(FALSE_ALARMS / self.num_novel * len(margins))
-            self.novel_offset.copy_(margins.kthvalue(1 + wins, dim=0).values.clamp(min=0))
+            self.novel_offset.copy_(margins.sort(dim=0).values[wins].clamp(min=0))
 
     def prototypes(self) -> tuple[torch.Tensor, ...]:
         """Those of the base classes, followed by those of the novel ones where there are any, in the joint space."""

@@ -226,10 +226,21 @@ def test_shared_batch_statistics_read_nothing_back(monkeypatch):
     def described(tensors):
         return [(tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors]
 
-    # graphs that torch.compile keeps on disk are told apart by it
-    assert statistics[-1].shape == (2,)
     assert described(found) == described(expected) and all(tensor.device == CUDA for tensor in found)
     del operations
+
+
+def test_graphs_name_the_number_of_processes(monkeypatch):
+    """torch.compile keeps graphs on disk: without it, one of two processes would be taken for one of four."""
+    called = []
+    monkeypatch.setattr(sync_batch_norm, 'world_size', lambda: 4)
+    monkeypatch.setattr(torch.ops.pop, 'sync_batch_norm', lambda *arguments: called.append(arguments) or (None,))
+    sync_batch_norm.SyncBatchNorm2d(torch.nn.BatchNorm2d(8))(torch.zeros(2, 8, 3, 3))
+    assert called[0][-1] == 4
+    with fake_gpu(), torch.device(CUDA):
+        x, values = torch.empty(2, 8, 9, 9), [torch.empty(8) for _ in range(4)]
+        monkeypatch.undo()
+        assert torch.ops.pop.sync_batch_norm(x, *values, 0.1, 1e-5, 4)[3].shape == (4,)
 
 
 def test_features_compile_to_one_graph_for_each_shape_and_mode(monkeypatch):

@@ -29,17 +29,17 @@ from model.reference import upsample
 SIZE = (65, 65)
 
 
-def save_network(folder, backbone, num_novel):
+def save_network(folder, backbone, num_novel, model='pspnet_pop'):
     """A checkpoint of an untrained network, whose batch normalisations do something."""
     torch.manual_seed(0)
-    net = build_model(backbone, 15, num_novel, 32)
+    net = build_model(backbone, 15, num_novel, 32, model)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean, std=0.1)
             nn.init.uniform_(module.running_var, 0.5, 2)
             nn.init.uniform_(module.weight, 0.5, 2)
             nn.init.normal_(module.bias, std=0.1)
-    config = {'dataset': 'shapes', 'fold': 0, 'backbone': backbone, 'os': 32, 'base_size': SIZE}
+    config = {'dataset': 'shapes', 'fold': 0, 'backbone': backbone, 'os': 32, 'base_size': SIZE, 'model': model}
     save_checkpoint(folder / 'net.pth', net, config, 1, {})
     return folder / 'net.pth'
 
@@ -101,7 +101,7 @@ def test_the_documented_example_gives_the_labels_of_utils_predict(run_script, ph
 
 
 def test_a_torch_program_needs_nothing_of_this_code(run_script, tmp_path, monkeypatch):
-    net = save_network(tmp_path, 'resnet10', 0)
+    net = save_network(tmp_path, 'resnet10', 5, 'pspnet_joint')  # of utils.teach
     code, output = run_script('utils/export.py', '--restore-from', net, '--format', 'torch')
     assert code == 0 and 'on generated pictures (--check FOLDER: on photographs): labels differ at' in output, output
     assert str(ROOT).encode() not in (tmp_path / 'net.pt2').read_bytes()

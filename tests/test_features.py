@@ -14,6 +14,7 @@ from torch import nn
 from core import signals
 from core.errors import InputError
 from dataset import DATASETS, FoldData
+from engine import features
 from engine.evaluation import evaluate
 from engine.feature_store import HOST, FeatureStore, digest
 from engine.features import FeatureKeeper, FrozenFeatures, KeptFeatures
@@ -66,6 +67,17 @@ def test_every_pass_counts_what_the_network_counts_and_runs_the_backbone_once(ne
     assert sum(seen) == len(images)
     assert np.array_equal(first, second) and expected.sum() == first.sum()
     assert np.abs(expected - first).sum() <= 0.002 * expected.sum()  # maps are kept in half precision
+
+
+@pytest.mark.parametrize('place', ('memory', 'disk', 'off'))
+def test_every_process_goes_through_what_is_kept_whole(network, images, tmp_path, monkeypatch, place):
+    kept = keeper(network, tmp_path, place)
+    for name, value in (('rank', 1), ('world_size', 2), ('local_world_size', 2)):
+        monkeypatch.setattr(features, name, lambda value=value: value)
+    monkeypatch.setattr(kept, '_choose', lambda *_: 'memory' if place == 'disk' else place)
+    ids = {whole: sorted(i for batch in kept.keep(images, 'view', SIZE, whole) for i in batch['id'])
+           for whole in (True, False)}  # fmt: skip
+    assert ids[True] == sorted(images.image_ids) and ids[False] == sorted(images.image_ids[1::2])
 
 
 def test_what_is_on_disk_serves_later_runs_that_need_the_same(network, images, tmp_path):

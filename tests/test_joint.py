@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine.checkpoint import read_checkpoint, save_checkpoint
+from ft_pop import NovelStage
 from model import POP, Head, build_model, joint
 from model.joint import LEAST_STD, JointPOP
 from model.kernels import fuse
@@ -126,7 +127,10 @@ def test_the_backbones_map_is_kept_at_a_stride_of_16():
     assert maps['backbone'].shape[2:] == (3, 4) and net.finish_maps(maps)['backbone'].shape[2:] == (5, 7)
     assert torch.allclose(maps['backbone'][..., 2, 3], plain.maps(image)['backbone'][..., 4, 6])  # alone in its cell
     flat = image[..., :1, :1].expand_as(image)
-    assert torch.allclose(net(flat), plain(flat), atol=1e-5)
+    assert torch.allclose(net(flat), plain(flat), atol=1e-10)
+    ramp = torch.arange(7.0, dtype=torch.float64).expand(1, 6, 5, 7)  # enlarged, it is where it was
+    enlarged = net.finish_maps(net.maps(ramp))['backbone']
+    assert torch.allclose(enlarged[..., 1:5], net.backbone(ramp)[..., 1:5])
 
 
 def test_novel_classes_win_as_many_pixels_of_base_images_as_calibration_allows(monkeypatch):
@@ -148,6 +152,31 @@ def test_novel_classes_win_as_many_pixels_of_base_images_as_calibration_allows(m
     assert wins == [int(0.25 / 3 * seen.sum())] * 3 and all(net.novel_offset > 0) and 40 < seen.sum() < 72
 
 
+def test_without_background_calibration_leaves_it_out(monkeypatch):
+    monkeypatch.setattr(joint, 'FALSE_ALARMS', 0.25)
+    net, image = network({}), torch.randn(1, 6, 5, 4, dtype=torch.float64)
+    net.classifier_n[4].weight.data.abs_().mul_(-0.01)
+    net.background = False
+    views = [(net.maps(image), torch.ones(1, 5, 4, dtype=torch.long))]
+    net.calibrate(views)
+    alone = net.novel_offset.clone()
+    views[0][0]['background'] += 100  # which evaluation never predicts
+    net.calibrate(views)
+    assert torch.equal(net.novel_offset, alone) and all(alone > 0)
+
+
+def test_views_of_support_images_do_not_calibrate():
+    net, seen = network({}), []
+    net.calibrate = lambda views: seen.extend(masks for _, masks in views)
+    batch = {'maps': {}, 'mask': torch.ones(2, 3, 4, dtype=torch.uint8), 'id': ['a', 'b']}
+    stage = NovelStage(
+        net=net, model=net, val_batches=None, device=torch.device('cpu'), dtype=torch.float32, panel=None,
+        class_names=(), config={}, frozen=net, support_ids=['b', 'c'], base_views=[batch],
+    )  # fmt: skip
+    stage.calibrate()
+    assert [mask.unique().tolist() for mask in seen[0]] == [[1], [255]] and batch['mask'].unique().tolist() == [1]
+
+
 def test_calibration_lowers_no_logit():
     net, image = network({}), torch.randn(1, 6, 3, 4, dtype=torch.float64)
     net.classifier_n[4].weight.data.abs_().mul_(1e3)  # all is novel
@@ -155,7 +184,7 @@ def test_calibration_lowers_no_logit():
     assert torch.equal(net.novel_offset, torch.zeros(2, dtype=torch.float64))
 
 
-def test_calibration_without_a_labelled_pixel_changes_nothing():
+def test_calibration_without_a_labelled_pixel_raises_nothing():
     net, image = network({}), torch.randn(1, 6, 3, 4, dtype=torch.float64)
     net.novel_offset.fill_(1)
     net.calibrate([(net.maps(image), torch.full((1, 3, 4), 255))])

@@ -59,6 +59,8 @@ def test_a_memory_has_a_size_limit():
     each = 60 * 60 * 2 * (15 + 512 + 1) + 30 * 30 * 2 * 512 + 473 * 473
     assert views_per_class(net, (473, 473), 300) == 300_000_000 // (15 * each) == 4
     assert views_per_class(net, (65, 65), 300) == 20
+    many = teachable(build_model('resnet50', 60, output_stride=8))
+    assert views_per_class(many, (473, 473), 300) == 1  # takes 482 MB
     with pytest.raises(InputError, match='at least 75'):
         views_per_class(net, (473, 473), 50)
 

@@ -140,7 +140,12 @@ def test_a_run_keeps_best_and_last_and_stops_early(tmp_path, monkeypatch, val_ev
     loader = training_loader(range(4), 2, seed=0, num_workers=0, device=CPU)
     legend = Legend(('background', 'thing'), (0, 1), 1, 'voc')
 
+    calibrated = []
+
     class Scripted(BaseStage):
+        def calibrate(self):
+            calibrated.append(trainer.progress.epoch + 1)
+
         def validate(self):
             return np.array([[(hits := next(correct)), 100 - hits], [0, 100]]), 3
 
@@ -150,11 +155,14 @@ def test_a_run_keeps_best_and_last_and_stops_early(tmp_path, monkeypatch, val_ev
     )  # fmt: skip
     run = Run(RunFolder(tmp_path, {7: {}}), {})
     plan = Plan(num_epoch=8, val_every=val_every, save_pred_every=3, print_frequency=1)
-    result = Trainer(stage, loader, Optimization(net, 1e-3, 0.9, 0.0, total_steps=16, power=0), run, plan).fit()
+    trainer = Trainer(stage, loader, Optimization(net, 1e-3, 0.9, 0.0, total_steps=16, power=0), run, plan)
+    result = trainer.fit()
     epochs = {path.stem: torch.load(path, weights_only=True)['epoch'] for path in tmp_path.glob('*.pth')}
     best = 3 if val_every == 1 else 4
     saved = {f'epoch_{n}_7': n for n in range(3, stops_after + 1, 3)}
-    assert epochs == {'best_7': best, 'last_7': stops_after, 'previous_7': stops_after - 1, **saved}
+    # epochs that are short and not the best write no `last`
+    assert epochs == {'best_7': best, 'last_7': stops_after, 'previous_7': best, **saved}
+    assert calibrated == sorted({*validated, *(epoch for epoch in (3, 6) if epoch <= stops_after)})
     lines = map(json.loads, (tmp_path / 'metrics.jsonl').read_text().splitlines())
     assert [line['epoch'] for line in lines] == validated
     assert result['best']['base'] > result['last']['base']

@@ -21,6 +21,7 @@ from dataset.shapes import SHAPES, draw_scene
 from engine import export
 from engine.checkpoint import read_checkpoint, resolve_checkpoint
 from engine.described import described_network
+from model import POP
 from utils import cli
 
 CHECKED = 16  # photographs at most
@@ -74,8 +75,9 @@ def main(args: argparse.Namespace):
     if args.format == 'onnx':
         export.check_onnx()
     checkpoint = read_checkpoint(resolve_checkpoint(args.restore_from))
-    checkpoint.expect_pop('utils.export')
     net, legend = described_network(checkpoint)
+    if not isinstance(net, POP):
+        raise InputError(f'{checkpoint.path} is of --model {checkpoint.model}; utils.export takes POP and its variants')
     out = args.out or Path(checkpoint.path).with_suffix(export.SUFFIXES[args.format])
     if out.exists() and not args.overwrite:
         raise InputError(f'{out} exists; give another name with --out, or --overwrite')

@@ -32,7 +32,7 @@ def add_recipe_flag(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
     parser.add_argument(
         '--recipe', choices=tuple(RECIPES),
         help='other defaults that go together. best: --model pspnet_joint --views 20 --batch-size 4 --learning-rate '
-        f'3e-3, {PAIRS} / shot epochs, validated once (default: those of the published method)',
+        f'3e-3, {PAIRS} / shot epochs, validated after the last (default: those of the published method)',
     )  # fmt: skip
     early = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     early.add_argument('--recipe', choices=tuple(RECIPES))
@@ -73,6 +73,8 @@ def check_method_flags(parser: argparse.ArgumentParser, args: argparse.Namespace
         parser.error(f'--model {args.model}: {error}')
     for name in names:
         setattr(args, name, chosen.get(name))
+    if method.REGISTERS and args.recipe:
+        parser.error(f'--recipe {args.recipe} says how to train; --model {args.model} trains nothing')
     if method.REGISTERS:
         forget_training_flags(parser, args)
 

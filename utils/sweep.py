@@ -103,8 +103,12 @@ def check_grid(parser: argparse.ArgumentParser, args: argparse.Namespace):
     args.shot_flags = flags_of(parser, args, 'shot', positive)
     args.model_flags = flags_of(parser, args, 'model', str)
     args.model_base_flags = flags_of(parser, args, 'model', str, 'model-base')
-    if any(word.startswith('--recipe') for word in args.novel_flags):
-        parser.error('--novel-flags: --recipe sets the method; give it to one: --model-flags "MODEL=--recipe NAME"')
+    of_all = (args.novel_flags, *args.shot_flags.values(), args.model_flags.get(DEFAULT_MODEL, []))
+    if any(word.startswith('--rec') for words in of_all for word in words):
+        parser.error(f'--recipe sets the method; give it to one other than {DEFAULT_MODEL}: --model-flags "MODEL=..."')
+    for model, words in args.model_base_flags.items():
+        if words and MODELS[model].BASE_MODEL:
+            parser.error(f'--model-base-flags: {model} starts from the base networks of {MODELS[model].BASE_MODEL}')
     if args.train_list and len(args.data) > 1:
         parser.error('--train-list can be given for one data set only')
 
@@ -164,7 +168,8 @@ def plan_fold(args: argparse.Namespace, place: Path, data: list) -> list[Step]:
         if base_model not in trained:
             trained[base_model] = add(
                 'training', 'train_base', base, (), *together, ROOT / 'train_base.py', *flags,
-                *args.training_flags, '--snapshot-dir', base, *args.base_flags, *args.model_base_flags[model],
+                *args.training_flags, '--snapshot-dir', base, *args.base_flags,
+                *args.model_base_flags.get(base_model, []),
             )  # fmt: skip
             add(
                 'evaluation', 'test', base, (trained[base_model],), *together, ROOT / 'test.py', *flags,

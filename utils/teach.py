@@ -128,6 +128,11 @@ class Lesson:
     base_views: KeptFeatures | None = None
     data: FoldData | None = None
 
+    @property
+    def taught_before(self) -> list[str]:
+        """Names of the novel classes that the network knows already, and keeps."""
+        return [name for name in self.support if name not in self.new]
+
 
 def read_lesson(args: argparse.Namespace, device: torch.device) -> Lesson:
     """Read network, memory and photographs. Raises InputError for what is wrong with them, and writes nothing."""
@@ -202,9 +207,8 @@ def build_network(lesson: Lesson, seed: int) -> JointPOP:
     net.start_from(lesson.base)
     net.background = lesson.base.background
     before = list(taught_before(lesson.checkpoint))
-    if before:
+    if stay := lesson.taught_before:
         state = {key: value for key, value in lesson.checkpoint.state.items() if key.startswith(net.STAGE_2_PREFIXES)}
-        stay = [name for name in before if name in lesson.support and name not in lesson.new]
         for key in ('novel_emb', 'novel_offset'):  # a row for each class
             rows = net.state_dict()[key].clone()
             rows[: len(stay)] = state[key][[before.index(name) for name in stay]]
@@ -220,7 +224,7 @@ def train(args: argparse.Namespace, lesson: Lesson, keeper: FeatureKeeper) -> Te
     recipe = Recipe(args.steps, args.batch_size, args.learning_rate, seed=args.seed)
     teacher = Teacher(
         build_network(lesson, args.seed), lesson.base, SupportSamples(lesson.support, labels), lesson.base_views,
-        is_new=not taught_before(lesson.checkpoint), keeper=keeper, size=lesson.size, recipe=recipe,
+        is_new=not lesson.taught_before, keeper=keeper, size=lesson.size, recipe=recipe,
         views=args.views, scale_range=args.scale_range,
     )  # fmt: skip
     if lesson.new:
