@@ -18,7 +18,7 @@ from model.pop import POP, as_map, score, vectors
 
 KEPT_STRIDE = 16  # of the backbone's features
 LEAST_STD = 0.1  # of a channel, relative to the mean over channels
-FALSE_ALARMS = 0.01  # share of the pixels of base classes that calibration lets become novel
+FALSE_ALARMS = 0.04  # of the pixels that a class has on average, the share that calibration lets a novel class win
 
 
 class JointPOP(POP):
@@ -127,8 +127,8 @@ class JointPOP(POP):
     def calibrate(self, views: Iterable[tuple[Maps, torch.Tensor]]) -> None:
         """Raise the novel logits by offsets >= 0, from base images.
 
-        Each class may win the same share of the pixels of base classes, all together `FALSE_ALARMS` of them. Background
-        does not count: base images may show novel classes there.
+        Each class may win `FALSE_ALARMS` / (Kb + Kn) of the pixels of base classes. Background does not count: base
+        images may show novel classes there.
         """
         self.eval()
         self.novel_offset.zero_()
@@ -145,7 +145,7 @@ class JointPOP(POP):
         margins = torch.cat(margins)  # [N, Kn]
         if len(margins):
             # so many pixels have a smaller margin: these become novel
-            wins = int(FALSE_ALARMS / self.num_novel * len(margins))
+            wins = int(FALSE_ALARMS / (self.num_base + self.num_novel) * len(margins))
             self.novel_offset.copy_(margins.sort(dim=0).values[wins].clamp(min=0))
 
     def prototypes(self) -> tuple[torch.Tensor, ...]:

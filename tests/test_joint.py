@@ -134,7 +134,7 @@ def test_the_backbones_map_is_kept_at_a_stride_of_16():
 
 
 def test_novel_classes_win_as_many_pixels_of_base_images_as_calibration_allows(monkeypatch):
-    monkeypatch.setattr(joint, 'FALSE_ALARMS', 0.25)
+    monkeypatch.setattr(joint, 'FALSE_ALARMS', 0.5)
     net, images = network({}, num_novel=3), torch.randn(2, 2, 6, 5, 4, dtype=torch.float64)
     net.classifier_n[4].weight.data.abs_().mul_(-0.01)  # novel logits are low
     masks = torch.randint(0, 4, (2, 2, 5, 4))
@@ -149,11 +149,11 @@ def test_novel_classes_win_as_many_pixels_of_base_images_as_calibration_allows(m
     assert torch.equal(after[:4], before[:4])
     assert torch.allclose(after[4:] - before[4:], net.novel_offset[:, None].expand(-1, seen.sum()))
     wins = [(after[4 + k] > after[:4].amax(0) + 1e-9).sum().item() for k in range(3)]
-    assert wins == [int(0.25 / 3 * seen.sum())] * 3 and all(net.novel_offset > 0) and 40 < seen.sum() < 72
+    assert wins == [int(0.5 / 6 * seen.sum())] * 3 and all(net.novel_offset > 0) and 40 < seen.sum() < 72
 
 
 def test_without_background_calibration_leaves_it_out(monkeypatch):
-    monkeypatch.setattr(joint, 'FALSE_ALARMS', 0.25)
+    monkeypatch.setattr(joint, 'FALSE_ALARMS', 0.5)
     net, image = network({}), torch.randn(1, 6, 5, 4, dtype=torch.float64)
     net.classifier_n[4].weight.data.abs_().mul_(-0.01)
     net.background = False
