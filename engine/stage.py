@@ -36,6 +36,10 @@ class Plan:
     save_every_minutes: float = 0
     print_frequency: int = 50
 
+    def keeps(self, epoch: int) -> bool:
+        """Whether `epoch_N.pth` is written when so many epochs are done."""
+        return self.save_pred_every > 0 and epoch % self.save_pred_every == 0
+
 
 class Panel(Protocol):
     """Shows what a network does: takes its validation predictions, gives pictures for TensorBoard."""

@@ -107,8 +107,7 @@ class Trainer:
             self.train_epoch()
             is_last = progress.epoch + 1 == plan.num_epoch
             validated = self.stage.val_batches is not None and ((progress.epoch + 1) % plan.val_every == 0 or is_last)
-            kept = plan.save_pred_every and (progress.epoch + 1) % plan.save_pred_every == 0
-            if validated or is_last or kept:
+            if validated or is_last or plan.keeps(progress.epoch + 1):
                 self.interruptible(self.stage.calibrate)
             metrics = self.validation() if validated else {}
             progress.epoch, progress.step, progress.last = progress.epoch + 1, 0, metrics
@@ -140,7 +139,7 @@ class Trainer:
         """
         progress, plan = self.progress, self.plan
         progress.finished = broadcast(stops_early or progress.epoch == plan.num_epoch)
-        if plan.save_pred_every and progress.epoch % plan.save_pred_every == 0:
+        if plan.keeps(progress.epoch):
             self.save(f'epoch_{progress.epoch}')
         if progress.finished:
             final = {f'best_{name}': value for name, value in (progress.best or {}).items()}

@@ -58,11 +58,11 @@ base_stage() {
 
 # novel_stage DATASET FLAG...: the few-shot lists where they are missing, then stage 2 with the paper's recipe
 novel_stage() {
+    case " $* " in *" --recipe"*) echo "these scripts pass the paper's recipe; for --recipe, run ft_pop.py itself" >&2; exit 2 ;; esac
     need RESTORE_PATH "the stage-1 checkpoint or its folder"
     data_flags "$1"
     local dataset=$1 seeds=${SEED:-123,234,345}
     shift
-    case " $* " in *" --recipe"*) echo "these scripts pass the paper's recipe; for --recipe, run ft_pop.py itself" >&2; exit 2 ;; esac
     # shellcheck disable=SC2206 # a list of seeds becomes words
     local lists=(--dataset "$dataset" --data-dir "$DATA_PATH" --fold "${FOLD:-0}" --shot "${SHOT:-1}" --seed ${seeds//,/ })
     if [ -n "${TRAIN_LIST:-}" ]; then lists+=(--train-list "$TRAIN_LIST"); fi
