@@ -27,7 +27,7 @@ from model.kernels import fuse
 NAME = 'memory.pt'
 VERSION = 2
 MOST_VIEWS = 20  # of each base class
-LIMIT_MB = 300  # by default; one view of each class may take more
+LIMIT_MB = 300
 SCALE_RANGE = (0.8, 1.25)  # of base views, relative to the size that fits: about that of the training on VOC
 
 
@@ -55,15 +55,17 @@ def teachable(base: POP) -> JointPOP:
     return net
 
 
-def views_per_class(net: JointPOP, size: tuple[int, int], limit_mb: float) -> int:
+def views_per_class(net: JointPOP, size: tuple[int, int], limit_mb: float | None) -> int:
     """How many views of each base class fit into so many MB (10^6 bytes), at most `MOST_VIEWS`.
 
+    Without a limit, it is `LIMIT_MB`, or what one view of each class takes, if that is more.
+
     Raises:
-        InputError: not even one, and the limit is not the default.
+        InputError: not even one.
     """
     need = net.num_base * kept_bytes(net, size) / 1e6  # of one view per class
-    if limit_mb == LIMIT_MB:
-        limit_mb = max(limit_mb, need)
+    if limit_mb is None:
+        limit_mb = max(LIMIT_MB, need)
     if need > limit_mb:
         raise InputError(
             f'one view of each of {net.num_base} base classes takes {need:.2f} MB, more than the {limit_mb:g} MB of '
@@ -82,14 +84,14 @@ def keeper_in_memory(
     )  # fmt: skip
 
 
-def look_at_base(keeper: FeatureKeeper, data: FoldData, size: tuple[int, int], limit_mb: float = LIMIT_MB) -> Memory:
+def look_at_base(keeper: FeatureKeeper, data: FoldData, size: tuple[int, int], limit_mb: float | None = None) -> Memory:
     """Make the memory of a base network from its data.
 
     Args:
         keeper: of `keeper_in_memory`.
         data: the fold, with its lists.
         size: (H, W) that images are resized to fit, and of the views.
-        limit_mb: of the features, in 10^6 bytes.
+        limit_mb: of the features, in 10^6 bytes; None: as in `views_per_class`.
 
     Raises:
         InputError: as `views_per_class`, a base class has no image, or the data has other base classes.

@@ -16,7 +16,7 @@ from engine.checkpoint import read_checkpoint, resolve_checkpoint
 from engine.described import described_network
 from engine.distributed import process_group
 from engine.feature_store import digest
-from engine.memory import LIMIT_MB, NAME, keeper_in_memory, look_at_base, network_of, teachable, write_memory
+from engine.memory import NAME, keeper_in_memory, look_at_base, network_of, teachable, write_memory
 from engine.precision import precision
 from utils import cli, from_flags
 
@@ -28,7 +28,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--train-list', type=Path, help="training ids (default: the data set's)")
     parser.add_argument('--out', type=Path, help='the file to write (default: memory.pt beside the checkpoint)')
     parser.add_argument('--overwrite', action='store_true', help='replace the memory of another network')
-    parser.add_argument('--memory-mb', type=cli.rate, default=LIMIT_MB, help='size at most (default: 300)')
+    parser.add_argument('--memory-mb', type=cli.rate, help='size at most (default: 300, or one view of each class)')
     parser.add_argument('--num-workers', type=cli.not_negative, default=0, help='loader processes (default: 0)')
     cli.add_device_flags(parser)
     return parser.parse_args(argv)

@@ -36,7 +36,6 @@ from engine.evaluation import evaluate
 from engine.feature_store import digest
 from engine.features import FeatureKeeper, KeptFeatures
 from engine.memory import (
-    LIMIT_MB,
     NAME,
     Memory,
     keeper_in_memory,
@@ -71,8 +70,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument('--data-dir', type=Path, help='base data, used instead of the base views in the memory')
     group.add_argument('--train-list', type=Path, help="with --data-dir: training ids (default: the data set's)")
     group.add_argument(
-        '--memory-mb', type=cli.rate, default=LIMIT_MB,
-        help='with --data-dir: size of the base views (default: 300)',
+        '--memory-mb', type=cli.rate,
+        help='with --data-dir: size of the base views (default: 300, or one view of each class)',
     )  # fmt: skip
     group = parser.add_argument_group('training')
     group.add_argument('--views', type=cli.positive, default=50, help='views of each class (default: 50)')
