@@ -12,30 +12,28 @@ images, as evaluation reads them, without augmentation, and validated once.
 """
 
 import argparse
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
 
-from core import IGNORE_INDEX
 from core.errors import InputError, exits_cleanly, some
 from dataset import Augmentation, FewShotDataset, FoldData, SegmentationDataset
 from dataset.views import KeptPairs, base_views, support_views
 from engine.checkpoint import Checkpoint, read_checkpoint, resolve_checkpoint
 from engine.distributed import main_first, wrap_ddp
-from engine.evaluation import interruptible
-from engine.features import FeatureKeeper, FrozenFeatures, KeptFeatures, join
+from engine.features import FeatureKeeper, FrozenFeatures, KeptFeatures, join, labelled
 from engine.loaders import training_loader
 from engine.precision import autocast, compile_features, name_of, precision, to_device
 from engine.pretrained import imagenet_checkpoint
-from engine.registration import Registration, supports_by_class
+from engine.registration import Registration, Supports
 from engine.resume import RunFolder, digests, run_arguments
 from engine.run import Run
 from engine.stage import Stage
 from engine.trainer import Trainer
 from model import BACKBONES, MODELS, Head, Network, build_model
 from model.kernels import fuse
-from model.network import Maps
+from model.network import Labelled
 from report.tables import summary_table
 from report.tensorboard import ValidationPanel
 from utils import cli, from_flags
@@ -90,7 +88,7 @@ class NovelStage(Stage):
 
     frozen: Network
     kept: dict[str, KeptFeatures] | None = None
-    supports: Iterable[tuple[Maps, torch.Tensor]] = ()
+    supports: Iterable[Labelled] = ()
     support_ids: Collection[str] = ()
     base_views: Iterable[dict] = ()
 
@@ -116,16 +114,7 @@ class NovelStage(Stage):
     def calibrate(self):
         """Let the network calibrate on the base views that show no support image."""
         if self.net.calibrates:
-            self.net.calibrate(self._views_without_supports())
-
-    def _views_without_supports(self) -> Iterator[tuple[Maps, torch.Tensor]]:
-        supports = set(self.support_ids)
-        for batch in interruptible(self.base_views):
-            masks = batch['mask'].to(self.device).long()
-            for mask, image_id in zip(masks, batch['id'], strict=True):
-                if image_id in supports:
-                    mask.fill_(IGNORE_INDEX)
-            yield batch['maps'], masks
+            self.net.calibrate(labelled(self.base_views, self.device, set(self.support_ids)))
 
     @staticmethod
     def improves(metrics: dict, best: dict | None) -> bool:
@@ -186,12 +175,9 @@ def build_network(args: argparse.Namespace, data: FoldData, num_novel: int = 0) 
 
 
 def build_novel(
-    args: argparse.Namespace, data: FoldData, seed: int, *, base: Network, supports: Iterable, folder: RunFolder
+    args: argparse.Namespace, data: FoldData, seed: int, *, base: Network, supports: Supports, folder: RunFolder
 ) -> Network:
-    """The network to train for a seed: the base network with what stage 2 adds; all else is frozen.
-
-    `supports` are as `Network.start_from_supports` takes them.
-    """
+    """The network to train for a seed: the base network with what stage 2 adds; all else is frozen."""
     net = build_network(args, data, len(data.novel_ids))
     net.start_from(base)
     net.to(next(base.parameters()).device, memory_format=torch.channels_last)
@@ -256,8 +242,9 @@ def train_seed(
     """
     device, kept, pairs = keeper.device, None, train_set
     support = pairs.support
-    supports = SegmentationDataset(support.image_ids, support.samples, fit_size=args.base_size, resize_mask=True)
-    support_counts = [len(ids) for ids in data.supports(args.shot, seed).values()]
+    whole = SegmentationDataset(support.image_ids, support.samples, fit_size=args.base_size, resize_mask=True)
+    counts = [len(ids) for ids in data.supports(args.shot, seed).values()]
+    supports = Supports(whole, counts, keeper.frozen, device, keeper.dtype)
     if args.views:
         kept = keep_views(args, pairs, seed, keeper)
         train_set = KeptPairs(**kept, num_base=len(data.base_ids), support_ids=support.image_ids,
@@ -267,14 +254,13 @@ def train_seed(
         micro_batches=args.accumulate,
     )  # fmt: skip
     torch.manual_seed(seed)  # only now: loaders draw too, and features may be there already
-    by_class = supports_by_class(supports, support_counts, keeper.frozen, device, keeper.dtype)
-    net = build_novel(args, data, seed, base=base, supports=by_class, folder=run.folder)
+    net = build_novel(args, data, seed, base=base, supports=supports, folder=run.folder)
     pool = kept['base'] if kept else keep_base_views(args, pairs, keeper) if net.calibrates else ()
     panel = None
     if val_batches is not None:
         panel = ValidationPanel(data.legend, data.samples('val', novel_as_background=False).read_image)
     stage = NovelStage(
-        net=net, frozen=keeper.frozen, kept=kept, supports=by_class, support_ids=support.image_ids, base_views=pool,
+        net=net, frozen=keeper.frozen, kept=kept, supports=supports, support_ids=support.image_ids, base_views=pool,
         model=wrap_ddp(Head(net), device, sync_bn=False), device=device, dtype=keeper.dtype, val_batches=val_batches,
         panel=panel, class_names=data.legend.names, config=from_flags.network_config(args, data, seed), seed=seed,
         listed=len(data.ids('val')), patience=args.num_epoch // 4,

@@ -203,7 +203,7 @@ def main(args: argparse.Namespace):
             results = Results(
                 seeds=seeds, legend=data.legend.cut(num_logits), dataset=args.dataset.name, fold=args.fold,
                 shot=args.shot if data.taught is None else None, precision=name_of(dtype),
-                model=args.model,
+                model=args.model, options=first.config.get('options', {}) if first else {},
             )  # fmt: skip
             results.write(folder)  # before it is printed, as a pipe may be closed
             print(f'\n{results.tables()}')

@@ -45,8 +45,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         '--memory', action=argparse.BooleanOptionalAction, default=True,
-        help='at the end, write memory.pt for utils.teach: views of each base class, at most 300 MB (default: on, for '
-        'pspnet_pop)',
+        help='at the end, write memory.pt for utils.teach: views of each base class, at most 300 MB, or one of each '
+        'in up to 1 GB (default: on, for pspnet_pop)',
     )  # fmt: skip
     parser.set_defaults(learning_rate=None)
     args = parser.parse_args(argv)

@@ -14,6 +14,10 @@ class InputError(Exception):
     """Something outside the program is wrong. The message says what was found, what was expected and how to fix it."""
 
 
+class MainProcessError(InputError):
+    """An InputError of the main process in the other ones, which do not repeat its message when they end."""
+
+
 def exits_cleanly(main: Callable) -> Callable:
     """Decorate a command's main function so that expected errors end it with a message and an exit code, no traceback.
 
@@ -28,6 +32,8 @@ def exits_cleanly(main: Callable) -> Callable:
                 stream.reconfigure(errors='backslashreplace')
         try:
             return main(*args, **kwargs)
+        except MainProcessError:
+            sys.exit(1)
         except InputError as error:
             # a DataLoader worker puts its traceback before the message
             message = str(error).rsplit(f'{InputError.__name__}: ', 1)[-1].strip()

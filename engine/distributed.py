@@ -4,7 +4,6 @@ import contextlib
 import inspect
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TypeVar
@@ -13,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from core.errors import InputError
+from core.errors import InputError, MainProcessError
 from core.ranks import check_ranks, is_main, local_rank, rank, world_size
 from engine.loaders import raise_advice
 from model.kernels import keep_freed_memory, share_batch_statistics
@@ -174,7 +173,7 @@ def mean_over_processes(values: dict[str, torch.Tensor]) -> dict[str, float]:
 
 
 def on_main(function: Callable[[], T]) -> T:
-    """Call a function in the main process only and give its result to all; its InputError ends all of them."""
+    """Call a function in the main process only and give its result to all; all raise its InputError."""
     if not dist.is_initialized():
         return function()
     answer = [None, None]
@@ -185,9 +184,7 @@ def on_main(function: Callable[[], T]) -> T:
             answer = [None, str(error)]
     dist.broadcast_object_list(answer, src=0, group=_gloo)
     if answer[1] is not None:
-        if is_main():
-            raise InputError(answer[1])
-        sys.exit(1)
+        raise (InputError if is_main() else MainProcessError)(answer[1])
     return answer[0]
 
 

@@ -2,10 +2,11 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -18,6 +19,7 @@ from engine.feature_store import GB, FeatureStore, checksum, digest
 from engine.loaders import evaluation_loader
 from engine.precision import autocast, to_device
 from model import Network
+from model.network import Labelled
 
 PLACES = {'auto': '', 'gpu': 'kept on the GPU', 'disk': 'kept on disk', 'memory': 'kept in memory', 'off': ''}
 IMAGES_AT_ONCE = {'cpu': 1, 'cuda': 32}  # of a kept batch
@@ -252,8 +254,9 @@ class FeatureKeeper:
                 finite = values.isfinite().flatten(1).all(dim=1).tolist()  # where they are: a GPU is much faster at it
                 if not all(finite):
                     raise InputError(
-                        f'features of image {batch["id"][finite.index(False)]} do not fit half precision; keep none: '
-                        'ft_pop.py --features off, train_base.py --no-memory'
+                        f'{title} features: those of image {batch["id"][finite.index(False)]} are too large for half '
+                        'precision, in which they are kept. Has the training of the base network diverged? Otherwise '
+                        'keep none (ft_pop.py --features off --views 0, train_base.py --no-memory).'
                     )
                 arrays[name][chosen] = values.to(arrays[name].device)
             arrays['mask'][chosen] = IGNORE_INDEX  # beyond the images
@@ -270,6 +273,26 @@ def join(parts: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     parts = list(parts)
     with torch.autocast(next(iter(parts[0].values())).device.type, enabled=False):
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def labelled(batches: Iterable[dict], device: torch.device, hidden: Collection[str] = ()) -> Iterator[Labelled]:
+    """Batches with 'maps' as methods learn from them outside of training steps.
+
+    Args:
+        batches: of `FrozenFeatures` or `KeptFeatures`.
+        device: of the maps.
+        hidden: ids of images whose labels are left out.
+    """
+    for batch in interruptible(batches):
+        if not batch['id']:  # all of its images were skipped
+            continue
+        height, width = batch['mask'].shape[1:]
+        whole = batch['canvas'][0]  # that the maps cover
+        masks = F.pad(batch['mask'], (0, whole[1] - width, 0, whole[0] - height), value=IGNORE_INDEX).to(device).long()
+        for mask, image_id in zip(masks, batch['id'], strict=True):
+            if image_id in hidden:
+                mask.fill_(IGNORE_INDEX)
+        yield Labelled(batch['maps'], masks, batch['shape'])
 
 
 def kept_shapes(frozen: Network, size: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -44,11 +44,11 @@ class TrainingBatches:
         epoch, first_step: what the next pass yields: this epoch from this step on.
 
     Raises:
-        InputError: the data set does not fill one batch.
+        InputError: the data set does not fill one batch, and is not to.
     """
 
     def __init__(self, length: int, batch_size: int, seed: int, fill_last: bool = False, micro_batches: int = 1):
-        if length < batch_size:
+        if length < batch_size and not fill_last:
             raise InputError(f'{length} training samples do not fill one batch of {batch_size}; lower --batch-size')
         self.length, self.batch_size, self.seed, self.micro_batches = length, batch_size, seed, micro_batches
         self.steps = -(-length // batch_size) if fill_last else length // batch_size

@@ -28,6 +28,7 @@ NAME = 'memory.pt'
 VERSION = 2
 MOST_VIEWS = 20  # of each base class
 LIMIT_MB = 300
+MOST_MB = 1000  # without a limit, for one view of each of many classes
 SCALE_RANGE = (0.8, 1.25)  # of base views, relative to the size that fits: about that of the training on VOC
 
 
@@ -58,18 +59,18 @@ def teachable(base: POP) -> JointPOP:
 def views_per_class(net: JointPOP, size: tuple[int, int], limit_mb: float | None) -> int:
     """How many views of each base class fit into so many MB (10^6 bytes), at most `MOST_VIEWS`.
 
-    Without a limit, it is `LIMIT_MB`, or what one view of each class takes, if that is more.
+    Without a limit, it is `LIMIT_MB`, or what one view of each class takes, if that is more, but at most `MOST_MB`.
 
     Raises:
         InputError: not even one.
     """
     need = net.num_base * kept_bytes(net, size) / 1e6  # of one view per class
     if limit_mb is None:
-        limit_mb = max(LIMIT_MB, need)
+        limit_mb = min(max(LIMIT_MB, need), MOST_MB)
     if need > limit_mb:
         raise InputError(
             f'one view of each of {net.num_base} base classes takes {need:.2f} MB, more than the {limit_mb:g} MB of '
-            f'the memory; raise --memory-mb to at least {math.ceil(need)}'
+            f'the memory; utils.memory and utils.teach take --memory-mb {math.ceil(need)}'
         )
     return min(MOST_VIEWS, int(limit_mb / need))
 

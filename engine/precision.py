@@ -60,8 +60,8 @@ def compile_features(net: Network, frozen: bool = False):
     """
     # static sizes: crops and evaluation images have one size each, and the decoder's matrices are made for it
     mode = 'reduce-overhead' if frozen else 'default'
-    for method in (type(net).features, type(net).features_and_middle):  # compiled at the first call
-        setattr(net, method.__name__, MethodType(torch.compile(method, dynamic=False, mode=mode), net))
+    for name in net.COMPILED:  # compiled at the first call
+        setattr(net, name, MethodType(torch.compile(getattr(type(net), name), dynamic=False, mode=mode), net))
 
 
 def to_device(images: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -22,6 +22,7 @@ from core.errors import InputError, some
 from engine.checkpoint import check_config, of_seeds, read_state
 from engine.distributed import barrier, on_main
 from engine.precision import name_of
+from model import MODELS
 
 # Flags that say how a run is carried out; they may change when it resumes. Its result depends on the others only, apart
 # from batch statistics of micro-batches, the half precision of kept features, and skipped images.
@@ -34,8 +35,8 @@ EXECUTION_FLAGS = {
 # What a run that resumes from a file (--resume FILE) must share with it: its network, optimiser and steps depend on it.
 FIXED_FLAGS = (
     'dataset', 'fold', 'model', 'backbone', 'os', 'shot', 'batch_size', 'start_epoch', 'fix_bn',
-    'freeze_backbone', 'filter_novel', 'train', 'prototypes', 'background', 'calibration', 'content of training list',
-    'content of base network',
+    'freeze_backbone', 'filter_novel', 'content of training list', 'content of base network',
+    *(name for method in MODELS.values() for name in method.OPTIONS),
 )  # fmt: skip
 # Flags that runs of earlier versions do not name, with the value that these had in effect.
 LATER_FLAGS = {'views': 0, 'nested': False, 'support_labels': 'all', 'repeat_base_images': False}

@@ -1,8 +1,9 @@
 """Teaching novel classes on kept features: views go through the frozen network once, and each training uses them."""
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -12,13 +13,12 @@ from dataset import Augmentation, SegmentationDataset
 from dataset.own_classes import SupportSamples, support_positions
 from dataset.views import DrawnViews, KeptPairs
 from engine.evaluation import evaluate
-from engine.features import FeatureKeeper, KeptFeatures, join
+from engine.features import FeatureKeeper, KeptFeatures, join, labelled
 from engine.loaders import training_loader
-from engine.optim import Optimization
+from engine.optim import MIN_LOSS_SCALE, Optimization
 from engine.precision import autocast
 from model import POP, Head, JointPOP
 from model.kernels import predict
-from model.network import Maps
 
 TURNS = 5  # at most so many trainings leave photographs out
 
@@ -60,7 +60,7 @@ def learn(net: POP, support: KeptFeatures, base: KeptFeatures, recipe: Recipe, d
         dtype: that convolutions run in.
 
     Raises:
-        InputError: the loss is not finite.
+        InputError: the loss is not finite, or its scale has collapsed.
     """
     net.freeze_base()
     net.train()
@@ -81,8 +81,11 @@ def learn(net: POP, support: KeptFeatures, base: KeptFeatures, recipe: Recipe, d
         loss = sum(net.novel_losses(logits, masks).values())
         optimization.backward(loss)
         optimization.step()
-        if (step % 50 == 0 or step + 1 == recipe.steps) and not math.isfinite(loss.item()):
-            raise InputError(f'the loss is {loss.item()} at step {step + 1}; lower --learning-rate')
+        if step % 50 == 0 or step + 1 == recipe.steps:
+            if not math.isfinite(loss.item()):
+                raise InputError(f'the loss is {loss.item()} at step {step + 1}; lower --learning-rate')
+            if optimization.scales and optimization.loss_scale < MIN_LOSS_SCALE:  # steps are skipped without end then
+                raise InputError(f'gradients overflow float16 at step {step + 1}; lower --learning-rate, or no --fp16')
 
 
 def _epochs(loader):
@@ -106,7 +109,7 @@ def label_rest(kept: KeptFeatures, base: POP):
     scores = base.constants()
     for row in kept.rows:
         mask = kept.masks[row]
-        logits = base.classify(kept.take(torch.tensor([row])), scores)
+        logits = base.classify(base.finish_maps(kept.take(torch.tensor([row]))), scores)
         found = predict(logits, tuple(mask.shape))[0].to(mask)
         kept.masks[row] = torch.where(mask == 0, found, mask)
 
@@ -115,9 +118,10 @@ class Teacher:
     """Trains the novel classes of a network, with all images of theirs or without some.
 
     Args:
-        net: with novel classes, as they start.
+        net: with novel classes, untrained.
         base: the network without them.
-        is_new: no class was taught before, so the network starts from the photographs too.
+        earlier: what stage 2 adds, as an earlier lesson has trained it; new classes have the values of `net`. None:
+            there was none, so the network starts from the photographs too.
         samples: the images, with labels of the network.
         base_views: as many of each base class, in the order of the classes.
         keeper: gives the features.
@@ -134,35 +138,44 @@ class Teacher:
         samples: SupportSamples,
         base_views: KeptFeatures,
         *,
-        is_new: bool,
+        earlier: dict[str, torch.Tensor] | None,
         keeper: FeatureKeeper,
         size: tuple[int, int],
         recipe: Recipe,
         views: int,
         scale_range: tuple[float, float],
     ):
-        self.net, self.samples, self.base_views = net, samples, base_views
-        self.recipe, self.dtype = recipe, keeper.dtype
-        augmented = SegmentationDataset(samples.ids, samples, Augmentation(size, scale_range))
-        drawn = DrawnViews(augmented, support_positions(samples, views), recipe.seed)
-        self.views = keeper.keep(drawn, 'support view', size, whole=True)
-        label_rest(self.views, base)
+        self.net, self.base, self.samples, self.base_views = net, base, samples, base_views
+        self.keeper, self.size, self.scale_range = keeper, size, scale_range
+        self.recipe, self.dtype, self.num_views = recipe, keeper.dtype, views
         whole = SegmentationDataset(samples.ids, samples, fit_size=size, resize_mask=True)
         self.photographs = keeper.keep(whole, 'photograph', size, whole=True)
-        self.is_new, self.start = is_new, novel_state(net)
+        self.untrained, self.earlier = novel_state(net), earlier
+        self._load(earlier or {})
 
-    def learn(self, without: Collection[str] = ()):
-        """Train from the start, without the images that have these ids."""
-        self.net.load_state_dict(self.net.state_dict() | self.start)
-        if self.is_new:
-            self.net.start_from_supports(self._maps_and_masks(_others(self.photographs, without)))
+    @cached_property
+    def views(self) -> KeptFeatures:
+        """Views of the photographs to train on, whose unlabelled pixels have labels of the base network."""
+        augmented = SegmentationDataset(self.samples.ids, self.samples, Augmentation(self.size, self.scale_range))
+        drawn = DrawnViews(augmented, support_positions(self.samples, self.num_views), self.recipe.seed)
+        views = self.keeper.keep(drawn, 'support view', self.size, whole=True)
+        label_rest(views, self.base)
+        return views
+
+    def _load(self, state):
+        self.net.load_state_dict(self.net.state_dict() | state)
+
+    def learn(self):
+        """Train all classes on all photographs, from where an earlier lesson left them."""
+        self._load(self.earlier or self.untrained)
+        self._train(from_photographs=self.earlier is None)
+
+    def _train(self, from_photographs, without=()):
+        device = self.net.base_emb.device
+        if from_photographs:
+            self.net.start_from_supports(labelled(_others(self.photographs, without), device))
         learn(self.net, _others(self.views, without), self.base_views, self.recipe, self.dtype)
-        self.net.calibrate(self._maps_and_masks(self.base_views))
-
-    def _maps_and_masks(self, kept: KeptFeatures) -> Iterator[tuple[Maps, torch.Tensor]]:
-        """As `Network.calibrate` and `start_from_supports` take them."""
-        for batch in kept:
-            yield batch['maps'], batch['mask'].to(self.net.base_emb.device).long()
+        self.net.calibrate(labelled(self.base_views, device))
 
     def segment(self, ids: Collection[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Segment some of the photographs.
@@ -182,11 +195,13 @@ class Teacher:
         """As `segment`, of the photographs that can be left out, each by a network that was trained without it.
 
         One training leaves out one photograph of each class that has several, and all photographs take turns; with
-        more than `TURNS` in a class, a training leaves out several of it. The network is another one afterwards.
+        more than `TURNS` in a class, a training leaves out several of it. These trainings start untrained: an earlier
+        lesson may have seen what is left out. The network is another one afterwards.
         """
         total, found = 0, {}
         for ids in self.turns():
-            self.learn(without=ids)
+            self._load(self.untrained)
+            self._train(from_photographs=True, without=ids)
             confusion, predictions = self.segment(ids)
             total, found = total + confusion, found | predictions
         return total, found

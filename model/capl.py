@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.losses import cross_entropy
-from model.network import AUXILIARY_CHANNELS, AUXILIARY_WEIGHT, Maps, Network, auxiliary_head, single
+from model.network import AUXILIARY_CHANNELS, AUXILIARY_WEIGHT, Labelled, Maps, Network, auxiliary_head, single
 
 SCALE = 10.0
 
@@ -155,7 +155,7 @@ class CAPL(Network):
         return w * g + (1 - w) * p
 
     @torch.no_grad()
-    def register(self, supports: Iterable[tuple[Maps, torch.Tensor]]) -> None:
+    def register(self, supports: Iterable[Labelled]) -> None:
         """Pool the prototypes of novel classes from their supports, and enrich those of base classes with them.
 
         A novel class gets the mean feature of its pixels in its own supports. These also give a mean feature of
@@ -163,11 +163,10 @@ class CAPL(Network):
         the novel classes are mixed with the prototypes (`mixed`).
 
         Args:
-            supports: for each novel class, in the order of the labels, 'features' [B, C, h, w] of its images and masks
-                int64 [B, H, W].
+            supports: the support images of each novel class, in the order of the labels.
         """
         novel, context = [], []
-        for label, (maps, masks) in enumerate(supports, len(self.proto)):
+        for label, (maps, masks, _) in enumerate(supports, len(self.proto)):
             features = single(maps['features'])
             m, count = label_means(features, masks, self.num_logits)
             novel.append(m[label] if count[label] else covered_mean(features, masks == label))

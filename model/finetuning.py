@@ -45,7 +45,9 @@ class FineTuned(Network):
 
     def maps(self, images: torch.Tensor) -> Maps:
         """Of images [B, 3, H, W] the decoder's features, or those of the backbone where stage 2 trains the decoder."""
-        return {'backbone': self.backbone(images)} if self.options['train'] == 'decoder' else super().maps(images)
+        if self.options['train'] == 'decoder':
+            return {'backbone': self.backbone_features(images)}
+        return super().maps(images)
 
     def map_shapes(self, size: tuple[int, int]) -> dict[str, tuple[int, int, int]]:
         """Shape (channels, h, w) of the `maps` of images of size (H, W)."""

@@ -11,14 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from core import IGNORE_INDEX
-from model.losses import novel_losses
-from model.network import Maps, single
+from model.network import Labelled, Maps, labels_at
 from model.pop import POP, as_map, score, vectors
 
-KEPT_STRIDE = 16  # of the backbone's features
-LEAST_STD = 0.1  # of a channel, relative to the mean over channels
-FALSE_ALARMS = 0.04  # of the pixels that a class has on average, the share that calibration lets a novel class win
+KEPT_STRIDE = 16  # of the backbone's features: they have many channels, and are kept
+LEAST_STD = 0.1  # the standard deviation of no channel counts as less than this share of the mean one
+FALSE_ALARMS = 0.04  # calibration lets each novel class win this / (Kb + Kn) of the pixels of base classes
 
 
 class JointPOP(POP):
@@ -54,88 +52,104 @@ class JointPOP(POP):
 
     def __init__(self, backbone: nn.Module, decoder: nn.Module, num_base: int, num_novel: int = 0, **options) -> None:
         super().__init__(backbone, decoder, num_base, num_novel, **options)
-        channels = decoder.out_channels
-        self.extra = backbone.out_channels if self.options['prototypes'] == 'joint' else 0
         self.pool = max(KEPT_STRIDE // backbone.output_stride, 1)
         if num_novel and self.extra:
-            self.classifier_n[0] = nn.Conv2d(channels + self.extra, channels, 1, bias=False)
-            self.novel_emb = nn.Parameter(F.pad(self.novel_emb.detach(), (0, self.extra)))
             self.register_buffer('backbone_mean', torch.zeros(self.extra))
             self.register_buffer('backbone_std', torch.ones(self.extra))
-            self.start_novel()
         if self.calibrates:
             self.register_buffer('novel_offset', torch.zeros(num_novel))
+
+    @property
+    def extra(self) -> int:
+        """Cb where the novel prototypes also see the backbone, else 0."""
+        return self.backbone.out_channels if self.options['prototypes'] == 'joint' else 0
 
     @property
     def calibrates(self) -> bool:
         return self.num_novel > 0 and self.options['calibration'] == 'base'
 
     def maps(self, images: torch.Tensor) -> Maps:
-        """Of images [B, 3, H, W] those of POP, and where the options need them 'background' [B, 1, h, w] and 'backbone'
-        [B, Cb, h', w'], averaged to a stride of 16 where the backbone's is finer: it has many channels, and is kept."""
-        backbone = self.backbone(images)
-        maps = self.decompose(self.decoder(backbone))
+        """POP's maps of images [B, 3, H, W], and where the options need them 'background' [B, 1, h, w], phi of the base
+        residual, and 'backbone' [B, Cb, h', w'], averaged to a stride of 16 where the backbone's is finer."""
+        features, backbone = self.features_and_backbone(images)
+        maps = self.decompose(features)
+        if self.options['background'] == 'base':
+            maps['background'] = as_map(score(self.classifier, vectors(maps['residual']))[:, None], features)
         if self.extra:
             maps['backbone'] = F.avg_pool2d(backbone, self.pool, ceil_mode=True, count_include_pad=False)
-        if self.options['background'] == 'base':
-            maps['background'] = as_map(score(self.classifier, vectors(maps['residual']))[:, None], backbone)
         return maps
 
     def map_shapes(self, size: tuple[int, int]) -> dict[str, tuple[int, int, int]]:
         """Shape (channels, h, w) of each of the `maps` of images of size (H, W)."""
         shapes, place = super().map_shapes(size), self.feature_size(size)
-        if self.extra:
-            shapes['backbone'] = (self.extra, *(-(-side // self.pool) for side in place))
         if self.options['background'] == 'base':
             shapes['background'] = (1, *place)
+        if self.extra:
+            shapes['backbone'] = (self.extra, *(-(-side // self.pool) for side in place))
         return shapes
 
     def finish_maps(self, maps: Maps) -> Maps:
-        """Enlarge the backbone's map to the size of the others."""
-        if self.extra and self.pool > 1:
-            height, width = maps['residual'].shape[2:]
-            larger = F.interpolate(single(maps['backbone']), scale_factor=float(self.pool), mode='bilinear')
-            maps = maps | {'backbone': larger[:, :, :height, :width]}  # pooling rounds up
-        return maps
+        """Project the backbone's standardised features z on the novel prototypes, then enlarge: it is the same in the
+        other order, and Kn channels take a fraction of the time.
+
+        Returns:
+            POP's maps, with 'novel' [B, Kn, h, w], and z [B, Cb, h, w] as 'backbone' where the background needs it.
+        """
+        if not (self.extra and self.num_novel):
+            return maps
+        backbone, place = maps['backbone'], maps['residual'].shape[2:]
+        with torch.autocast(backbone.device.type, enabled=False):
+            z = (vectors(backbone) - self.backbone_mean) / self.backbone_std
+            s = F.normalize(self.novel_emb, dim=1)[:, -self.extra :]
+            finished = {'novel': as_map(z @ s.T, backbone)}
+            if self.options['background'] == 'novel':
+                finished['backbone'] = as_map(z, backbone)
+            finished = {name: self._enlarge(value, place) for name, value in finished.items()}
+        return {name: value for name, value in maps.items() if name != 'backbone'} | finished
+
+    def _enlarge(self, maps, size):
+        """From a stride of 16 to that of the other maps."""
+        if self.pool == 1:
+            return maps
+        height, width = size
+        larger = F.interpolate(maps, scale_factor=float(self.pool), mode='bilinear')
+        return larger[:, :, :height, :width]  # pooling rounds up
+
+    def novel_projections(self, maps: Maps, p: torch.Tensor, r: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        """As `POP.novel_projections`, in the joint space."""
+        projections = super().novel_projections(maps, p, r, s)
+        return projections + vectors(maps['novel']) if self.extra else projections
+
+    def score_background(
+        self, maps: Maps, r: torch.Tensor, novel: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> torch.Tensor:
+        """phi of what the base prototypes leave, [N]; or as `POP.score_background`, in the joint space."""
+        if self.options['background'] == 'base':
+            return vectors(maps['background'])[:, 0]
+        if self.extra and novel:
+            r = torch.cat([r, vectors(maps['backbone'])], dim=1)
+        return super().score_background(maps, r, novel)
 
     def classify(self, maps: Maps, constants: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
-        """Logits [B, 1 + Kb + Kn, h, w] of `maps`, as `POP.classify`; in training, without the offset."""
-        with torch.autocast(self.base_emb.device.type, enabled=False):
-            p, r = vectors(maps['projections']), vectors(maps['residual'])  # [N, Kb], [N, C]
-            if self.num_novel:
-                s_base, s_novel = (F.normalize(prototypes, dim=1) for prototypes in self.prototypes())
-                known, extra = s_novel.split([r.shape[1], self.extra], dim=1)
-                p_novel = r @ known.T + p @ (s_base @ s_novel.T)  # [N, Kn]
-                if self.extra:
-                    z = (vectors(maps['backbone']) - self.backbone_mean) / self.backbone_std  # [N, Cb]
-                    p_novel = p_novel + z @ extra.T
-                p = torch.cat([p, p_novel], dim=1)
-            toward, away = constants or self.constants()  # [K]
-            logits = F.relu(p) * toward + F.relu(-p) * away  # [N, K]
-            if self.options['background'] == 'novel' and self.num_novel:
-                r = (torch.cat([r, z], dim=1) if self.extra else r) - p_novel @ s_novel
-        if self.options['background'] == 'base':
-            background = vectors(maps['background'])[:, 0]
-        else:
-            background = score(self._background_mlp, r)  # [N]
-        logits = torch.cat([background.to(logits.dtype)[:, None], logits], dim=1)
+        """Logits [B, 1 + Kb + Kn, h, w], as `POP.classify`; in evaluation, novel ones with their offsets."""
+        logits = super().classify(maps, constants)
         if self.calibrates and not self.training:
-            logits = logits + F.pad(self.novel_offset, (1 + self.num_base, 0))
-        return as_map(logits, maps['residual'])
+            logits = logits + F.pad(self.novel_offset, (1 + self.num_base, 0))[:, None, None]
+        return logits
 
     @torch.no_grad()
-    def calibrate(self, views: Iterable[tuple[Maps, torch.Tensor]]) -> None:
+    def calibrate(self, views: Iterable[Labelled]) -> None:
         """Raise the novel logits by offsets >= 0, from base images.
 
         Each class may win `FALSE_ALARMS` / (Kb + Kn) of the pixels of base classes. Background does not count: base
-        images may show novel classes there.
+        images may show novel classes there. Without a pixel of a base class, the offsets are 0.
         """
         self.eval()
         self.novel_offset.zero_()
         margins = []
-        for maps, masks in views:
+        for maps, masks, _ in views:
             maps = self.finish_maps(maps)
-            labels = labels_of(masks, maps['residual'])
+            labels = labels_at(masks, maps['residual'].shape[2:]).flatten()
             is_base = (labels >= 1) & (labels <= self.num_base)
             logits = vectors(self.classify(maps))[is_base]  # [N, 1 + Kb + Kn]
             base, novel = logits.split([1 + self.num_base, self.num_novel], dim=1)
@@ -146,45 +160,23 @@ class JointPOP(POP):
         if len(margins):
             # so many pixels have a smaller margin: these become novel
             wins = int(FALSE_ALARMS / (self.num_base + self.num_novel) * len(margins))
-            self.novel_offset.copy_(margins.sort(dim=0).values[wins].clamp(min=0))
-
-    def prototypes(self) -> tuple[torch.Tensor, ...]:
-        """Those of the base classes, followed by those of the novel ones where there are any, in the joint space."""
-        return (F.pad(self.base_emb, (0, self.extra)), self.novel_emb) if self.num_novel else (self.base_emb,)
-
-    def novel_losses(self, logits: torch.Tensor, masks: torch.Tensor, **weights) -> dict[str, torch.Tensor]:
-        """`losses.novel_losses`, in the joint space."""
-        base, novel = self.prototypes()
-        return novel_losses(logits, masks, novel, base, **weights)
-
-    def start_novel(self) -> None:
-        """Start phi_n from phi; it ignores the backbone's channels."""
-        state = self.classifier.state_dict()
-        weight = state['0.weight']  # [C, C, 1, 1]
-        missing = self.classifier_n[0].in_channels - weight.shape[1]
-        state['0.weight'] = F.pad(weight, (0, 0, 0, 0, 0, missing))
-        self.classifier_n.load_state_dict(state)
+            self.novel_offset.copy_(margins.kthvalue(wins + 1, dim=0).values.clamp(min=0))
 
     @torch.no_grad()
-    def start_from_supports(self, supports: Iterable[tuple[Maps, torch.Tensor]]) -> None:
-        """Take mean and standard deviation of the backbone's channels over the support images.
-
-        Args:
-            supports: for each novel class `maps` of its images, and masks int64 [B, H, W]; 255 counts as no image.
-        """
+    def start_from_supports(self, supports: Iterable[Labelled]) -> None:
+        """Take mean and standard deviation of the backbone's channels over all positions of the support images."""
         if not self.extra:
             return
         count, total, squares = 0, 0, 0
-        for maps, masks in supports:
-            seen = vectors(maps['backbone'])[labels_of(masks, maps['backbone']) != IGNORE_INDEX].double()
+        for maps, masks, shapes in supports:
+            inside = torch.zeros_like(masks)
+            for image, (height, width) in zip(inside, shapes, strict=True):
+                image[:height, :width] = 1
+            inside = labels_at(inside, maps['backbone'].shape[2:]).flatten() == 1
+            seen = vectors(maps['backbone'])[inside].double()
             count, total, squares = count + len(seen), total + seen.sum(dim=0), squares + seen.square().sum(dim=0)
         mean = total / count
         std = (squares / count - mean.square()).clamp(min=0).sqrt()
         self.backbone_mean.copy_(mean)
         # a channel that is silent here may speak up elsewhere
         self.backbone_std.copy_(std.clamp(min=LEAST_STD * std.mean()))
-
-
-def labels_of(masks: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
-    """Labels of the positions of maps [B, C, h, w] by masks [B, H, W], float [B h w]."""
-    return F.interpolate(masks[:, None].float(), maps.shape[2:], mode='nearest').flatten()

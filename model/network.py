@@ -5,6 +5,7 @@ Dimensions: B batch, C feature channels, Kb base classes, Kn novel classes, h x 
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -14,6 +15,20 @@ from model.losses import cross_entropy, with_pseudo_labels
 AUXILIARY_WEIGHT = 0.4
 AUXILIARY_CHANNELS = 256
 Maps = dict[str, torch.Tensor]  # name -> [B, channels, h, w]
+
+
+class Labelled(NamedTuple):
+    """Images that a method learns from outside of training steps.
+
+    Attributes:
+        maps: of `Network.maps`, not finished.
+        masks: labels, int64 [B, H, W]; 255: not labelled, or outside of the image.
+        shapes: (height, width) of each image, in pixels of the masks; the rest is padding.
+    """
+
+    maps: Maps
+    masks: torch.Tensor
+    shapes: list[tuple[int, int]]
 
 
 class Network(nn.Module):
@@ -33,12 +48,15 @@ class Network(nn.Module):
         title: name of the method in tables.
         STAGE_1_PREFIXES: of the names of parameters that only the training of stage 1 has (`start_base`).
         STAGE_2_PREFIXES: of those that a network with novel classes has beyond one of stage 1.
+        COMPILED: names of the methods that run backbone and decoder, which --compile compiles. `maps` and `forward` of
+            a method call one of them.
         OPTIONS: what a run can choose of the method: name, a flag of ft_pop.py, -> choice -> its meaning; the first
             choice is the default.
         options: name -> choice.
         auxiliary: a head that only the training of stage 1 has, where the method has one (`start_base`).
         background: False: every pixel is of a class, so that evaluation never predicts label 0.
-        POSITIONWISE: `classify` treats every position for itself. Otherwise it gets no padding.
+        POSITIONWISE: the logits of a position depend on the maps at this position only. False: on the whole image, so
+            that `classify` gets it without padding.
         BASE_LEARNING_RATE: default of stage 1, of the backbone.
         BASE_MODEL: row of `model.MODELS` whose networks of stage 1 this method starts from; None: it has its own.
         BATCH_UNIT: number of images of which a batch of stage 1 must be a multiple.
@@ -49,6 +67,7 @@ class Network(nn.Module):
     title: str
     STAGE_1_PREFIXES: tuple[str, ...] = ()
     STAGE_2_PREFIXES: tuple[str, ...] = ()
+    COMPILED = ('features', 'features_and_middle', 'features_and_backbone', 'backbone_features')
     OPTIONS: Mapping[str, Mapping[str, str]] = MappingProxyType({})
     POSITIONWISE = True
     BASE_LEARNING_RATE = 1e-3
@@ -77,6 +96,13 @@ class Network(nn.Module):
                 known = ', '.join(f'{name} {"|".join(choices)}' for name, choices in cls.OPTIONS.items())
                 raise ValueError(f'{cls.title} has no {name} {choice}; it has {known or "no options"}')
         return {name: options.get(name, next(iter(choices))) for name, choices in cls.OPTIONS.items()}
+
+    @classmethod
+    def described(cls, options: Mapping[str, str] | None = None) -> str:
+        """`title`, with the choices that differ from the default ones."""
+        default, chosen = cls.choose(), cls.choose(options)
+        different = [f'{name} {choice}' for name, choice in chosen.items() if choice != default[name]]
+        return f'{cls.title} ({", ".join(different)})' if different else cls.title
 
     @property
     def calibrates(self) -> bool:
@@ -108,6 +134,15 @@ class Network(nn.Module):
         middle = self.backbone.middle(images)
         return self.decoder(self.backbone.dilatable_layers[1](middle)), middle
 
+    def backbone_features(self, images: torch.Tensor) -> torch.Tensor:
+        """Backbone: images [B, 3, H, W] to features [B, Cb, h, w]."""
+        return self.backbone(images)
+
+    def features_and_backbone(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`features` and `backbone_features`."""
+        backbone = self.backbone(images)
+        return self.decoder(backbone), backbone
+
     def maps(self, images: torch.Tensor) -> Maps:
         """What the frozen network of stage 2 computes of images [B, 3, H, W], and what is kept of them."""
         return {'features': self.features(images)}
@@ -122,7 +157,14 @@ class Network(nn.Module):
         return height, width
 
     def finish_maps(self, maps: Maps) -> Maps:
-        """What has to see whole maps, padding included, before `classify` gets a part of them."""
+        """Do what needs whole maps, padding included: `classify` may get only the part that shows the image.
+
+        Args:
+            maps: of `maps`, in any floating type.
+
+        Returns:
+            What `classify` takes; the first of the maps has the size of the logits.
+        """
         return maps
 
     def classify(self, maps: Maps, constants=None) -> torch.Tensor:
@@ -174,11 +216,11 @@ class Network(nn.Module):
     def start_novel(self) -> None:
         """Start what stage 2 adds from what stage 1 has learned."""
 
-    def start_from_supports(self, supports: Iterable[tuple[Maps, torch.Tensor]]) -> None:
+    def start_from_supports(self, supports: Iterable[Labelled]) -> None:
         """Start what stage 2 adds from the support images too, where the method `STARTS_FROM_SUPPORTS`.
 
         Args:
-            supports: as for `register`.
+            supports: all support images, in any number of batches.
         """
 
     def freeze_base(self) -> None:
@@ -198,18 +240,18 @@ class Network(nn.Module):
         """
         return {'ce': cross_entropy(logits, with_pseudo_labels(logits, masks, self.num_base), pixel_weight)}
 
-    def calibrate(self, views: Iterable[tuple[Maps, torch.Tensor]]) -> None:
+    def calibrate(self, views: Iterable[Labelled]) -> None:
         """Fit what only evaluation uses to the weights that stage 2 has learned, where the method `calibrates`.
 
         Args:
-            views: `maps` of base views that show no support image, and masks int64 [B, H, W]; 255 counts as no image.
+            views: base views; those that show a support image have no labels.
         """
 
-    def register(self, supports: Iterable[tuple[Maps, torch.Tensor]]) -> None:
+    def register(self, supports: Iterable[Labelled]) -> None:
         """In place of stage 2, where the method `REGISTERS`: learn the novel classes without gradients.
 
         Args:
-            supports: for each novel class, in the order of the labels, `maps` of its images and masks int64 [B, H, W].
+            supports: the support images of each novel class, in the order of the labels.
         """
         raise NotImplementedError
 
@@ -259,3 +301,21 @@ def auxiliary_head(in_channels: int) -> nn.Sequential:
 def single(maps: torch.Tensor) -> torch.Tensor:
     """Maps in float32; float64 stays."""
     return maps if maps.dtype == torch.float64 else maps.float()
+
+
+def labels_at(masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Labels at the positions of maps.
+
+    Args:
+        masks: [B, H, W].
+        size: (h, w) of the maps. They are upsampled with align_corners=True, which puts position (i, j) on the pixel
+            (i (H - 1) / (h - 1), j (W - 1) / (w - 1)).
+
+    Returns:
+        [B, h, w].
+    """
+    rows, columns = (
+        torch.linspace(0, whole - 1, count, device=masks.device).round().long()
+        for whole, count in zip(masks.shape[1:], size, strict=True)
+    )
+    return masks[:, rows[:, None], columns]

@@ -29,19 +29,24 @@ class POP(Network):
     classes and the background.
 
     Args: those of `Network`.
+
+    Attributes:
+        extra: channels that the novel prototypes have beyond those of the decoder; a variant may have some.
     """
 
     title = 'POP'
     STAGE_2_PREFIXES = ('novel_emb', 'classifier_n.')
+    extra = 0
 
     def __init__(self, backbone: nn.Module, decoder: nn.Module, num_base: int, num_novel: int = 0, **options) -> None:
         super().__init__(backbone, decoder, num_base, num_novel, **options)
         channels = decoder.out_channels
-        self.classifier = _prototype_mlp(channels)
+        self.classifier = _prototype_mlp(channels, channels)
         self.base_emb = nn.Parameter(nn.init.orthogonal_(torch.empty(num_base, channels)))
         if num_novel:
-            self.classifier_n = _prototype_mlp(channels)
-            self.novel_emb = nn.Parameter(nn.init.orthogonal_(torch.empty(num_novel, channels)))
+            self.classifier_n = _prototype_mlp(channels + self.extra, channels)
+            start = nn.init.orthogonal_(torch.empty(num_novel, channels))
+            self.novel_emb = nn.Parameter(F.pad(start, (0, self.extra)))
             self.start_novel()
 
     def maps(self, images: torch.Tensor) -> Maps:
@@ -74,11 +79,8 @@ class POP(Network):
     def classify(self, maps: Maps, constants: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
         """Prototype head: logit_k = relu(p_k) phi(s_k) + relu(-p_k) phi(-s_k) and logit_0 = phi(r).
 
-        A novel prototype's projection of q = residual + sum_k p_k s_k follows from the maps; the residual of all
-        classes is what the novel prototypes leave of the residual of the base classes.
-
         Args:
-            maps: of `decompose`, in any floating type.
+            maps: of `finish_maps`, in any floating type.
             constants: of `constants`; saves their computation while the head does not change.
 
         Returns:
@@ -86,15 +88,50 @@ class POP(Network):
         """
         with torch.autocast(self.base_emb.device.type, enabled=False):
             p, r = vectors(maps['projections']), vectors(maps['residual'])  # [N, Kb], [N, C]
+            novel = None
             if self.num_novel:
-                s_base, s_novel = (F.normalize(prototypes, dim=1) for prototypes in self.prototypes())
-                p_novel = r @ s_novel.T + p @ (s_base @ s_novel.T)  # [N, Kn]
-                p, r = torch.cat([p, p_novel], dim=1), r - p_novel @ s_novel
+                s = F.normalize(self.novel_emb, dim=1)
+                novel = self.novel_projections(maps, p, r, s), s  # [N, Kn], [Kn, C + extra]
+                p = torch.cat([p, novel[0]], dim=1)
             toward, away = constants or self.constants()  # [K]
             logits = F.relu(p) * toward + F.relu(-p) * away  # [N, K]
-        background = score(self._background_mlp, r)  # [N]; in mixed precision under autocast
+        background = self.score_background(maps, r, novel)  # [N]
         logits = torch.cat([background.to(logits.dtype)[:, None], logits], dim=1)  # [N, 1 + K]
         return as_map(logits, maps['residual'])
+
+    def novel_projections(self, maps: Maps, p: torch.Tensor, r: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        """Projections of q = residual + sum_k p_k s_k on the novel prototypes.
+
+        Args:
+            maps: as `classify` gets them.
+            p, r: base projections [N, Kb] and residual [N, C] of their positions.
+            s: the novel prototypes, normalised, [Kn, C + extra].
+
+        Returns:
+            [N, Kn].
+        """
+        known = s[:, : r.shape[1]].T
+        return r @ known + p @ (F.normalize(self.base_emb, dim=1) @ known)
+
+    def score_background(
+        self, maps: Maps, r: torch.Tensor, novel: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> torch.Tensor:
+        """phi, in stage 2 phi_n, of what all prototypes leave; in mixed precision under autocast.
+
+        Args:
+            maps: as `classify` gets them.
+            r: what the base prototypes leave, [N, C].
+            novel: in stage 2 `novel_projections` [N, Kn], and the novel prototypes, normalised, [Kn, C + extra].
+
+        Returns:
+            [N].
+        """
+        if novel is None:
+            return score(self.classifier, r)
+        projections, s = novel
+        with torch.autocast(r.device.type, enabled=False):
+            r = r - projections @ s
+        return score(self.classifier_n, r)
 
     def constants(self) -> tuple[torch.Tensor, torch.Tensor]:
         """phi(s_k) and phi(-s_k), float32 [K] each; phi_n scores the novel prototypes."""
@@ -111,8 +148,8 @@ class POP(Network):
         return torch.cat(toward), torch.cat(away)
 
     def prototypes(self) -> tuple[torch.Tensor, ...]:
-        """The base prototypes [Kb, C], followed by the novel ones [Kn, C] where there are any."""
-        return (self.base_emb, self.novel_emb) if self.num_novel else (self.base_emb,)
+        """The base prototypes [Kb, C]; in stage 2 padded to [Kb, C + extra], and the novel ones [Kn, C + extra]."""
+        return (F.pad(self.base_emb, (0, self.extra)), self.novel_emb) if self.num_novel else (self.base_emb,)
 
     @staticmethod
     def count_classes(state: dict[str, torch.Tensor]) -> tuple[int, int]:
@@ -125,15 +162,14 @@ class POP(Network):
 
     def novel_losses(self, logits: torch.Tensor, masks: torch.Tensor, **weights) -> dict[str, torch.Tensor]:
         """`losses.novel_losses`."""
-        return novel_losses(logits, masks, self.novel_emb, self.base_emb, **weights)
+        base, novel = self.prototypes()
+        return novel_losses(logits, masks, novel, base, **weights)
 
     def start_novel(self) -> None:
-        """Start phi_n from phi."""
-        self.classifier_n.load_state_dict(self.classifier.state_dict())
-
-    @property
-    def _background_mlp(self):
-        return self.classifier_n if self.num_novel else self.classifier
+        """Start phi_n from phi; it ignores extra channels."""
+        state = self.classifier.state_dict()
+        state['0.weight'] = F.pad(state['0.weight'], (0, 0, 0, 0, 0, self.extra))  # [C, C + extra, 1, 1]
+        self.classifier_n.load_state_dict(state)
 
 
 def vectors(maps):
@@ -158,10 +194,10 @@ def score(mlp, vectors):
     return vectors[:, 0]
 
 
-def _prototype_mlp(channels):
-    """phi: C -> C -> C -> 1 without biases, which makes it positively homogeneous."""
+def _prototype_mlp(in_channels, channels):
+    """phi: C' -> C -> C -> 1 without biases, which makes it positively homogeneous."""
     return nn.Sequential(
-        nn.Conv2d(channels, channels, 1, bias=False),
+        nn.Conv2d(in_channels, channels, 1, bias=False),
         nn.ReLU(inplace=True),
         nn.Conv2d(channels, channels, 1, bias=False),
         nn.ReLU(inplace=True),

@@ -67,7 +67,7 @@ class Results:
         dataset, fold, shot: what was evaluated; `shot` is not reported if there are no novel classes, and None for
             classes of `utils.teach`.
         precision: name of the type that the networks ran in.
-        model: one of `model.MODELS`.
+        model, options: one of `model.MODELS`, and its options (`Network.OPTIONS`).
     """
 
     seeds: dict[int, dict]
@@ -77,6 +77,7 @@ class Results:
     shot: int | None
     precision: str
     model: str
+    options: Mapping[str, str]
 
     @property
     def weights(self) -> str:
@@ -119,7 +120,8 @@ class Results:
         columns = self.columns()
         summary = {
             'dataset': self.dataset, 'fold': self.fold, 'shot': self.shot if self.legend.novel_labels else None,
-            'model': self.model, 'weights': self.weights, 'precision': self.precision, 'seeds': self.seeds,
+            'model': self.model, 'options': dict(self.options),
+            'weights': self.weights, 'precision': self.precision, 'seeds': self.seeds,
             'mean': {key: float(np.mean(values)) for key, values in columns.items()},
             'std': {key: float(np.std(values)) for key, values in columns.items()},
         }  # fmt: skip

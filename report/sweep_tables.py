@@ -54,7 +54,8 @@ def read_results(folders: Iterable[Path], out: Path) -> list[dict]:
             known = before.get((base_model, place['dataset'], place['fold']))
             forgotten = float('nan') if known is None else known - means['base_without_background']
             rows.append({
-                'method': MODELS[model].title, **place, 'seed': int(seed), 'weights': content.get('weights', 'best'),
+                'method': MODELS[model].described(content.get('options')), **place,
+                'seed': int(seed), 'weights': content.get('weights', 'best'),
                 **means, 'forgotten': forgotten,
                 **{key: result.get(key, '') for key in ('images', 'listed_images')},  # older results lack them
                 'checkpoint': Path(result['checkpoint']).name, 'run': os.path.relpath(path.parent, out),

@@ -8,10 +8,10 @@ import torch
 
 from benchmarks.gpu_processes import differences
 from core import signals
-from core.errors import exits_cleanly
+from core.errors import InputError, exits_cleanly
 from core.ranks import rank
 from engine import evaluation
-from engine.distributed import process_group
+from engine.distributed import on_main, process_group
 
 
 def share_statistics():
@@ -22,6 +22,18 @@ def share_statistics():
         assert all(gap < 1e-12 for gap in found.values()), found
     print('batch statistics are shared', flush=True)
     del operations
+
+
+def fail_together():
+    """An InputError of the main process can be caught in all of them, which then go on alike."""
+
+    def fail():
+        raise InputError('no room')
+
+    try:
+        on_main(fail)
+    except InputError as error:
+        print(f'caught: {error}', flush=True)
 
 
 def stop_evaluation():
@@ -39,6 +51,7 @@ def main():
     with process_group('cpu', 1):
         signals.listen()
         share_statistics()
+        fail_together()
         stop_evaluation()
 
 

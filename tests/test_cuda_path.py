@@ -5,6 +5,7 @@ queue. The backward pass cannot run on them; `benchmarks/gpu.py` checks it on a 
 """
 
 import copy
+import itertools
 from contextlib import contextmanager
 from functools import partial
 
@@ -26,7 +27,7 @@ from engine.loaders import evaluation_loader
 from engine.metrics import _count_without_reading, confusion_matrix
 from engine.precision import compile_features
 from ft_pop import NovelStage
-from model import Head, build_model, psp
+from model import MODELS, Head, build_model, psp
 from model.kernels import share_batch_statistics, summed_cross_entropy, sync_batch_norm, upsampling
 from train_base import BaseStage
 
@@ -270,8 +271,26 @@ def test_features_compile_to_one_graph_for_each_shape_and_mode(monkeypatch):
     assert list(net.state_dict()) == list(plain.state_dict())
     segmenters = [Segmenter(net.eval(), CPU, torch.float32, compiled) for compiled in (False, True)]
     torch.testing.assert_close(*(segmenter.net.features(images) for segmenter in segmenters))
-    # `features` and `features_and_middle`; the copy of a compiled network is compiled
-    assert modes == 2 * ['default'] + 2 * ['reduce-overhead'] and len(graphs) == 4
+    # the copy of a compiled network is compiled
+    count = len(net.COMPILED)
+    assert modes == count * ['default'] + count * ['reduce-overhead'] and len(graphs) == 4
+
+
+@pytest.mark.parametrize('model', MODELS)
+def test_every_method_computes_its_maps_by_what_is_compiled(tiny, model, monkeypatch):
+    called = []
+
+    def compile_(function, **settings):
+        return lambda net, images: called.append(function.__name__) or function(net, images)
+
+    monkeypatch.setattr(torch, 'compile', compile_)
+    names, choices = list(MODELS[model].OPTIONS), MODELS[model].OPTIONS.values()
+    for chosen in itertools.product(*choices):
+        net = build_model(tiny, 3, output_stride=32, model=model, options=dict(zip(names, chosen, strict=True))).eval()
+        compile_features(net, frozen=True)
+        called.clear()
+        net.maps(torch.randn(1, 3, 65, 65))
+        assert len(called) == 1, chosen
 
 
 def test_a_gpu_evaluates_more_images_at_once_than_a_cpu():

@@ -11,6 +11,7 @@ from model import POP, Head, build_model, joint
 from model.joint import LEAST_STD, JointPOP
 from model.kernels import fuse
 from model.losses import orthogonality
+from model.network import Labelled, labels_at
 
 OPTIONS = [
     {'prototypes': prototypes, 'background': background}
@@ -52,6 +53,10 @@ def network(options, num_base=3, num_novel=2, trained=True, output_stride=16):
     return net
 
 
+def labelled(net, image, masks):
+    return Labelled(net.maps(image), masks, [tuple(masks.shape[1:])] * len(masks))
+
+
 def mlp(layers, vector):
     """phi of one vector [C]."""
     weights = [layer.weight.flatten(1) for layer in layers if isinstance(layer, nn.Conv2d)]
@@ -91,7 +96,7 @@ def test_logits_and_gradients_are_those_of_the_formulas(options):
 
 def test_it_starts_as_pop_and_without_its_options_is_pop():
     image = torch.randn(2, 6, 3, 4, dtype=torch.float64)
-    for options in ({'background': 'novel'}, AS_POP):
+    for options in (AS_POP, {'background': 'novel'}):
         net = network(options, trained=False)
         pop = POP(Backbone(), decoder(), 3, 2).double()
         state = {key: value for key, value in net.state_dict().items() if key in pop.state_dict()}
@@ -99,19 +104,20 @@ def test_it_starts_as_pop_and_without_its_options_is_pop():
             state[key] = state[key][:, :16]
         pop.load_state_dict(state)
         assert torch.allclose(net(image), pop(image), atol=1e-12)
-    assert set(net.state_dict()) == set(pop.state_dict()) and net.map_shapes((8, 8)) == pop.map_shapes((8, 8))
+        if options is AS_POP:
+            assert set(net.state_dict()) == set(pop.state_dict()) and net.map_shapes((8, 8)) == pop.map_shapes((8, 8))
     base = network({'background': 'base'}, trained=False)(image)
     assert torch.allclose(base[:, 1:], net(image)[:, 1:], atol=1e-12) and not torch.allclose(base, net(image))
 
 
-def test_the_backbone_is_standardised_by_the_pixels_of_the_supports():
+def test_the_backbone_is_standardised_by_all_positions_of_the_supports():
     net = network({})
-    masks = torch.zeros(2, 12, 16, dtype=torch.long)
-    masks[:, :, 12:] = 255  # padding
+    masks = torch.full((2, 12, 16), 255)  # whether they are labelled or not
+    masks[:, 5, 5] = 4
     images = [torch.randn(2, 6, 3, 4, dtype=torch.float64) + torch.arange(6)[:, None, None] for _ in range(2)]
     for each in images:
         each[:, 5] = 7.0  # a silent channel
-    net.start_from_supports((net.maps(each), masks) for each in images)
+    net.start_from_supports(Labelled(net.maps(each), masks, [(12, 12)] * 2) for each in images)  # the rest is padding
     seen = torch.cat([net.backbone(each)[:, :, :, :3].transpose(0, 1).flatten(1) for each in images], dim=1)
     assert torch.allclose(net.backbone_mean, seen.mean(dim=1))
     std = seen.std(dim=1, unbiased=False)
@@ -120,7 +126,7 @@ def test_the_backbone_is_standardised_by_the_pixels_of_the_supports():
 
 
 def test_the_backbones_map_is_kept_at_a_stride_of_16():
-    net, plain = network({}, output_stride=8), network({})
+    net, plain = (network({'background': 'novel'}, output_stride=stride) for stride in (8, 16))
     image = torch.randn(2, 6, 5, 7, dtype=torch.float64)
     maps = net.maps(image)
     assert {name: tuple(value.shape[1:]) for name, value in maps.items()} == net.map_shapes((40, 56))
@@ -129,8 +135,11 @@ def test_the_backbones_map_is_kept_at_a_stride_of_16():
     flat = image[..., :1, :1].expand_as(image)
     assert torch.allclose(net(flat), plain(flat), atol=1e-10)
     ramp = torch.arange(7.0, dtype=torch.float64).expand(1, 6, 5, 7)  # enlarged, it is where it was
-    enlarged = net.finish_maps(net.maps(ramp))['backbone']
-    assert torch.allclose(enlarged[..., 1:5], net.backbone(ramp)[..., 1:5])
+    finished = net.finish_maps(net.maps(ramp))
+    z = (net.backbone(ramp) - net.backbone_mean[:, None, None]) / net.backbone_std[:, None, None]
+    assert torch.allclose(finished['backbone'][..., 1:5], z[..., 1:5])
+    s = F.normalize(net.novel_emb, dim=1)[:, 16:]
+    assert torch.allclose(finished['novel'][..., 1:5], torch.einsum('kc,bchw->bkhw', s, z)[..., 1:5])
 
 
 def test_novel_classes_win_as_many_pixels_of_base_images_as_calibration_allows(monkeypatch):
@@ -141,7 +150,7 @@ def test_novel_classes_win_as_many_pixels_of_base_images_as_calibration_allows(m
     masks[0, 0, :2] = 255
     with torch.no_grad():
         raw = [net.train()(image) for image in images]
-        net.calibrate((net.maps(image), mask) for image, mask in zip(images, masks, strict=True))
+        net.calibrate(labelled(net, image, mask) for image, mask in zip(images, masks, strict=True))
         raised = [net.eval()(image) for image in images]
         assert all(torch.equal(net.train()(image), logits) for image, logits in zip(images, raw, strict=True))
     seen = (masks.flatten() >= 1) & (masks.flatten() <= 3)
@@ -152,23 +161,40 @@ def test_novel_classes_win_as_many_pixels_of_base_images_as_calibration_allows(m
     assert wins == [int(0.5 / 6 * seen.sum())] * 3 and all(net.novel_offset > 0) and 40 < seen.sum() < 72
 
 
+@pytest.mark.parametrize('size', ((65, 49), (60, 72), (257, 6)))
+def test_labels_are_those_where_upsampling_puts_the_positions(size):
+    place, mask = (4, 6), torch.zeros(1, *size, dtype=torch.long)
+    centres = []
+    for i in range(place[0]):
+        for j in range(place[1]):
+            maps = torch.zeros(1, 1, *place)
+            maps[0, 0, i, j] = 1
+            peak = F.interpolate(maps, size, mode='bilinear', align_corners=True).argmax().item()
+            centres.append(peak)
+    mask.view(-1)[:] = torch.arange(mask.numel())
+    assert labels_at(mask, place).flatten().tolist() == centres
+
+
 def test_without_background_calibration_leaves_it_out(monkeypatch):
     monkeypatch.setattr(joint, 'FALSE_ALARMS', 0.5)
     net, image = network({}), torch.randn(1, 6, 5, 4, dtype=torch.float64)
     net.classifier_n[4].weight.data.abs_().mul_(-0.01)
     net.background = False
-    views = [(net.maps(image), torch.ones(1, 5, 4, dtype=torch.long))]
+    views = [labelled(net, image, torch.ones(1, 5, 4, dtype=torch.long))]
     net.calibrate(views)
     alone = net.novel_offset.clone()
-    views[0][0]['background'] += 100  # which evaluation never predicts
+    views[0].maps['background'] += 100  # which evaluation never predicts
     net.calibrate(views)
     assert torch.equal(net.novel_offset, alone) and all(alone > 0)
 
 
 def test_views_of_support_images_do_not_calibrate():
     net, seen = network({}), []
-    net.calibrate = lambda views: seen.extend(masks for _, masks in views)
-    batch = {'maps': {}, 'mask': torch.ones(2, 3, 4, dtype=torch.uint8), 'id': ['a', 'b']}
+    net.calibrate = lambda views: seen.extend(view.masks for view in views)
+    batch = {
+        'maps': {}, 'mask': torch.ones(2, 3, 4, dtype=torch.uint8), 'id': ['a', 'b'], 'shape': [(3, 4)] * 2,
+        'canvas': [(3, 4)] * 2,
+    }  # fmt: skip
     stage = NovelStage(
         net=net, model=net, val_batches=None, device=torch.device('cpu'), dtype=torch.float32, panel=None,
         class_names=(), config={}, frozen=net, support_ids=['b', 'c'], base_views=[batch],
@@ -180,14 +206,14 @@ def test_views_of_support_images_do_not_calibrate():
 def test_calibration_lowers_no_logit():
     net, image = network({}), torch.randn(1, 6, 3, 4, dtype=torch.float64)
     net.classifier_n[4].weight.data.abs_().mul_(1e3)  # all is novel
-    net.calibrate([(net.maps(image), torch.ones(1, 3, 4, dtype=torch.long))])
+    net.calibrate([labelled(net, image, torch.ones(1, 3, 4, dtype=torch.long))])
     assert torch.equal(net.novel_offset, torch.zeros(2, dtype=torch.float64))
 
 
 def test_calibration_without_a_labelled_pixel_raises_nothing():
     net, image = network({}), torch.randn(1, 6, 3, 4, dtype=torch.float64)
     net.novel_offset.fill_(1)
-    net.calibrate([(net.maps(image), torch.full((1, 3, 4), 255))])
+    net.calibrate([labelled(net, image, torch.full((1, 3, 4), 255))])
     assert torch.equal(net.eval()(image), net.train()(image))
     assert not network({'calibration': 'none'}).calibrates and not network({}, num_novel=0, trained=False).calibrates
 

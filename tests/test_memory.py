@@ -62,8 +62,11 @@ def test_a_memory_has_a_size_limit():
     many = teachable(build_model('resnet50', 60, output_stride=8))
     assert views_per_class(many, (473, 473), None) == 1  # takes 482 MB
     assert views_per_class(net, (473, 473), None) == 4
-    with pytest.raises(InputError, match='at least 75'):
+    with pytest.raises(InputError, match='--memory-mb 75'):
         views_per_class(net, (473, 473), 50)
+    many.num_base = 150
+    with pytest.raises(InputError, match='more than the 1000 MB'):
+        views_per_class(many, (473, 473), None)
 
 
 def test_the_memory_of_another_network_is_not_replaced_by_accident(run_script, shapes, remembered, tmp_path):

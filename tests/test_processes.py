@@ -74,6 +74,10 @@ def test_batch_statistics_of_two_processes_are_those_of_the_joined_batch(two_pro
     assert two_processes[1].count('batch statistics are shared') == 2, two_processes[1]
 
 
+def test_all_processes_can_catch_an_error_of_the_main_one(two_processes):
+    assert two_processes[1].count('caught: no room') == 2, two_processes[1]
+
+
 def test_a_signal_stops_the_evaluation_of_all_processes_at_once(two_processes):
     code, output = two_processes
     assert code != 0 and 'went through' not in output, output

@@ -19,8 +19,9 @@ from dataset.own_classes import (
     read_support,
     support_positions,
 )
+from engine import teaching
 from engine.features import KeptFeatures
-from engine.teaching import Recipe, label_rest, learn
+from engine.teaching import Recipe, label_rest
 from model import POP
 from utils import teach as teach_command
 
@@ -65,7 +66,7 @@ def checkpoint(folder):
     return torch.load(folder / 'best.pth', weights_only=True)
 
 
-def test_teaches_again_and_again_and_forgets(teach, run_script, shapes, remembered, photographs, tmp_path):
+def test_teaches_again_and_again_and_forgets(teach, run_script, shapes, remembered, photographs, tmp_path, monkeypatch):
     code, output, first = teach(remembered, 'first', '--support', photographs)
     assert code == 0 and 'left out: notes.txt' in output and 'base mIoU on the ' in output, output
     assert f'python -m utils.predict --restore-from {first} ' in output
@@ -91,8 +92,17 @@ def test_teaches_again_and_again_and_forgets(teach, run_script, shapes, remember
 
     (photographs / 'scooter').rename(tmp_path / 'aside')
     (photographs / 'bin').rename(photographs / 'lamp')
+    starts, learn = [], teaching.learn
+    monkeypatch.setattr(
+        teaching, 'learn', lambda net, *rest: starts.append(net.novel_emb.detach().clone()) or learn(net, *rest)
+    )
     code, output, second = teach(first, 'second', '--support', photographs, '--forget', 'bin')
     assert code == 0, output
+    monkeypatch.undo()
+    assert torch.equal(starts[0][0], taught['model']['novel_emb'][1]) and len(starts) == 1 + 3
+    # no earlier lesson has seen what is left out
+    channels = before['model']['base_emb'].shape[1]
+    assert starts[0][0, channels:].any() and not any(start[:, channels:].any() for start in starts[1:])
     taught, again = taught['model'], checkpoint(second)
     assert again['config']['classes'][15:] == [[22, 'scooter'], [23, 'lamp']]
     told = json.loads((second / 'teach.json').read_text())['classes']
@@ -131,7 +141,7 @@ def test_the_same_seed_gives_the_same_weights_from_memory_and_from_data(
     code, output = run_script(
         'utils/memory.py', '--restore-from', remembered, *data[:2], '--memory-mb', 0.01, '--out', tmp_path / 'memory.pt'
     )
-    assert code == 1 and 'raise --memory-mb to at least 1' in output
+    assert code == 1 and 'take --memory-mb 1' in output
 
 
 def test_classes_of_the_data_set_are_evaluated(teach, run_script, shapes, remembered, photographs):
@@ -293,7 +303,7 @@ def test_learns_a_direction_and_leaves_the_base_as_it_is():
         net.base_emb.copy_(torch.stack([directions[1], directions[2]]))
     before = {name: value.clone() for name, value in net.state_dict().items()}
     support, base = kept(net, [3] * 4, directions), kept(net, [1, 1, 2, 2], directions)
-    learn(net, support, base, Recipe(steps=150, batch_size=2, learning_rate=0.03), torch.float32)
+    teaching.learn(net, support, base, Recipe(steps=150, batch_size=2, learning_rate=0.03), torch.float32)
     after = net.state_dict()
     changed = {name for name in after if not torch.equal(after[name], before[name])}
     assert changed == {'novel_emb', *(name for name in after if name.startswith('classifier_n.'))}

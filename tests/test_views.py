@@ -136,6 +136,8 @@ def test_an_epoch_fills_its_last_batch_or_drops_it():
     assert [len(batch) for batch in batches] == [3, 3, 3] == [3] * len(whole)
     assert {index for batch in batches for index in batch} == set(range(7))
     assert [len(batch) for batch in TrainingBatches(7, 3, 0)] == [3, 3]
+    (few,) = TrainingBatches(3, 4, 0, fill_last=True)
+    assert sorted(few)[::3] == [(0, 0), (0, 2)] and len(few) == 4
 
 
 def test_an_epoch_of_stage_2_passes_over_the_draw_and_redraws_on_request(shapes):

@@ -28,7 +28,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--train-list', type=Path, help="training ids (default: the data set's)")
     parser.add_argument('--out', type=Path, help='the file to write (default: memory.pt beside the checkpoint)')
     parser.add_argument('--overwrite', action='store_true', help='replace the memory of another network')
-    parser.add_argument('--memory-mb', type=cli.rate, help='size at most (default: 300, or one view of each class)')
+    parser.add_argument(
+        '--memory-mb', type=cli.rate, help='size at most (default: 300, or one view of each class in up to 1000)'
+    )
     parser.add_argument('--num-workers', type=cli.not_negative, default=0, help='loader processes (default: 0)')
     cli.add_device_flags(parser)
     return parser.parse_args(argv)

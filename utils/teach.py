@@ -199,21 +199,26 @@ def taught_before(checkpoint: Checkpoint) -> dict[str, int]:
 
 
 def build_network(lesson: Lesson, seed: int) -> JointPOP:
-    """The network to train: new classes start as in stage 2, those taught before from what they were."""
+    """The network to train, untrained."""
     config = lesson.checkpoint.config
     torch.manual_seed(seed)
     net = build_model(config['backbone'], lesson.base.num_base, len(lesson.support), config['os'], TAUGHT_MODEL)
     net.start_from(lesson.base)
     net.background = lesson.base.background
-    before = list(taught_before(lesson.checkpoint))
-    if stay := lesson.taught_before:
-        state = {key: value for key, value in lesson.checkpoint.state.items() if key.startswith(net.STAGE_2_PREFIXES)}
-        for key in ('novel_emb', 'novel_offset'):  # a row for each class
-            rows = net.state_dict()[key].clone()
-            rows[: len(stay)] = state[key][[before.index(name) for name in stay]]
-            state[key] = rows
-        net.load_state_dict(net.state_dict() | state)
     return net.to(lesson.base.base_emb.device, memory_format=torch.channels_last)
+
+
+def earlier_state(lesson: Lesson, net: JointPOP) -> dict[str, torch.Tensor] | None:
+    """What stage 2 adds, from the checkpoint; new classes are as in `net`. None where no class was taught before."""
+    stay, before = lesson.taught_before, list(taught_before(lesson.checkpoint))
+    if not stay:
+        return None
+    state = {key: value for key, value in lesson.checkpoint.state.items() if key.startswith(net.STAGE_2_PREFIXES)}
+    for key in ('novel_emb', 'novel_offset'):  # a row for each class
+        rows = net.state_dict()[key].clone()
+        rows[: len(stay)] = state[key][[before.index(name) for name in stay]]
+        state[key] = rows
+    return state
 
 
 def train(args: argparse.Namespace, lesson: Lesson, keeper: FeatureKeeper) -> Teacher:
@@ -221,9 +226,10 @@ def train(args: argparse.Namespace, lesson: Lesson, keeper: FeatureKeeper) -> Te
     labels = dict(zip(lesson.support, lesson.legend.novel_labels, strict=True))
     args.steps = args.steps or STEPS * (1 + len(labels))
     recipe = Recipe(args.steps, args.batch_size, args.learning_rate, seed=args.seed)
+    net = build_network(lesson, args.seed)
     teacher = Teacher(
-        build_network(lesson, args.seed), lesson.base, SupportSamples(lesson.support, labels), lesson.base_views,
-        is_new=not lesson.taught_before, keeper=keeper, size=lesson.size, recipe=recipe,
+        net, lesson.base, SupportSamples(lesson.support, labels), lesson.base_views,
+        earlier=earlier_state(lesson, net), keeper=keeper, size=lesson.size, recipe=recipe,
         views=args.views, scale_range=args.scale_range,
     )  # fmt: skip
     if lesson.new:
