@@ -50,7 +50,10 @@ def _run_scripts(setting, flags, predicts=True):
         ('ft_pop.py', *where, *training_flags(setting), '--restore-from', base, '--snapshot-dir', folder),
         ('ft_pop.py', *where, *training_flags(setting), '--restore-from', base, '--snapshot-dir', f'{folder}_views',
          '--views', 2, '--base-views', 5),
+        ('ft_pop.py', *where, *training_flags(setting), '--restore-from', base, '--snapshot-dir', f'{folder}_joint',
+         '--views', 2, '--base-views', 5, '--model', 'pspnet_joint'),
         ('test.py', *where, '--restore-from', folder),
+        ('test.py', *where, '--restore-from', f'{folder}_joint', '--model', 'pspnet_joint'),
     ]  # fmt: skip
     if predicts:
         commands.append((
@@ -62,7 +65,7 @@ def _run_scripts(setting, flags, predicts=True):
         if code:
             print(output)
         script = command[1] if command[0] == '-m' else command[0]
-        kind = f'{name} --views' if '--views' in command else name
+        kind = ' '.join([name, *(flag for flag in ('--views', '--model') if flag in command)])
         yield Row(f'{script} {kind}, exit code', code, 0)
 
 

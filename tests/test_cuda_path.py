@@ -33,6 +33,7 @@ from train_base import BaseStage
 
 CPU, CUDA = torch.device('cpu'), torch.device('cuda', 0)
 SIZE = 65
+TRAINED = [name for name, method in MODELS.items() if not method.REGISTERS]
 CACHED = (psp._pooling_matrix, psp._upsampling_taps, upsampling.interpolation)
 
 
@@ -52,9 +53,9 @@ def fake_gpu():
         forget()
 
 
-def network(num_novel):
+def network(num_novel, model='pspnet_pop'):
     with torch.device(CUDA):
-        return build_model('resnet18', 15, num_novel)
+        return build_model('resnet18', 15, num_novel, model=model)
 
 
 def views(count):
@@ -80,15 +81,20 @@ def test_reading_a_value_back_is_noticed():
         torch.empty(3, device=CUDA).sum().item()
 
 
-def test_losses_of_stage_1(dtype):
+@pytest.mark.parametrize('model', [name for name, method in MODELS.items() if not method.BASE_MODEL])
+def test_losses_of_stage_1(dtype, model):
     with fake_gpu():
-        losses = stage(BaseStage, network(0), dtype).losses(views(2), pixel_weight=0.1, micro_batches=1)
+        net = network(0, model)
+        with torch.device(CUDA):
+            net.start_base()
+        losses = stage(BaseStage, net, dtype).losses(views(2), pixel_weight=0.1, micro_batches=1)
         assert all(loss.device == CUDA and loss.dtype == torch.float32 for loss in losses.values())
 
 
-def test_losses_of_stage_2(dtype):
+@pytest.mark.parametrize('model', TRAINED)
+def test_losses_of_stage_2(dtype, model):
     with fake_gpu():
-        base, net = network(0), network(5)
+        base, net = network(0, model), network(5, model)
         net.freeze_base()
         novel = stage(NovelStage, net, dtype, frozen=base.eval().requires_grad_(False))  # fake tensors cannot be fused
         batch = {'support': views(1), 'base': views(1)}
@@ -97,12 +103,13 @@ def test_losses_of_stage_2(dtype):
         assert losses['ce'].requires_grad
 
 
+@pytest.mark.parametrize('model', TRAINED)
 @pytest.mark.parametrize('place', (CUDA, CPU), ids=('gpu', 'memory'))
-def test_losses_of_stage_2_on_kept_views(dtype, monkeypatch, place):
+def test_losses_of_stage_2_on_kept_views(dtype, monkeypatch, place, model):
     make = torch.empty
     pinned = []
     with fake_gpu():
-        net = network(5)
+        net = network(5, model)
         net.freeze_base()
         # pinned memory needs a GPU; that it is asked for is what matters
         monkeypatch.setattr(
@@ -143,11 +150,12 @@ def evaluation_batch(count):
     }  # fmt: skip
 
 
-def test_evaluation(dtype, monkeypatch):
+@pytest.mark.parametrize('model', MODELS)
+def test_evaluation(dtype, monkeypatch, model):
     monkeypatch.setattr(torch.Tensor, 'numpy', lambda tensor: tensor)  # of the final counts, which have no values here
     seen = []
     with fake_gpu():
-        net = network(5)
+        net = network(5, model)
         batches = [loaded(2), cached(net, 3)]
         counts = evaluate(net, batches, CUDA, dtype, lambda image_id, prediction, mask: seen.append(prediction.shape))
         assert counts.shape == (21, 21) and counts.dtype == torch.int64
