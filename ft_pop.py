@@ -12,8 +12,9 @@ images, as evaluation reads them, without augmentation, and validated once.
 """
 
 import argparse
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -58,7 +59,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     add_method_flags(parser)
     add_feature_flags(parser)
-    parser.set_defaults(backbone=None, os=None)
+    parser.set_defaults(backbone=None, os=None, base_size=None, input_size=None)
     add_recipe_flag(parser, argv)
     args = parser.parse_args(argv)
     check_method_flags(parser, args)
@@ -83,7 +84,7 @@ class NovelStage(Stage):
         kept: maps of the support and base views where these are kept (--views).
         supports: of the support images, as `Network.register` takes them.
         support_ids: ids of the support images.
-        base_views: batches of base views with their maps, where the method `calibrates`.
+        base_views: batches of base views with their maps, where the method `USES_BASE_VIEWS`.
     """
 
     frozen: Network
@@ -102,7 +103,7 @@ class NovelStage(Stage):
 
     def register(self):
         """Let the network register the novel classes, where its method does that."""
-        self.net.register(self.supports)
+        self.net.register(self.supports, self.views_to_learn_from())
 
     def maps(self, batch: dict) -> dict[str, torch.Tensor]:
         """What the head classifies of a batch of B pairs: name -> [2B, channels, h, w], the support images first."""
@@ -112,9 +113,13 @@ class NovelStage(Stage):
         return self.frozen.maps(torch.cat(images))
 
     def calibrate(self):
-        """Let the network calibrate on the base views that show no support image."""
+        """Let the network calibrate on the base views."""
         if self.net.calibrates:
-            self.net.calibrate(labelled(self.base_views, self.device, set(self.support_ids)))
+            self.net.calibrate(self.views_to_learn_from())
+
+    def views_to_learn_from(self) -> Iterator[Labelled]:
+        """The base views; those of support images have no labels."""
+        return labelled(self.base_views, self.device, set(self.support_ids))
 
     @staticmethod
     def improves(metrics: dict, best: dict | None) -> bool:
@@ -151,8 +156,8 @@ def restore_base(args: argparse.Namespace, data: FoldData, folder: RunFolder) ->
 
 
 def network_source(args: argparse.Namespace) -> Checkpoint | None:
-    """The checkpoint that says backbone and output stride, where flags do not."""
-    if args.restore_from in UNTRAINED or None not in (args.backbone, args.os):
+    """The checkpoint that says what flags of the network do not."""
+    if args.restore_from in UNTRAINED or not from_flags.missing_network_flags(args):
         return None
     if args.start_epoch:
         return start_epoch_checkpoint(args, args.random_seed[0])
@@ -255,7 +260,7 @@ def train_seed(
     )  # fmt: skip
     torch.manual_seed(seed)  # only now: loaders draw too, and features may be there already
     net = build_novel(args, data, seed, base=base, supports=supports, folder=run.folder)
-    pool = kept['base'] if kept else keep_base_views(args, pairs, keeper) if net.calibrates else ()
+    pool = kept['base'] if kept else keep_base_views(args, pairs, keeper) if net.USES_BASE_VIEWS else ()
     panel = None
     if val_batches is not None:
         panel = ValidationPanel(data.legend, data.samples('val', novel_as_background=False).read_image)
@@ -281,7 +286,7 @@ def arguments_of_seeds(args: argparse.Namespace, data: FoldData, dtype: torch.dt
     }
 
 
-@exits_cleanly
+@partial(exits_cleanly, resumes=True)
 def main(args: argparse.Namespace):
     with from_flags.training_process(args) as device:
         from_flags.fill_network(args, network_source(args))

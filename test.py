@@ -76,7 +76,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument('--save-path', type=Path, help="folder of the results (default: the checkpoint's)")
     add_view_flags(parser)
-    parser.set_defaults(model=None, backbone=None, os=None)
+    parser.set_defaults(model=None, backbone=None, os=None, base_size=None)
     args = parser.parse_args(argv)
     args.dataset = args.dataset if args.val_list else args.dataset.tested()
     cli.check(parser, args)
@@ -114,8 +114,8 @@ def load_network(args: argparse.Namespace, data: FoldData, seed: int) -> tuple[N
         print(f'note: {checkpoint.path} is of stage 1: it is evaluated on the base classes, and --shot has no effect')
     trained_at = checkpoint.config.get('base_size', list(args.base_size))
     if trained_at != list(args.base_size) and is_main():
-        height, width = trained_at
-        print(f'note: {checkpoint.path} was validated with --base-size {height},{width} while it was trained')
+        theirs, ours = (','.join(map(str, size)) for size in (trained_at, args.base_size))
+        print(f'note: {checkpoint.path} was validated with --base-size {theirs} in training; this evaluates at {ours}')
     return net, checkpoint
 
 
@@ -133,7 +133,7 @@ def taught_data(args: argparse.Namespace, data: FoldData, checkpoint: Checkpoint
         )
     others = [known[class_id] for class_id in data.novel_ids if class_id not in taught.values()]
     if others and is_main():
-        print(f'note: {checkpoint.path} was taught {some(taught)}; {some(others)} count as background')
+        print(f'note: {checkpoint.path} was taught {some(taught)}; other novel classes are background: {some(others)}')
     return dataclasses.replace(data, taught=tuple(taught.values()))
 
 
@@ -177,7 +177,7 @@ def evaluate_seed(
             data=data, shot=args.shot, chosen=dict(checkpoint.config.get('supports', ())) if checkpoint else None,
         )  # fmt: skip
     source = checkpoint.path if checkpoint else args.restore_from
-    return seed_result(source, confusion, legend, images, len(val_set), str(views))
+    return seed_result(source, confusion, legend, images, len(val_set), args.base_size, str(views))
 
 
 @exits_cleanly

@@ -10,6 +10,7 @@ which utils.teach teaches best.pth more classes without the data.
 """
 
 import argparse
+from functools import partial
 
 import torch
 
@@ -50,6 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.set_defaults(learning_rate=None)
     args = parser.parse_args(argv)
+    args.scale_range = args.scale_range or args.dataset.scale_range
     if args.learning_rate is None:
         args.learning_rate = MODELS[args.model].BASE_LEARNING_RATE
     cli.check(parser, args)
@@ -122,15 +124,17 @@ def keep_memory(args: argparse.Namespace, data: FoldData, stage: BaseStage, run:
         read_checkpoint(resolve_checkpoint(run.folder.path())).load_into(net, stage.config)
         if on_main(lambda: memory.is_memory_of(path, digest(net.state_dict()))):
             return
+        run.logger.info(f'making {path}, with which utils.teach teaches more classes (--no-memory: none)')
         keeper = memory.keeper_in_memory(
             memory.teachable(net), stage.device, stage.dtype, run.logger.info, args.num_workers
         )
         memory.write_memory(path, memory.look_at_base(keeper, data, args.base_size))
+        run.logger.info(f'{path} is written')
     except InputError as error:
         run.logger.info(f'note: no {path}: {error}')
 
 
-@exits_cleanly
+@partial(exits_cleanly, resumes=True)
 def main(args: argparse.Namespace):
     with from_flags.training_process(args) as device:
         torch.manual_seed(args.random_seed)

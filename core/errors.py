@@ -18,11 +18,15 @@ class MainProcessError(InputError):
     """An InputError of the main process in the other ones, which do not repeat its message when they end."""
 
 
-def exits_cleanly(main: Callable) -> Callable:
+def exits_cleanly(main: Callable, resumes: bool = False) -> Callable:
     """Decorate a command's main function so that expected errors end it with a message and an exit code, no traceback.
 
     An InputError, a full disk or quota, and the end of another process of the run give exit code 1, Ctrl-C gives 130, a
     closed pipe 141, as in shells, and `Stopped` has its own code. Others are programming errors with a traceback.
+
+    Args:
+        main: the function.
+        resumes: the same command goes on where it was stopped.
     """
 
     @functools.wraps(main)
@@ -41,7 +45,7 @@ def exits_cleanly(main: Callable) -> Callable:
         except KeyboardInterrupt:
             _end('stopped', 130)
         except Stopped as stop:
-            _end(f'{stop}; run the same command again to resume', stop.exit_code)
+            _end(f'{stop}; run the same command again to resume' if resumes else str(stop), stop.exit_code)
         except BrokenPipeError:  # whatever read the output has ended
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)

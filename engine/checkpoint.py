@@ -22,7 +22,7 @@ from engine.placeholders import extract
 from engine.weights import METADATA, SUFFIXES, find_weights, read_content
 from model import MODELS, Network, find_backbone
 
-MAY_DIFFER = ('classes', 'base_size', 'scale_range', 'card', 'supports')  # classes have a comparison of their own
+MAY_DIFFER = ('classes', 'base_size', 'input_size', 'scale_range', 'card', 'supports')  # classes: compared elsewhere
 DEFAULT_MODEL = 'pspnet_pop'  # of checkpoints that do not name theirs
 # what classification networks have beyond our backbones
 CLASSIFIER_PREFIXES = ('fc.', 'classifier.', 'features.18.')

@@ -143,8 +143,9 @@ def read_memory(path: Path, net: JointPOP, network: str, device: torch.device) -
     """
     if not path.is_file():
         raise InputError(
-            f'there is no {path}, the memory of the base network. Give --data-dir with its data, or make it with: '
-            'python -m utils.memory --restore-from CHECKPOINT --data-dir DATA'
+            f'there is no {path}, the memory of the base network, which train_base.py writes at its end. Give '
+            '--data-dir with its data, or make it with: python -m utils.memory --restore-from '
+            f'{path.parent} --data-dir DATA'
         )
     content = read_content(path)
     if not isinstance(content, dict) or content.get('format') != 'pop-memory':

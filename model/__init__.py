@@ -7,11 +7,12 @@ from model.backbones import BACKBONES, build_backbone, find_backbone
 from model.capl import CAPL
 from model.finetuning import FineTuned
 from model.joint import JointPOP
+from model.lda import LDA
 from model.network import Head, Network
 from model.pop import POP
 from model.psp import PSP
 
-MODELS = {'pspnet_pop': POP, 'pspnet_joint': JointPOP, 'pspnet_ft': FineTuned, 'pspnet_capl': CAPL}
+MODELS = {'pspnet_pop': POP, 'pspnet_joint': JointPOP, 'pspnet_lda': LDA, 'pspnet_ft': FineTuned, 'pspnet_capl': CAPL}
 
 
 def build_model(

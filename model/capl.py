@@ -13,7 +13,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.losses import cross_entropy
-from model.network import AUXILIARY_CHANNELS, AUXILIARY_WEIGHT, Labelled, Maps, Network, auxiliary_head, single
+from model.network import (
+    AUXILIARY_CHANNELS,
+    AUXILIARY_WEIGHT,
+    Labelled,
+    Maps,
+    Network,
+    auxiliary_head,
+    covered_mean,
+    single,
+)
 
 SCALE = 10.0
 
@@ -155,7 +164,7 @@ class CAPL(Network):
         return w * g + (1 - w) * p
 
     @torch.no_grad()
-    def register(self, supports: Iterable[Labelled]) -> None:
+    def register(self, supports: Iterable[Labelled], base_views: Iterable[Labelled] = ()) -> None:
         """Pool the prototypes of novel classes from their supports, and enrich those of base classes with them.
 
         A novel class gets the mean feature of its pixels in its own supports. These also give a mean feature of
@@ -164,6 +173,7 @@ class CAPL(Network):
 
         Args:
             supports: the support images of each novel class, in the order of the labels.
+            base_views: none are needed.
         """
         novel, context = [], []
         for label, (maps, masks, _) in enumerate(supports, len(self.proto)):
@@ -198,14 +208,3 @@ def label_means(features: torch.Tensor, masks: torch.Tensor, num_labels: int) ->
     sums = (is_label.flatten(2) @ features.flatten(2).transpose(1, 2)).sum(dim=0)  # [K, C]
     count = is_label.sum(dim=(0, 2, 3))
     return sums / count.clamp(min=1)[:, None], count
-
-
-def covered_mean(features: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-    """Mean feature [C], each position weighted by its share of true pixels: for objects smaller than a position.
-
-    Args:
-        features: [B, C, h, w].
-        where: bool [B, H, W]; true somewhere.
-    """
-    share = F.adaptive_avg_pool2d(where[:, None].to(features), features.shape[2:])
-    return (share * features).sum(dim=(0, 2, 3)) / share.sum()

@@ -48,6 +48,7 @@ class JointPOP(POP):
         'calibration': {'base': 'novel logits are raised as far as base images allow', 'none': 'not raised, as POP'},
     })  # fmt: skip
     STARTS_FROM_SUPPORTS = True
+    USES_BASE_VIEWS = True
     STAGE_2_PREFIXES = ('novel_emb', 'classifier_n.', 'backbone_mean', 'backbone_std', 'novel_offset')
 
     def __init__(self, backbone: nn.Module, decoder: nn.Module, num_base: int, num_novel: int = 0, **options) -> None:
@@ -65,6 +66,11 @@ class JointPOP(POP):
         return self.backbone.out_channels if self.options['prototypes'] == 'joint' else 0
 
     @property
+    def fixed_background(self) -> bool:
+        """Whether the background keeps the score of stage 1."""
+        return self.options['background'] == 'base'
+
+    @property
     def calibrates(self) -> bool:
         return self.num_novel > 0 and self.options['calibration'] == 'base'
 
@@ -73,7 +79,7 @@ class JointPOP(POP):
         residual, and 'backbone' [B, Cb, h', w'], averaged to a stride of 16 where the backbone's is finer."""
         features, backbone = self.features_and_backbone(images)
         maps = self.decompose(features)
-        if self.options['background'] == 'base':
+        if self.fixed_background:
             maps['background'] = as_map(score(self.classifier, vectors(maps['residual']))[:, None], features)
         if self.extra:
             maps['backbone'] = F.avg_pool2d(backbone, self.pool, ceil_mode=True, count_include_pad=False)
@@ -82,7 +88,7 @@ class JointPOP(POP):
     def map_shapes(self, size: tuple[int, int]) -> dict[str, tuple[int, int, int]]:
         """Shape (channels, h, w) of each of the `maps` of images of size (H, W)."""
         shapes, place = super().map_shapes(size), self.feature_size(size)
-        if self.options['background'] == 'base':
+        if self.fixed_background:
             shapes['background'] = (1, *place)
         if self.extra:
             shapes['backbone'] = (self.extra, *(-(-side // self.pool) for side in place))
@@ -102,13 +108,13 @@ class JointPOP(POP):
             z = (vectors(backbone) - self.backbone_mean) / self.backbone_std
             s = F.normalize(self.novel_emb, dim=1)[:, -self.extra :]
             finished = {'novel': as_map(z @ s.T, backbone)}
-            if self.options['background'] == 'novel':
+            if not self.fixed_background:
                 finished['backbone'] = as_map(z, backbone)
-            finished = {name: self._enlarge(value, place) for name, value in finished.items()}
+            finished = {name: self.enlarge(value, place) for name, value in finished.items()}
         return {name: value for name, value in maps.items() if name != 'backbone'} | finished
 
-    def _enlarge(self, maps, size):
-        """From a stride of 16 to that of the other maps."""
+    def enlarge(self, maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """Maps [B, K, h', w'] of the size of the kept map of the backbone at that of the others, (h, w)."""
         if self.pool == 1:
             return maps
         height, width = size
@@ -124,7 +130,7 @@ class JointPOP(POP):
         self, maps: Maps, r: torch.Tensor, novel: tuple[torch.Tensor, torch.Tensor] | None
     ) -> torch.Tensor:
         """phi of what the base prototypes leave, [N]; or as `POP.score_background`, in the joint space."""
-        if self.options['background'] == 'base':
+        if self.fixed_background:
             return vectors(maps['background'])[:, 0]
         if self.extra and novel:
             r = torch.cat([r, vectors(maps['backbone'])], dim=1)

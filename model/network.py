@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from model.losses import cross_entropy, with_pseudo_labels
@@ -62,6 +63,7 @@ class Network(nn.Module):
         BATCH_UNIT: number of images of which a batch of stage 1 must be a multiple.
         STARTS_FROM_SUPPORTS: `start_from_supports` is called before the training of stage 2.
         REGISTERS: `register` takes the place of stage 2.
+        USES_BASE_VIEWS: `register` or `calibrate` gets base views.
     """
 
     title: str
@@ -75,6 +77,7 @@ class Network(nn.Module):
     BATCH_UNIT = 1
     STARTS_FROM_SUPPORTS = False
     REGISTERS = False
+    USES_BASE_VIEWS = False
 
     def __init__(self, backbone: nn.Module, decoder: nn.Module, num_base: int, num_novel: int = 0, **options) -> None:
         super().__init__()
@@ -247,11 +250,12 @@ class Network(nn.Module):
             views: base views; those that show a support image have no labels.
         """
 
-    def register(self, supports: Iterable[Labelled]) -> None:
+    def register(self, supports: Iterable[Labelled], base_views: Iterable[Labelled] = ()) -> None:
         """In place of stage 2, where the method `REGISTERS`: learn the novel classes without gradients.
 
         Args:
             supports: the support images of each novel class, in the order of the labels.
+            base_views: as `calibrate` gets them, where the method `USES_BASE_VIEWS`.
         """
         raise NotImplementedError
 
@@ -319,3 +323,14 @@ def labels_at(masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         for whole, count in zip(masks.shape[1:], size, strict=True)
     )
     return masks[:, rows[:, None], columns]
+
+
+def covered_mean(features: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """Mean feature [C], each position weighted by its share of true pixels: for objects smaller than a position.
+
+    Args:
+        features: [B, C, h, w].
+        where: bool [B, H, W]; true somewhere.
+    """
+    share = F.adaptive_avg_pool2d(where[:, None].to(features), features.shape[2:])
+    return (share * features).sum(dim=(0, 2, 3)) / share.sum()

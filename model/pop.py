@@ -43,6 +43,7 @@ class POP(Network):
         channels = decoder.out_channels
         self.classifier = _prototype_mlp(channels, channels)
         self.base_emb = nn.Parameter(nn.init.orthogonal_(torch.empty(num_base, channels)))
+        self.novel_emb = None
         if num_novel:
             self.classifier_n = _prototype_mlp(channels + self.extra, channels)
             start = nn.init.orthogonal_(torch.empty(num_novel, channels))
@@ -89,7 +90,7 @@ class POP(Network):
         with torch.autocast(self.base_emb.device.type, enabled=False):
             p, r = vectors(maps['projections']), vectors(maps['residual'])  # [N, Kb], [N, C]
             novel = None
-            if self.num_novel:
+            if self.novel_emb is not None:
                 s = F.normalize(self.novel_emb, dim=1)
                 novel = self.novel_projections(maps, p, r, s), s  # [N, Kn], [Kn, C + extra]
                 p = torch.cat([p, novel[0]], dim=1)
@@ -136,7 +137,7 @@ class POP(Network):
     def constants(self) -> tuple[torch.Tensor, torch.Tensor]:
         """phi(s_k) and phi(-s_k), float32 [K] each; phi_n scores the novel prototypes."""
         scored = [(self.classifier, self.base_emb)]
-        if self.num_novel:
+        if self.novel_emb is not None:
             scored.append((self.classifier_n, self.novel_emb))
         toward, away = [], []
         with torch.autocast(self.base_emb.device.type, enabled=False):

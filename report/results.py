@@ -18,8 +18,9 @@ from report.tables import class_table, mean_and_std, summary_table
 
 
 def seed_result(
-    checkpoint: Path | str, confusion: np.ndarray, legend: Legend, images: int, listed_images: int, views: str = ''
-) -> dict:
+    checkpoint: Path | str, confusion: np.ndarray, legend: Legend, images: int, listed_images: int,
+    base_size: tuple[int, int], views: str = '',
+) -> dict:  # fmt: skip
     """The result of one seed.
 
     Args:
@@ -28,16 +29,18 @@ def seed_result(
         legend: names and colours of the K labels.
         images: number of images that it rests on.
         listed_images: number of images in the evaluation list.
+        base_size: (H, W) that images are resized to fit.
         views: how images were shown to the network, where not in one pass.
 
     Returns:
-        'checkpoint', 'views' where there are any, 'images', 'listed_images', 'classes_without_pixels' (names of classes
-        that no mask shows), the keys of `SUMMARY`, and 'iou' by class name, in percent.
+        'checkpoint', 'views' where there are any, 'base_size', 'images', 'listed_images', 'classes_without_pixels'
+        (names of classes that no mask shows), the keys of `SUMMARY`, and 'iou' by class name, in percent.
     """
     first = 1 if legend.background is None else 0
     return {
         'checkpoint': str(checkpoint),
         **({'views': views} if views else {}),
+        'base_size': list(base_size),
         'images': images,
         'listed_images': listed_images,
         'classes_without_pixels': [legend.names[k] for k in np.flatnonzero(confusion.sum(axis=1) == 0) if k >= first],
@@ -49,7 +52,8 @@ def seed_result(
 def basis(result: dict) -> str:
     """What a `seed_result` rests on, in words."""
     images, listed = result['images'], result['listed_images']
-    text = f'Evaluated on {images} of {listed} images'
+    height, width = result['base_size']
+    text = f'Evaluated at {height}x{width} on {images} of {listed} images'
     text += f'; {listed - images} could not be read and were skipped.' if images < listed else '.'
     text += f' Views: {result["views"]}.' if 'views' in result else ''
     if absent := result['classes_without_pixels']:

@@ -10,11 +10,12 @@ fi
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" requirements.txt
 cd "$ROOT"
 
+trap 'echo "the demo starts from the beginning each time" >&2' INT TERM
 run=runs/demo
 rm -rf "$run"
 data=(--dataset shapes --data-dir data/shapes --fold 0)
 network=(--backbone resnet18 --os 16 --base-size "97,97" --test-batch-size 10 --fp16)
-training=(--input-size "97,97" --print-frequency 22)
+training=(--input-size "97,97" --print-frequency 10)
 
 echo "== stage 1: base classes"
 python train_base.py "${data[@]}" "${network[@]}" "${training[@]}" --restore-from none --snapshot-dir "$run/base" \

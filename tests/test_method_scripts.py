@@ -13,6 +13,7 @@ from engine import precision
 from engine.trainer import Trainer
 from model import BACKBONES, MODELS
 from model.capl import CAPL
+from model.lda import LDA
 
 
 @pytest.mark.parametrize('in_half', ((), ('--fp16',)))
@@ -22,12 +23,13 @@ from model.capl import CAPL
         ('pspnet_ft', ('--train', 'decoder', '--views', 1, '--base-views', 2)),
         ('pspnet_capl', ()),
         ('pspnet_joint', ('--background', 'novel', '--base-views', 2)),
+        ('pspnet_lda', ('--base-views', 2)),
     ),
 )
 def test_every_script_runs_and_interrupted_runs_resume_to_the_same_weights(
     tiny, run_script, shapes, tmp_path, monkeypatch, name, flags, in_half
 ):
-    base_name = MODELS[name].BASE_MODEL or name
+    base_name, registers = MODELS[name].BASE_MODEL or name, MODELS[name].REGISTERS
     base_data = (*TINY, '--backbone', tiny, '--data-dir', shapes, *in_half, '--model', base_name)
     data = ('--dataset', 'shapes', '--base-size', '65,65', '--num-workers', 0, '--data-dir', shapes, *in_half)
     train = (*TINY_TRAINING, '--input-size', '33,33', '--num-epoch', 1, '--save-every-steps', 1)
@@ -52,14 +54,16 @@ def test_every_script_runs_and_interrupted_runs_resume_to_the_same_weights(
         assert code == 0, output
         with monkeypatch.context() as patch:
             patch.setattr(Trainer, 'step', ends_after(1, Trainer.step))
-            patch.setattr(CAPL, 'register', ends_after(0, CAPL.register))
+            for method in (CAPL, LDA):
+                patch.setattr(method, 'register', ends_after(0, method.register))
             assert stage(killed)[0] == 9
         code, output = stage(killed)
-        assert code == 0 and ('resumed at epoch 1, step 2' in output or name == 'pspnet_capl'), output
+        assert code == 0 and ('resumed at epoch 1, step 2' in output or registers), output
         same_results(whole / part, killed / part, names)
     code, output = stage_2(killed)
     assert code == 0 and 'finished earlier' in output, output
-    assert ('so --input-size, --batch-size, --num-epoch have no effect' in output) is (name == 'pspnet_capl')
+    unused = {'pspnet_capl': '--input-size, --batch-size', 'pspnet_lda': '--batch-size'}.get(name)
+    assert (f'trains nothing, so {unused}, --num-epoch have no effect' in output) is registers
     novel, base = (torch.load(folder, weights_only=True)['model'] for folder in
                    (whole / 'novel/last_123.pth', whole / 'base/best.pth'))  # fmt: skip
     shared = {key.split('.')[0] for key in novel if key in base and not torch.equal(novel[key], base[key])}

@@ -97,7 +97,7 @@ def test_any_name_is_carried_through(run_script, shapes, untrained, tmp_path):
     )  # fmt: skip
     assert code == 0 and 'caf\\udce9/overlay_123' in output, output
     written = tmp_path / 'caf\udce9'
-    assert 'Evaluated on 4 of 5 images; 1 could not be read' in (written / 'results.md').read_text()
+    assert 'Evaluated at 65x65 on 4 of 5 images; 1 could not be read' in (written / 'results.md').read_text()
     result = json.loads((written / 'results.json').read_text())['seeds']['123']
     assert (result['images'], result['listed_images']) == (4, 5)
     assert {path.name for path in (written / 'predictions_123').iterdir()} == {f'{i}.png' for i in listed}

@@ -148,7 +148,8 @@ def test_evaluation_counts_every_pixel_of_the_original_masks(run_script, shapes,
         absent = [results['seeds'][str(seed)][key] for key in ('images', 'listed_images', 'classes_without_pixels')]
         names = DATASETS['shapes'].legend(0).names
         assert absent == [len(ids), len(ids), [name for name, count in zip(names, truth, strict=True) if not count]]
-    assert output.count(f'Evaluated on {len(ids)} of {len(ids)} images. No pixel of ') == 1  # the same for both seeds
+    # the same for both seeds
+    assert output.count(f'Evaluated at 65x65 on {len(ids)} of {len(ids)} images. No pixel of ') == 1
     assert results['precision'] == 'float32'
     novel = [results['seeds'][seed]['novel'] for seed in ('123', '234')]
     assert results['mean']['novel'] == pytest.approx(np.mean(novel))
@@ -157,11 +158,22 @@ def test_evaluation_counts_every_pixel_of_the_original_masks(run_script, shapes,
     assert len(pictures) == 4 and all(Image.open(path).size[0] > 900 for path in pictures)
 
 
+def test_stage_2_and_evaluation_take_sizes_from_the_checkpoint(run_script, shapes, base_run, tmp_path):
+    where = ('--dataset', 'shapes', '--data-dir', shapes, '--num-workers', 0)
+    flags = ('--restore-from', base_run, '--snapshot-dir', tmp_path, '--num-epoch', 1)
+    code, output = run_script('ft_pop.py', *where, *flags)
+    assert code == 0 and 'validation at 65x65' in output, output
+    flags = json.loads((tmp_path / 'args.json').read_text())
+    assert (flags['base_size'], flags['input_size'], flags['os']) == ([65, 65], [65, 65], 32)
+    code, output = run_script('test.py', *where, '--restore-from', tmp_path)
+    assert code == 0 and 'Evaluated at 65x65 on 8 of 8' in output and 'note' not in output, output
+
+
 def test_another_base_size_than_in_training_is_reported(run_script, shapes, base_run, tmp_path):
     flags = ('--data-dir', shapes, '--restore-from', base_run, '--save-path', tmp_path)
     assert 'was validated with' not in run_script('test.py', *TINY, *flags)[1]
     code, output = run_script('test.py', *TINY, *flags, '--base-size', '97,65')
-    assert code == 0 and 'was validated with --base-size 65,65 while it was trained' in output, output
+    assert code == 0 and 'was validated with --base-size 65,65 in training; this evaluates at 97,65' in output, output
 
 
 def test_an_untrained_network_scores_near_zero(run_script, shapes, tmp_path):

@@ -131,7 +131,7 @@ def add_evaluation_flags(group):
     """How evaluation feeds images to the network; `group` is a parser or a group of one."""
     group.add_argument(
         '--base-size', type=parse_size, default=BASE_SIZE, metavar='H,W',
-        help='evaluation: images are resized to fit (default: 473,473; for utils.predict: as in training)',
+        help='evaluation: images are resized to fit (default: that of the checkpoint, or 473,473)',
     )  # fmt: skip
     group.add_argument(
         '--test-batch-size', type=positive, help='per process; changes rounding only (default: 16 on a GPU, 1 on a CPU)'
@@ -184,11 +184,12 @@ def add_training_flags(parser: argparse.ArgumentParser, batch_size: int | None, 
 
 def _add_recipe_flags(group, batch_size, num_epoch):
     group.add_argument(
-        '--input-size', type=parse_size, default=(473, 473), metavar='H,W', help='training crop (default: 473,473)'
-    )
+        '--input-size', type=parse_size, default=BASE_SIZE, metavar='H,W',
+        help='training crop (default: 473,473; in stage 2 that of stage 1)',
+    )  # fmt: skip
     group.add_argument(
         '--scale-range', type=parse_range, metavar='LO,HI',
-        help="random resize factor, relative to the original size (default: the dataset's)",
+        help="random resize factor, relative to the original size (default: the dataset's; in stage 2 that of stage 1)",
     )  # fmt: skip
     group.add_argument(
         '--batch-size', type=positive, default=batch_size,
@@ -293,7 +294,6 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
     check_data_flags(parser, args, [args.fold])
     if hasattr(args, 'batch_size'):
         args.batch_size = args.batch_size or spec.batch_size
-        args.scale_range = args.scale_range or spec.scale_range
         _check_training(parser, args)
     return args
 

@@ -23,6 +23,7 @@ from utils.data_flags import fill_data
 from utils.method_flags import method_options
 
 UNTRAINED = ('none', 'imagenet')  # --restore-from without a checkpoint
+NETWORK_FLAGS = ('model', 'backbone', 'os', 'base_size', 'input_size', 'scale_range')  # that checkpoints know
 
 
 def fold_data(args: argparse.Namespace) -> FoldData:
@@ -72,7 +73,7 @@ def described_data(args: argparse.Namespace, config: dict) -> FoldData:
 def network_config(args: argparse.Namespace, data: FoldData, seed: int | None = None) -> dict:
     """What a checkpoint says of its network: data set, fold, classes, architecture, size; for stage 2 shot and seed.
 
-    When it is trained, also the scale range; and the support images where they are no published draw.
+    When it is trained, also crop size and scale range; and the support images where they are no published draw.
 
     Args:
         args: the flags.
@@ -86,23 +87,32 @@ def network_config(args: argparse.Namespace, data: FoldData, seed: int | None = 
     if options := method_options(args):
         config['options'] = options
     if 'scale_range' in args:
-        config['scale_range'] = list(args.scale_range)
+        config |= {'input_size': list(args.input_size), 'scale_range': list(args.scale_range)}
     if data.support_list or (data.nested and seed is not None):
         config['supports'] = [list(pair) for pair in data.supports(args.shot, seed or 0).items()]
     return config if seed is None else config | {'shot': args.shot, 'seed': seed}
 
 
 def fill_network(args: argparse.Namespace, checkpoint: Checkpoint | None):
-    """Set --model, --backbone and --os, where they are None, to those of a checkpoint, or to the default ones.
+    """Set the flags of `NETWORK_FLAGS`, where they are None, to those of a checkpoint, or to the default ones.
 
     Args:
         args: changed in place.
         checkpoint: that --restore-from names; None where it names none.
     """
     known = {**checkpoint.config, 'model': checkpoint.model} if checkpoint else {}
-    for name, default in {'model': DEFAULT_MODEL, **cli.DEFAULT_NETWORK}.items():
-        if getattr(args, name) is None:
-            setattr(args, name, known.get(name, default))
+    default = {
+        'model': DEFAULT_MODEL, **cli.DEFAULT_NETWORK, 'base_size': cli.BASE_SIZE, 'input_size': cli.BASE_SIZE,
+        'scale_range': args.dataset.scale_range,
+    }  # fmt: skip
+    for name in missing_network_flags(args):
+        value = known.get(name, default[name])
+        setattr(args, name, tuple(value) if isinstance(value, list) else value)
+
+
+def missing_network_flags(args: argparse.Namespace) -> list[str]:
+    """Those of `NETWORK_FLAGS` that a script has, but was not given."""
+    return [name for name in NETWORK_FLAGS if getattr(args, name, '') is None]
 
 
 def training_process(args: argparse.Namespace) -> contextlib.AbstractContextManager[torch.device]:

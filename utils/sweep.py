@@ -19,6 +19,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from core import signals
@@ -38,7 +39,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--data', nargs='+', required=True, metavar='NAME=DIR|CARD', help='data sets and their folders'
     )  # fmt: skip
-    parser.add_argument('--fold', type=not_negative, nargs='+', default=(0, 1, 2, 3), help='default: 0 1 2 3')
+    parser.add_argument('--fold', type=not_negative, nargs='+', help='default: all folds that all data sets have')
     parser.add_argument('--shot', type=positive, nargs='+', default=(1, 5), help='default: 1 5')
     add_seeds(parser, '--seed', 'default: 123 234 345', (123, 234, 345))
     parser.add_argument('--out', type=Path, required=True, help='folder of all runs and of the tables')
@@ -86,7 +87,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def check_grid(parser: argparse.ArgumentParser, args: argparse.Namespace):
     """Refuse a grid that does not fit together; turn --data and the flags of shots and methods into dicts."""
-    data = {}
+    data, folds = {}, None
     for pair in args.data:
         name, _, folder = pair.partition('=')
         try:
@@ -95,11 +96,14 @@ def check_grid(parser: argparse.ArgumentParser, args: argparse.Namespace):
             parser.error(f'--data {pair}: {error}')
         if not (folder or spec.root):
             parser.error(f'--data {pair}: expected {spec}=DIR')
-        check_folds(parser, spec, args.fold)
+        check_folds(parser, spec, args.fold or ())
+        folds = min(folds or len(spec.folds), len(spec.folds))
         if not spec.tested().val_list:
             parser.error(f'--data {pair}: {spec} has no images to evaluate (val: none)')
         data[spec.name] = ['--dataset', spec.choice, '--data-dir', folder or str(spec.root)]
-    args.data = data
+    args.data, args.fold = data, args.fold or list(range(folds))
+    if not args.fold:
+        parser.error('--data names a data set without novel classes, so it has no folds')
     args.shot_flags = flags_of(parser, args, 'shot', positive)
     args.model_flags = flags_of(parser, args, 'model', str)
     args.model_base_flags = flags_of(parser, args, 'model', str, 'model-base')
@@ -207,7 +211,7 @@ def update_tables(steps: list[Step], out: Path, folds: list[int]):
         write_tables(out, rows, folds)
 
 
-@exits_cleanly
+@partial(exits_cleanly, resumes=True)
 def main(args: argparse.Namespace):
     args.out = args.out.resolve()
     check_writable(args.out)

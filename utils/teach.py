@@ -26,6 +26,7 @@ from core import IGNORE_INDEX
 from core.errors import InputError, exits_cleanly, some
 from core.files import check_writable
 from core.ranks import world_size
+from core.signals import Stopped
 from dataset import FoldData
 from dataset.legend import Legend
 from dataset.own_classes import SupportImage, SupportSamples, extend_legend, read_support_folder
@@ -281,8 +282,9 @@ def report(args: argparse.Namespace, lesson: Lesson, teacher: Teacher) -> dict[s
 def disappointments(classes: dict[str, dict], lost: float) -> list[str]:
     """What of a result is bad: IoU of `report`, and lost points of base mIoU."""
     notes = [
-        f'{name} was not learned: look at panels/{name}.png. Are its masks right, and do they show all of it?'
-        if known['new'] else f'{name}, taught before, is hardly recognised any more: raise --steps'
+        f'{name} was not learned: look at panels/{name}.png. Are its masks right, and do they show all of it? If '
+        'so, raise --steps, or take a base network that knows more'
+        if known['new'] else f'{name}, taught before, is hardly recognised'
         for name, known in classes.items() if known['trained_iou'] < LEAST_IOU
     ]  # fmt: skip
     if lost > MOST_LOST:
@@ -310,7 +312,11 @@ def main(args: argparse.Namespace):
         print(f'{args.out / "best.pth"} is written, after {seconds:.0f} s')
         if args.leave_out and lesson.new:
             print('photographs are left out in turn, to say what to expect; stopping this leaves best.pth as it is')
-        classes = report(args, lesson, teacher)
+        try:
+            classes = report(args, lesson, teacher)
+        except Stopped:
+            print(f'{args.out / "best.pth"} is complete; only what to expect of it is not known')
+            raise
         write_teaching(args.out, {
             'checkpoint': str(lesson.checkpoint.path), 'forgotten': args.forget, 'classes': classes,
             'base_miou': {'before': before, 'after': after}, 'base_views': len(lesson.base_views.rows),
