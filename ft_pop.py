@@ -12,7 +12,7 @@ images, as evaluation reads them, without augmentation, and validated once.
 """
 
 import argparse
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,7 +23,7 @@ from dataset import Augmentation, FewShotDataset, FoldData, SegmentationDataset
 from dataset.views import KeptPairs, base_views, support_views
 from engine.checkpoint import Checkpoint, read_checkpoint, resolve_checkpoint
 from engine.distributed import main_first, wrap_ddp
-from engine.features import FeatureKeeper, FrozenFeatures, KeptFeatures, join, labelled
+from engine.features import FeatureKeeper, FrozenFeatures, KeptFeatures, LabelledFeatures, join
 from engine.loaders import training_loader
 from engine.precision import autocast, compile_features, name_of, precision, to_device
 from engine.pretrained import imagenet_checkpoint
@@ -83,15 +83,13 @@ class NovelStage(Stage):
         frozen: the base network, fused; gives the maps.
         kept: maps of the support and base views where these are kept (--views).
         supports: of the support images, as `Network.register` takes them.
-        support_ids: ids of the support images.
-        base_views: batches of base views with their maps, where the method `USES_BASE_VIEWS`.
+        base_views: base views, where the method `USES_BASE_VIEWS`; those of support images have no labels.
     """
 
     frozen: Network
     kept: dict[str, KeptFeatures] | None = None
     supports: Iterable[Labelled] = ()
-    support_ids: Collection[str] = ()
-    base_views: Iterable[dict] = ()
+    base_views: Iterable[Labelled] = ()
 
     def losses(self, batch: dict, pixel_weight: float, micro_batches: int) -> dict[str, torch.Tensor]:
         support, base = batch['support'], batch['base']
@@ -103,7 +101,7 @@ class NovelStage(Stage):
 
     def register(self):
         """Let the network register the novel classes, where its method does that."""
-        self.net.register(self.supports, self.views_to_learn_from())
+        self.net.register(self.supports, self.base_views)
 
     def maps(self, batch: dict) -> dict[str, torch.Tensor]:
         """What the head classifies of a batch of B pairs: name -> [2B, channels, h, w], the support images first."""
@@ -115,11 +113,7 @@ class NovelStage(Stage):
     def calibrate(self):
         """Let the network calibrate on the base views."""
         if self.net.calibrates:
-            self.net.calibrate(self.views_to_learn_from())
-
-    def views_to_learn_from(self) -> Iterator[Labelled]:
-        """The base views; those of support images have no labels."""
-        return labelled(self.base_views, self.device, set(self.support_ids))
+            self.net.calibrate(self.base_views)
 
     @staticmethod
     def improves(metrics: dict, best: dict | None) -> bool:
@@ -180,14 +174,15 @@ def build_network(args: argparse.Namespace, data: FoldData, num_novel: int = 0) 
 
 
 def build_novel(
-    args: argparse.Namespace, data: FoldData, seed: int, *, base: Network, supports: Supports, folder: RunFolder
-) -> Network:
+    args: argparse.Namespace, data: FoldData, seed: int, *, base: Network, supports: Iterable[Labelled],
+    base_views: Iterable[Labelled], folder: RunFolder,
+) -> Network:  # fmt: skip
     """The network to train for a seed: the base network with what stage 2 adds; all else is frozen."""
     net = build_network(args, data, len(data.novel_ids))
     net.start_from(base)
     net.to(next(base.parameters()).device, memory_format=torch.channels_last)
     if net.STARTS_FROM_SUPPORTS:
-        net.start_from_supports(supports)
+        net.start_from_supports(supports, base_views)
     net.freeze_base()
     if args.start_epoch and not folder.holds(seed):
         earlier = start_epoch_checkpoint(args, seed)
@@ -258,14 +253,17 @@ def train_seed(
         train_set, args.batch_size, seed, num_workers=0 if kept else args.num_workers, device=device, fill_last=True,
         micro_batches=args.accumulate,
     )  # fmt: skip
+    base_views = ()
+    if base.USES_BASE_VIEWS:
+        pool = kept['base'] if kept else keep_base_views(args, pairs, keeper)
+        base_views = LabelledFeatures(pool, device, set(support.image_ids))
     torch.manual_seed(seed)  # only now: loaders draw too, and features may be there already
-    net = build_novel(args, data, seed, base=base, supports=supports, folder=run.folder)
-    pool = kept['base'] if kept else keep_base_views(args, pairs, keeper) if net.USES_BASE_VIEWS else ()
+    net = build_novel(args, data, seed, base=base, supports=supports, base_views=base_views, folder=run.folder)
     panel = None
     if val_batches is not None:
         panel = ValidationPanel(data.legend, data.samples('val', novel_as_background=False).read_image)
     stage = NovelStage(
-        net=net, frozen=keeper.frozen, kept=kept, supports=supports, support_ids=support.image_ids, base_views=pool,
+        net=net, frozen=keeper.frozen, kept=kept, supports=supports, base_views=base_views,
         model=wrap_ddp(Head(net), device, sync_bn=False), device=device, dtype=keeper.dtype, val_batches=val_batches,
         panel=panel, class_names=data.legend.names, config=from_flags.network_config(args, data, seed), seed=seed,
         listed=len(data.ids('val')), patience=args.num_epoch // 4,

@@ -275,24 +275,32 @@ def join(parts: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def labelled(batches: Iterable[dict], device: torch.device, hidden: Collection[str] = ()) -> Iterator[Labelled]:
+@dataclass(frozen=True)
+class LabelledFeatures:
     """Batches with 'maps' as methods learn from them outside of training steps.
 
-    Args:
+    Attributes:
         batches: of `FrozenFeatures` or `KeptFeatures`.
         device: of the maps.
         hidden: ids of images whose labels are left out.
     """
-    for batch in interruptible(batches):
-        if not batch['id']:  # all of its images were skipped
-            continue
-        height, width = batch['mask'].shape[1:]
-        whole = batch['canvas'][0]  # that the maps cover
-        masks = F.pad(batch['mask'], (0, whole[1] - width, 0, whole[0] - height), value=IGNORE_INDEX).to(device).long()
-        for mask, image_id in zip(masks, batch['id'], strict=True):
-            if image_id in hidden:
-                mask.fill_(IGNORE_INDEX)
-        yield Labelled(batch['maps'], masks, batch['shape'])
+
+    batches: Iterable[dict]
+    device: torch.device
+    hidden: Collection[str] = ()
+
+    def __iter__(self) -> Iterator[Labelled]:
+        for batch in interruptible(self.batches):
+            if not batch['id']:  # all of its images were skipped
+                continue
+            height, width = batch['mask'].shape[1:]
+            whole = batch['canvas'][0]  # that the maps cover
+            masks = F.pad(batch['mask'], (0, whole[1] - width, 0, whole[0] - height), value=IGNORE_INDEX)
+            masks = masks.to(self.device).long()
+            for mask, image_id in zip(masks, batch['id'], strict=True):
+                if image_id in self.hidden:
+                    mask.fill_(IGNORE_INDEX)
+            yield Labelled(batch['maps'], masks, batch['shape'])
 
 
 def kept_shapes(frozen: Network, size: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from dataset import SegmentationDataset
-from engine.features import FrozenFeatures, labelled
+from engine.features import FrozenFeatures, LabelledFeatures
 from engine.loaders import evaluation_loader
 from engine.trainer import Trainer
 from model import Network
@@ -42,5 +42,6 @@ class Supports:
         for count in self.counts:
             rows = range(first, first + count)
             loader = evaluation_loader(self.images, count, num_workers=0, device=self.device, rows=rows)
-            yield from labelled(FrozenFeatures(self.frozen, loader, self.device, self.dtype), self.device)
+            features = FrozenFeatures(self.frozen, loader, self.device, self.dtype)
+            yield from LabelledFeatures(features, self.device)
             first += count

@@ -13,7 +13,7 @@ from dataset import Augmentation, SegmentationDataset
 from dataset.own_classes import SupportSamples, support_positions
 from dataset.views import DrawnViews, KeptPairs
 from engine.evaluation import evaluate
-from engine.features import FeatureKeeper, KeptFeatures, join, labelled
+from engine.features import FeatureKeeper, KeptFeatures, LabelledFeatures, join
 from engine.loaders import training_loader
 from engine.optim import MIN_LOSS_SCALE, Optimization
 from engine.precision import autocast
@@ -120,8 +120,8 @@ class Teacher:
     Args:
         net: with novel classes, untrained.
         base: the network without them.
-        earlier: what stage 2 adds, as an earlier lesson has trained it; new classes have the values of `net`. None:
-            there was none, so the network starts from the photographs too.
+        earlier: what stage 2 adds, as an earlier lesson has trained it; new classes have the values of `net`. Empty:
+            there was none.
         samples: the images, with labels of the network.
         base_views: as many of each base class, in the order of the classes.
         keeper: gives the features.
@@ -138,7 +138,7 @@ class Teacher:
         samples: SupportSamples,
         base_views: KeptFeatures,
         *,
-        earlier: dict[str, torch.Tensor] | None,
+        earlier: dict[str, torch.Tensor],
         keeper: FeatureKeeper,
         size: tuple[int, int],
         recipe: Recipe,
@@ -151,7 +151,7 @@ class Teacher:
         whole = SegmentationDataset(samples.ids, samples, fit_size=size, resize_mask=True)
         self.photographs = keeper.keep(whole, 'photograph', size, whole=True)
         self.untrained, self.earlier = novel_state(net), earlier
-        self._load(earlier or {})
+        self._load(earlier)
 
     @cached_property
     def views(self) -> KeptFeatures:
@@ -167,15 +167,17 @@ class Teacher:
 
     def learn(self):
         """Train all classes on all photographs, from where an earlier lesson left them."""
-        self._load(self.earlier or self.untrained)
-        self._train(from_photographs=self.earlier is None)
+        self._train(self.earlier)
 
-    def _train(self, from_photographs, without=()):
+    def _train(self, earlier, without=()):
         device = self.net.base_emb.device
-        if from_photographs:
-            self.net.start_from_supports(labelled(_others(self.photographs, without), device))
+        base_views = LabelledFeatures(self.base_views, device)
+        self._load(self.untrained)
+        self.net.start_from_supports(LabelledFeatures(_others(self.photographs, without), device), base_views)
+        # discriminants are not trained, but fitted to all classes at once
+        self._load({name: value for name, value in earlier.items() if not name.startswith(self.net.DISCRIMINANTS)})
         learn(self.net, _others(self.views, without), self.base_views, self.recipe, self.dtype)
-        self.net.calibrate(labelled(self.base_views, device))
+        self.net.calibrate(base_views)
 
     def segment(self, ids: Collection[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Segment some of the photographs.
@@ -200,8 +202,7 @@ class Teacher:
         """
         total, found = 0, {}
         for ids in self.turns():
-            self._load(self.untrained)
-            self._train(from_photographs=True, without=ids)
+            self._train({}, without=ids)
             confusion, predictions = self.segment(ids)
             total, found = total + confusion, found | predictions
         return total, found

@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.network import Labelled, Maps, labels_at
+from model.discriminants import Discriminants
+from model.network import Labelled, Maps, labels_at, single
 from model.pop import POP, as_map, score, vectors
 
 KEPT_STRIDE = 16  # of the backbone's features: they have many channels, and are kept
 LEAST_STD = 0.1  # the standard deviation of no channel counts as less than this share of the mean one
+EVIDENCE = 0.1  # of discriminant analysis: the share of its margins that counts
 FALSE_ALARMS = 0.04  # calibration lets each novel class win this / (Kb + Kn) of the pixels of base classes
 
 
@@ -29,6 +31,10 @@ class JointPOP(POP):
 
     POP scores the background by phi_n on what all prototypes leave, and so learns it anew from a few supports. Here it
     is scored by phi on what the base prototypes leave, which is constant ('base'), or as in POP ('novel').
+
+    A few steps on a few images may leave a class behind that its mean feature alone would tell apart. So evaluation
+    adds, with a small weight, how much likelier discriminant analysis calls a novel class than background and base
+    classes (`Discriminants.margins`). It needs no training.
 
     What is learned from a few images fits these images best, so that novel classes are overlooked elsewhere. Calibrated
     stacking (Chao et al., ECCV 2016) adds a constant to the scores of new classes. Here each class has its own, as
@@ -45,11 +51,13 @@ class JointPOP(POP):
     OPTIONS = MappingProxyType({
         'prototypes': {'joint': "in decoder's and backbone's features", 'decoder': "in the decoder's, as POP"},
         'background': {'base': 'scored as stage 1 learned it', 'novel': 'learned anew, as POP'},
+        'discriminants': {'added': "evaluation adds those of pspnet_lda", 'none': 'not added, as POP'},
         'calibration': {'base': 'novel logits are raised as far as base images allow', 'none': 'not raised, as POP'},
     })  # fmt: skip
     STARTS_FROM_SUPPORTS = True
     USES_BASE_VIEWS = True
-    STAGE_2_PREFIXES = ('novel_emb', 'classifier_n.', 'backbone_mean', 'backbone_std', 'novel_offset')
+    DISCRIMINANTS = 'discriminants.'
+    STAGE_2_PREFIXES = ('novel_emb', 'classifier_n.', 'backbone_mean', 'backbone_std', 'novel_offset', DISCRIMINANTS)
 
     def __init__(self, backbone: nn.Module, decoder: nn.Module, num_base: int, num_novel: int = 0, **options) -> None:
         super().__init__(backbone, decoder, num_base, num_novel, **options)
@@ -57,6 +65,9 @@ class JointPOP(POP):
         if num_novel and self.extra:
             self.register_buffer('backbone_mean', torch.zeros(self.extra))
             self.register_buffer('backbone_std', torch.ones(self.extra))
+        self.discriminants = None
+        if num_novel and self.options['discriminants'] == 'added':
+            self.discriminants = Discriminants(decoder.out_channels + self.extra, num_base, num_novel)
         if self.calibrates:
             self.register_buffer('novel_offset', torch.zeros(num_novel))
 
@@ -95,31 +106,40 @@ class JointPOP(POP):
         return shapes
 
     def finish_maps(self, maps: Maps) -> Maps:
-        """Project the backbone's standardised features z on the novel prototypes, then enlarge: it is the same in the
-        other order, and Kn channels take a fraction of the time.
+        """Project the backbone's features on what they are multiplied with, then enlarge them: the other order gives
+        the same, but takes several times longer.
 
         Returns:
-            POP's maps, with 'novel' [B, Kn, h, w], and z [B, Cb, h, w] as 'backbone' where the background needs it.
+            POP's maps, and in place of 'backbone' what `project_backbone` gives, [B, ..., h, w].
         """
         if not (self.extra and self.num_novel):
             return maps
-        backbone, place = maps['backbone'], maps['residual'].shape[2:]
+        backbone, (height, width) = maps['backbone'], maps['residual'].shape[2:]
         with torch.autocast(backbone.device.type, enabled=False):
-            z = (vectors(backbone) - self.backbone_mean) / self.backbone_std
-            s = F.normalize(self.novel_emb, dim=1)[:, -self.extra :]
-            finished = {'novel': as_map(z @ s.T, backbone)}
-            if not self.fixed_background:
-                finished['backbone'] = as_map(z, backbone)
-            finished = {name: self.enlarge(value, place) for name, value in finished.items()}
+            finished = {name: as_map(x, backbone) for name, x in self.project_backbone(vectors(backbone)).items()}
+            if self.pool > 1:
+                finished = {
+                    # pooling rounds up
+                    name: F.interpolate(x, scale_factor=float(self.pool), mode='bilinear')[:, :, :height, :width]
+                    for name, x in finished.items()
+                }
         return {name: value for name, value in maps.items() if name != 'backbone'} | finished
 
-    def enlarge(self, maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """Maps [B, K, h', w'] of the size of the kept map of the backbone at that of the others, (h, w)."""
-        if self.pool == 1:
-            return maps
-        height, width = size
-        larger = F.interpolate(maps, scale_factor=float(self.pool), mode='bilinear')
-        return larger[:, :, :height, :width]  # pooling rounds up
+    def project_backbone(self, x: torch.Tensor) -> Maps:
+        """What logits need of the backbone's features x [N, Cb], float32.
+
+        Returns:
+            'novel' [N, Kn], projections of the standardised ones z on the novel prototypes; 'backbone' [N, Cb], z,
+            where the background needs it; and in evaluation 'discriminants' [N, 1 + Kb + Kn], their part of these.
+        """
+        z = (x - self.backbone_mean) / self.backbone_std
+        s = F.normalize(self.novel_emb, dim=1)[:, -self.extra :]
+        projected = {'novel': z @ s.T}
+        if not self.fixed_background:
+            projected['backbone'] = z
+        if self.discriminants is not None and not self.training:
+            projected['discriminants'] = x @ self.discriminants.weight[:, -self.extra :].T
+        return projected
 
     def novel_projections(self, maps: Maps, p: torch.Tensor, r: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
         """As `POP.novel_projections`, in the joint space."""
@@ -137,11 +157,45 @@ class JointPOP(POP):
         return super().score_background(maps, r, novel)
 
     def classify(self, maps: Maps, constants: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
-        """Logits [B, 1 + Kb + Kn, h, w], as `POP.classify`; in evaluation, novel ones with their offsets."""
+        """Logits [B, 1 + Kb + Kn, h, w] as `POP.classify`; in evaluation, discriminants and offsets are added."""
         logits = super().classify(maps, constants)
-        if self.calibrates and not self.training:
-            logits = logits + F.pad(self.novel_offset, (1 + self.num_base, 0))[:, None, None]
-        return logits
+        if self.training or not self.num_novel:
+            return logits
+        base, novel = logits.split([1 + self.num_base, self.num_novel], dim=1)
+        if self.discriminants is not None:
+            novel = novel + EVIDENCE * self.discriminant_margins(maps)
+        return torch.cat([base, self.calibrated(novel)], dim=1)
+
+    def calibrated(self, novel: torch.Tensor) -> torch.Tensor:
+        """Novel logits [B, Kn, h, w] with their offsets."""
+        return novel + self.novel_offset[:, None, None] if self.calibrates else novel
+
+    def discriminant_margins(self, maps: Maps) -> torch.Tensor:
+        """`Discriminants.margins` [B, Kn, h, w] of `finish_maps` in evaluation."""
+        with torch.autocast(self.base_emb.device.type, enabled=False):
+            p, r = vectors(maps['projections']), vectors(maps['residual'])
+            weight = self.discriminants.weight[:, : r.shape[1]].T  # [C, 1 + Kb + Kn]
+            scores = r @ weight + p @ (F.normalize(self.base_emb, dim=1) @ weight) + self.discriminants.bias
+            scores = as_map(scores, maps['residual'])
+            if self.extra:
+                scores = scores + maps['discriminants']
+            return self.discriminants.margins(scores, self.background)
+
+    def fit_discriminants(self, supports: Iterable[Labelled], base_views: Iterable[Labelled]) -> None:
+        """`Discriminants.fit` on the decoder's features, and the backbone's where novel classes see them."""
+        self.discriminants.fit(
+            *(((self.joint_features(maps), masks) for maps, masks, _ in images) for images in (base_views, supports))
+        )
+
+    def joint_features(self, maps: Maps) -> torch.Tensor:
+        """Features of `maps`, those of the decoder first, [B, C + extra, h', w'], float32."""
+        with torch.autocast(self.base_emb.device.type, enabled=False):
+            p, r = vectors(maps['projections']), vectors(maps['residual'])
+            q = as_map(r + p @ F.normalize(self.base_emb, dim=1), maps['residual'])
+            if not self.extra:
+                return q
+            q = F.avg_pool2d(q, self.pool, ceil_mode=True, count_include_pad=False)
+            return torch.cat([q, single(maps['backbone'])], dim=1)
 
     @torch.no_grad()
     def calibrate(self, views: Iterable[Labelled]) -> None:
@@ -168,9 +222,18 @@ class JointPOP(POP):
             wins = int(FALSE_ALARMS / (self.num_base + self.num_novel) * len(margins))
             self.novel_offset.copy_(margins.kthvalue(wins + 1, dim=0).values.clamp(min=0))
 
+    def freeze_base(self) -> None:
+        """Stage 2: train prototypes and phi_n."""
+        super().freeze_base()
+        if self.discriminants is not None:
+            self.discriminants.requires_grad_(False)
+
     @torch.no_grad()
-    def start_from_supports(self, supports: Iterable[Labelled]) -> None:
-        """Take mean and standard deviation of the backbone's channels over all positions of the support images."""
+    def start_from_supports(self, supports: Iterable[Labelled], base_views: Iterable[Labelled]) -> None:
+        """Take mean and standard deviation of the backbone's channels over all positions of the support images, and fit
+        the discriminants."""
+        if self.discriminants is not None:
+            self.fit_discriminants(supports, base_views)
         if not self.extra:
             return
         count, total, squares = 0, 0, 0

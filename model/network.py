@@ -63,7 +63,7 @@ class Network(nn.Module):
         BATCH_UNIT: number of images of which a batch of stage 1 must be a multiple.
         STARTS_FROM_SUPPORTS: `start_from_supports` is called before the training of stage 2.
         REGISTERS: `register` takes the place of stage 2.
-        USES_BASE_VIEWS: `register` or `calibrate` gets base views.
+        USES_BASE_VIEWS: what learns from images outside of training steps gets base views.
     """
 
     title: str
@@ -219,11 +219,12 @@ class Network(nn.Module):
     def start_novel(self) -> None:
         """Start what stage 2 adds from what stage 1 has learned."""
 
-    def start_from_supports(self, supports: Iterable[Labelled]) -> None:
+    def start_from_supports(self, supports: Iterable[Labelled], base_views: Iterable[Labelled]) -> None:
         """Start what stage 2 adds from the support images too, where the method `STARTS_FROM_SUPPORTS`.
 
         Args:
             supports: all support images, in any number of batches.
+            base_views: as `calibrate` gets them, where the method `USES_BASE_VIEWS`.
         """
 
     def freeze_base(self) -> None:

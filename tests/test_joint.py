@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine.checkpoint import read_checkpoint, save_checkpoint
-from ft_pop import NovelStage
+from engine.features import LabelledFeatures
 from model import POP, Head, build_model, joint
 from model.joint import LEAST_STD, JointPOP
 from model.kernels import fuse
@@ -18,7 +18,8 @@ OPTIONS = [
     for prototypes in ('joint', 'decoder')
     for background in ('base', 'novel')
 ]
-AS_POP = {'prototypes': 'decoder', 'background': 'novel', 'calibration': 'none'}
+PLAIN = {'discriminants': 'none', 'calibration': 'none'}
+AS_POP = {'prototypes': 'decoder', 'background': 'novel', **PLAIN}
 
 
 class Backbone(nn.Module):
@@ -83,7 +84,7 @@ def plain_logits(net, image, y, x):
 
 @pytest.mark.parametrize('options', OPTIONS)
 def test_logits_and_gradients_are_those_of_the_formulas(options):
-    net, image = network(options), torch.randn(1, 6, 3, 4, dtype=torch.float64)
+    net, image = network(options | PLAIN), torch.randn(1, 6, 3, 4, dtype=torch.float64)
     logits = net(image)
     plain = torch.stack([torch.stack([plain_logits(net, image, y, x) for x in range(4)]) for y in range(3)])
     assert torch.allclose(logits[0].permute(1, 2, 0), plain, atol=1e-10)
@@ -96,7 +97,7 @@ def test_logits_and_gradients_are_those_of_the_formulas(options):
 
 def test_it_starts_as_pop_and_without_its_options_is_pop():
     image = torch.randn(2, 6, 3, 4, dtype=torch.float64)
-    for options in (AS_POP, {'background': 'novel'}):
+    for options in (AS_POP, {'background': 'novel', **PLAIN}):
         net = network(options, trained=False)
         pop = POP(Backbone(), decoder(), 3, 2).double()
         state = {key: value for key, value in net.state_dict().items() if key in pop.state_dict()}
@@ -106,7 +107,7 @@ def test_it_starts_as_pop_and_without_its_options_is_pop():
         assert torch.allclose(net(image), pop(image), atol=1e-12)
         if options is AS_POP:
             assert set(net.state_dict()) == set(pop.state_dict()) and net.map_shapes((8, 8)) == pop.map_shapes((8, 8))
-    base = network({'background': 'base'}, trained=False)(image)
+    base = network({'background': 'base', **PLAIN}, trained=False)(image)
     assert torch.allclose(base[:, 1:], net(image)[:, 1:], atol=1e-12) and not torch.allclose(base, net(image))
 
 
@@ -117,7 +118,8 @@ def test_the_backbone_is_standardised_by_all_positions_of_the_supports():
     images = [torch.randn(2, 6, 3, 4, dtype=torch.float64) + torch.arange(6)[:, None, None] for _ in range(2)]
     for each in images:
         each[:, 5] = 7.0  # a silent channel
-    net.start_from_supports(Labelled(net.maps(each), masks, [(12, 12)] * 2) for each in images)  # the rest is padding
+    supports = [Labelled(net.maps(each), masks, [(12, 12)] * 2) for each in images]  # the rest is padding
+    net.start_from_supports(supports, [labelled(net, images[0], torch.ones(2, 3, 4, dtype=torch.long))])
     seen = torch.cat([net.backbone(each)[:, :, :, :3].transpose(0, 1).flatten(1) for each in images], dim=1)
     assert torch.allclose(net.backbone_mean, seen.mean(dim=1))
     std = seen.std(dim=1, unbiased=False)
@@ -126,7 +128,7 @@ def test_the_backbone_is_standardised_by_all_positions_of_the_supports():
 
 
 def test_the_backbones_map_is_kept_at_a_stride_of_16():
-    net, plain = (network({'background': 'novel'}, output_stride=stride) for stride in (8, 16))
+    net, plain = (network({'background': 'novel', **PLAIN}, output_stride=stride) for stride in (8, 16))
     image = torch.randn(2, 6, 5, 7, dtype=torch.float64)
     maps = net.maps(image)
     assert {name: tuple(value.shape[1:]) for name, value in maps.items()} == net.map_shapes((40, 56))
@@ -189,18 +191,15 @@ def test_without_background_calibration_leaves_it_out(monkeypatch):
 
 
 def test_views_of_support_images_do_not_calibrate():
-    net, seen = network({}), []
-    net.calibrate = lambda views: seen.extend(view.masks for view in views)
     batch = {
-        'maps': {}, 'mask': torch.ones(2, 3, 4, dtype=torch.uint8), 'id': ['a', 'b'], 'shape': [(3, 4)] * 2,
-        'canvas': [(3, 4)] * 2,
+        'maps': {}, 'mask': torch.ones(2, 3, 4, dtype=torch.uint8), 'id': ['a', 'b'], 'shape': [(3, 4), (2, 4)],
+        'canvas': [(5, 4)] * 2,
     }  # fmt: skip
-    stage = NovelStage(
-        net=net, model=net, val_batches=None, device=torch.device('cpu'), dtype=torch.float32, panel=None,
-        class_names=(), config={}, frozen=net, support_ids=['b', 'c'], base_views=[batch],
-    )  # fmt: skip
-    stage.calibrate()
-    assert [mask.unique().tolist() for mask in seen[0]] == [[1], [255]] and batch['mask'].unique().tolist() == [1]
+    views = LabelledFeatures([batch, {'id': []}], torch.device('cpu'), {'b', 'c'})
+    for _ in range(2):  # they can be looked at again
+        (view,) = views
+        assert [mask.unique().tolist() for mask in view.masks] == [[1, 255], [255]] and view.shapes == batch['shape']
+        assert view.masks.shape == (2, 5, 4) and batch['mask'].unique().tolist() == [1]
 
 
 def test_calibration_lowers_no_logit():

@@ -5,7 +5,8 @@ import torch
 from test_joint import Backbone, decoder
 from torch.distributions import MultivariateNormal
 
-from model.lda import LDA, SHRINKAGE
+from model.discriminants import SHRINKAGE
+from model.lda import LDA
 from model.network import Labelled
 
 BASE, NOVEL = 2, 2
@@ -58,9 +59,10 @@ def test_novel_logits_follow_the_formulas():
     centred = torch.cat([f[labels == label] - means[label] for label in range(1 + BASE)])
     covariance = centred.T @ centred / len(centred)
     shrunk = (1 - SHRINKAGE) * covariance + SHRINKAGE * covariance.diagonal().diag()
-    for label, (support, seed) in enumerate(zip(supports, (4, 5), strict=True), 1 + BASE):
-        novel, theirs = joined(net, support, seed)
-        means.append(novel[theirs == label].mean(dim=0))
+    novel, theirs = map(
+        torch.cat, zip(*(joined(net, support, seed) for seed, support in enumerate(supports, 4)), strict=True)
+    )
+    means += [novel[theirs == 1 + BASE + k].mean(dim=0) for k in range(NOVEL)]  # of all supports that show a class
     shares = [(labels == label).sum() / (labels < 255).sum() for label in range(1 + BASE)]
     shares += [sum(shares[1:]) / BASE] * NOVEL
     shown = draw((0, 1, 2, 3, 4), 9)

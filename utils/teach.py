@@ -53,6 +53,11 @@ from model import JointPOP, build_model
 from report.teaching import draw_panel, teaching_table, write_teaching
 from utils import cli, from_flags
 
+# what has a row for each novel class -> where these rows begin
+NOVEL_ROWS = {
+    'novel_emb': lambda net: 0, 'novel_offset': lambda net: 0,
+    'discriminants.weight': lambda net: 1 + net.num_base, 'discriminants.bias': lambda net: 1 + net.num_base,
+}  # fmt: skip
 TAUGHT_MODEL = 'pspnet_joint'  # row of `model.MODELS` of `JointPOP`, with its default options
 STEPS = 150
 MOST_COVERED = 0.9  # of a photograph by its class; more is unusual, and usual for a mask that is inverted
@@ -209,15 +214,17 @@ def build_network(lesson: Lesson, seed: int) -> JointPOP:
     return net.to(lesson.base.base_emb.device, memory_format=torch.channels_last)
 
 
-def earlier_state(lesson: Lesson, net: JointPOP) -> dict[str, torch.Tensor] | None:
-    """What stage 2 adds, from the checkpoint; new classes are as in `net`. None where no class was taught before."""
+def earlier_state(lesson: Lesson, net: JointPOP) -> dict[str, torch.Tensor]:
+    """What stage 2 adds, from the checkpoint; new classes are as in `net`. Empty where no class was taught before."""
     stay, before = lesson.taught_before, list(taught_before(lesson.checkpoint))
     if not stay:
-        return None
+        return {}
     state = {key: value for key, value in lesson.checkpoint.state.items() if key.startswith(net.STAGE_2_PREFIXES)}
-    for key in ('novel_emb', 'novel_offset'):  # a row for each class
+    for key, first in NOVEL_ROWS.items():
+        first = first(net)
         rows = net.state_dict()[key].clone()
-        rows[: len(stay)] = state[key][[before.index(name) for name in stay]]
+        rows[:first] = state[key][:first]
+        rows[first : first + len(stay)] = state[key][[first + before.index(name) for name in stay]]
         state[key] = rows
     return state
 

@@ -1,0 +1,97 @@
+"""Linear discriminant analysis (LDA): classes as normal distributions that share one covariance.
+
+Dimensions: K classes, D feature channels, N vectors.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from model.network import covered_mean, labels_at
+
+SHRINKAGE = 0.5  # of the covariance toward its diagonal
+
+
+class Discriminants(nn.Linear):
+    """Scores of all classes, D -> K: with means m_k, covariance S within classes, and frequencies c_k,
+
+        d_k = m_k S^-1 f - m_k S^-1 m_k / 2 + log c_k,
+
+    the logarithm of how likely class k is at a position with features f, up to a constant that all classes share.
+
+    Args:
+        channels: D.
+        num_base, num_novel: Kb, Kn; K = 1 + Kb + Kn, background first.
+    """
+
+    def __init__(self, channels: int, num_base: int, num_novel: int) -> None:
+        super().__init__(channels, 1 + num_base + num_novel)
+        self.known = 1 + num_base
+        for parameter in self.parameters():  # all classes alike, until `fit`
+            nn.init.zeros_(parameter.requires_grad_(False))
+
+    @torch.no_grad()
+    def fit(
+        self,
+        base_views: Iterable[tuple[torch.Tensor, torch.Tensor]],
+        supports: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    ) -> None:
+        """Take covariance, frequencies and means of background and base classes from base views, the means of novel
+        classes from supports. A novel class counts as as frequent as a base class is on average.
+
+        A class that the base views do not show is never likely.
+
+        Args:
+            base_views: features [B, D, h, w] and masks int64 [B, H, W].
+            supports: the same, of all support images, in any number of batches.
+        """
+        known, width, device = self.known, self.in_features, self.weight.device
+        products = torch.zeros(width, width, dtype=torch.float64, device=device)
+        counts, sums = products.new_zeros(known), products.new_zeros(known, width)
+        for features, masks in base_views:
+            f, labels = _positions(features, masks)
+            f, labels = f[labels < known], labels[labels < known]
+            counts += labels.bincount(minlength=known)
+            sums.index_add_(0, labels, f.double())
+            products += (f.T @ f).double()
+        means = sums / counts.clamp(min=1)[:, None]
+        covariance = (products - means.T @ sums) / counts.sum()
+        share = counts / counts.sum()
+        means = torch.cat([means, self._novel_means(supports)])
+        share = torch.cat([share, share[1:].mean().expand(len(means) - known)])
+        diagonal = covariance.diagonal().clamp(min=1e-6 * covariance.diagonal().mean())
+        shrunk = (1 - SHRINKAGE) * covariance + SHRINKAGE * diagonal.diag()
+        weight = torch.linalg.solve(shrunk, means.T).T
+        self.weight.copy_(weight)
+        self.bias.copy_(share.log() - (weight * means).sum(dim=1) / 2)
+
+    def _novel_means(self, supports):
+        """[Kn, D]. A class that is too small for a position has the mean of those that it is a part of."""
+        count = self.out_features - self.known
+        counts, sums = self.weight.new_zeros(2, count), self.weight.new_zeros(2, count, self.in_features)
+        for features, masks in supports:
+            f, labels = _positions(features, masks)
+            for k in range(count):
+                is_class = labels == self.known + k
+                counts[0, k] += is_class.sum()
+                sums[0, k] += f[is_class].sum(dim=0)
+                where = masks == self.known + k
+                if where.any():
+                    counts[1, k] += 1
+                    sums[1, k] += covered_mean(features, where)
+        means = sums / counts.clamp(min=1)[:, :, None]
+        return torch.where(counts[0, :, None] > 0, means[0], means[1]).double()
+
+    def margins(self, scores: torch.Tensor, background: bool = True) -> torch.Tensor:
+        """How much likelier the novel classes are than all others: scores [B, K, h, w] to [B, Kn, h, w].
+
+        `background`: whether there is one to be told from.
+        """
+        others = scores[:, 0 if background else 1 : self.known]
+        return scores[:, self.known :] - others.amax(dim=1, keepdim=True)
+
+
+def _positions(features, masks):
+    """Vectors [N, D] and their labels [N]."""
+    return features.permute(0, 2, 3, 1).flatten(0, 2), labels_at(masks, features.shape[2:]).flatten()
