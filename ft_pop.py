@@ -307,7 +307,8 @@ def main(args: argparse.Namespace):
         if args.restore_from == 'none':
             notes.append('--restore-from none: the base network is random and stays so')
         run = Run(folder, vars(args), notes)
-        about = f'{args.shot}-shot, novel classes {data.novel_ids}, {len(val_set or ())} validation images'
+        novel = some([args.dataset.classes[c] for c in data.novel_ids], 5)
+        about = f'{args.shot}-shot, novel classes {novel}; {len(val_set or ())} validation images'
         run.logger.info(f'{about}; computing in {name_of(dtype)}')
         keeper = feature_keeper(args, base, frozen, device, dtype, run)
         val_batches = keeper.keep(val_set, 'validation', args.base_size) if val_set else None

@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from core.errors import InputError, exits_cleanly
+from core.errors import InputError, exits_cleanly, some
 from core.ranks import world_size
 from dataset import Augmentation, FoldData
 from engine import memory
@@ -156,8 +156,8 @@ def main(args: argparse.Namespace):
             compile_features(net)
         run = Run(folder, vars(args), notes)
         run.logger.info(
-            f'{len(train_set)} training and {len(val_set or ())} validation images, base classes {data.base_ids}; '
-            f'computing in {name_of(dtype)}'
+            f'{len(train_set)} training and {len(val_set or ())} validation images, {len(data.base_ids)} base classes: '
+            f'{some([args.dataset.classes[c] for c in data.base_ids], 5)}; computing in {name_of(dtype)}'
         )
         legend = data.legend.cut(net.num_logits)
         stage = BaseStage(

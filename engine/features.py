@@ -159,10 +159,11 @@ class FeatureKeeper:
         place = self._choose(title, name, image_bytes * len(own), image_bytes * len(dataset))
         if place == 'off':
             return FrozenFeatures(self.frozen, self._loader(dataset, own, keep=True), self.device, self.dtype)
-        self.log(f'{title} features: {len(dataset)} images, {image_bytes * len(dataset) / GB:.2f} GB, {PLACES[place]}')
+        about = f'{title} features: {len(dataset)} images, {image_bytes * len(dataset) / 1e6:,.0f} MB'
         if place == 'disk':
-            arrays, rows = self._on_disk(dataset, name, _with_rows(shapes, len(dataset)), share, title)
+            arrays, rows = self._on_disk(dataset, name, _with_rows(shapes, len(dataset)), share, title, about)
             return KeptFeatures(arrays, rows, own, self.device)
+        self.log(f'{about}, {PLACES[place]}')
         in_memory = {'pin_memory': self.device.type == 'cuda'}
         arrays = {
             array: torch.empty(
@@ -214,13 +215,14 @@ class FeatureKeeper:
             dataset, self.batch_size, num_workers=self.num_workers, device=self.device, keep_workers=keep, rows=rows
         )  # fmt: skip
 
-    def _on_disk(self, dataset, name, shapes, share, title):
+    def _on_disk(self, dataset, name, shapes, share, title, about):
         with contextlib.ExitStack() as stack:
             if is_main():
                 stack.enter_context(self.store.using(name, self.log))
             if on_main(lambda: self.store.is_complete(name)):
-                self.log(f'{title} features were computed before: {self.store.folder / name}')
+                self.log(f'{about}, computed before: {self.store.folder / name}')
             else:
+                self.log(f'{about}, {PLACES["disk"]}')
                 folder = on_main(lambda: self.store.begin(name, shapes))
                 try:
                     arrays = self.store.arrays(folder, shapes)

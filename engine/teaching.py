@@ -1,7 +1,7 @@
 """Teaching novel classes on kept features: views go through the frozen network once, and each training uses them."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -48,6 +48,22 @@ class Recipe:
 def novel_state(net: POP) -> dict[str, torch.Tensor]:
     """A copy of what stage 2 adds."""
     return {name: value.clone() for name, value in net.state_dict().items() if name.startswith(net.STAGE_2_PREFIXES)}
+
+
+def inherited(net: JointPOP, state: dict[str, torch.Tensor], classes: Sequence[int]) -> dict[str, torch.Tensor]:
+    """What stage 2 adds, of an earlier network.
+
+    Args:
+        net: has these classes first; its other classes stay as they are.
+        state: of the earlier network.
+        classes: which of its novel classes.
+    """
+    taken = {key: value for key, value in state.items() if key.startswith(net.STAGE_2_PREFIXES)}
+    for key in ('novel_emb', 'novel_offset'):  # a row for each class
+        rows = net.state_dict()[key].clone()
+        rows[: len(classes)] = state[key][list(classes)]
+        taken[key] = rows
+    return taken
 
 
 def learn(net: POP, support: KeptFeatures, base: KeptFeatures, recipe: Recipe, dtype: torch.dtype):
@@ -174,8 +190,7 @@ class Teacher:
         base_views = LabelledFeatures(self.base_views, device)
         self._load(self.untrained)
         self.net.start_from_supports(LabelledFeatures(_others(self.photographs, without), device), base_views)
-        # discriminants are not trained, but fitted to all classes at once
-        self._load({name: value for name, value in earlier.items() if not name.startswith(self.net.DISCRIMINANTS)})
+        self._load(earlier)
         learn(self.net, _others(self.views, without), self.base_views, self.recipe, self.dtype)
         self.net.calibrate(base_views)
 

@@ -32,9 +32,8 @@ class JointPOP(POP):
     POP scores the background by phi_n on what all prototypes leave, and so learns it anew from a few supports. Here it
     is scored by phi on what the base prototypes leave, which is constant ('base'), or as in POP ('novel').
 
-    A few steps on a few images may leave a class behind that its mean feature alone would tell apart. So evaluation
-    adds, with a small weight, how much likelier discriminant analysis calls a novel class than background and base
-    classes (`Discriminants.margins`). It needs no training.
+    From one image, a mean feature can say more than a training. So evaluation can add, with a small weight, how much
+    likelier discriminant analysis calls a novel class than background and base classes (`Discriminants.margins`).
 
     What is learned from a few images fits these images best, so that novel classes are overlooked elsewhere. Calibrated
     stacking (Chao et al., ECCV 2016) adds a constant to the scores of new classes. Here each class has its own, as
@@ -51,13 +50,14 @@ class JointPOP(POP):
     OPTIONS = MappingProxyType({
         'prototypes': {'joint': "in decoder's and backbone's features", 'decoder': "in the decoder's, as POP"},
         'background': {'base': 'scored as stage 1 learned it', 'novel': 'learned anew, as POP'},
-        'discriminants': {'added': "evaluation adds those of pspnet_lda", 'none': 'not added, as POP'},
+        'discriminants': {'none': 'not used, as POP', 'added': 'those of pspnet_lda count in evaluation'},
         'calibration': {'base': 'novel logits are raised as far as base images allow', 'none': 'not raised, as POP'},
     })  # fmt: skip
     STARTS_FROM_SUPPORTS = True
     USES_BASE_VIEWS = True
-    DISCRIMINANTS = 'discriminants.'
-    STAGE_2_PREFIXES = ('novel_emb', 'classifier_n.', 'backbone_mean', 'backbone_std', 'novel_offset', DISCRIMINANTS)
+    STAGE_2_PREFIXES = (
+        'novel_emb', 'classifier_n.', 'backbone_mean', 'backbone_std', 'novel_offset', 'discriminants.',
+    )  # fmt: skip
 
     def __init__(self, backbone: nn.Module, decoder: nn.Module, num_base: int, num_novel: int = 0, **options) -> None:
         super().__init__(backbone, decoder, num_base, num_novel, **options)

@@ -18,7 +18,7 @@ OPTIONS = [
     for prototypes in ('joint', 'decoder')
     for background in ('base', 'novel')
 ]
-PLAIN = {'discriminants': 'none', 'calibration': 'none'}
+PLAIN = {'calibration': 'none'}
 AS_POP = {'prototypes': 'decoder', 'background': 'novel', **PLAIN}
 
 
@@ -161,6 +161,25 @@ def test_novel_classes_win_as_many_pixels_of_base_images_as_calibration_allows(m
     assert torch.allclose(after[4:] - before[4:], net.novel_offset[:, None].expand(-1, seen.sum()))
     wins = [(after[4 + k] > after[:4].amax(0) + 1e-9).sum().item() for k in range(3)]
     assert wins == [int(0.5 / 6 * seen.sum())] * 3 and all(net.novel_offset > 0) and 40 < seen.sum() < 72
+
+
+@pytest.mark.parametrize('prototypes', ('joint', 'decoder'))
+@pytest.mark.parametrize('output_stride', (8, 16))
+def test_evaluation_adds_the_margins_of_discriminants(prototypes, output_stride):
+    options = {'prototypes': prototypes, 'discriminants': 'added', 'calibration': 'none'}
+    net = network(options, output_stride=output_stride)
+    images, masks = torch.randn(3, 4, 6, 6, 8, dtype=torch.float64), torch.randint(0, 6, (3, 4, 6, 8))
+    net.start_from_supports([labelled(net, images[0], masks[0])], [labelled(net, images[1], masks[1].clamp(max=3))])
+    with torch.no_grad():
+        maps = net.maps(images[2])
+        plain, added = net.train()(images[2]), net.eval()(images[2])
+        scores = net.discriminants(net.joint_features(maps).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        if prototypes == 'joint' and output_stride == 8:  # the decoder's features are not averaged there
+            assert (added - plain)[:, 4:].std() > 0.1 * joint.EVIDENCE * scores.std()
+        else:
+            margins = scores[:, 4:] - scores[:, :4].amax(dim=1, keepdim=True)
+            assert torch.allclose(added[:, 4:], plain[:, 4:] + joint.EVIDENCE * margins, atol=1e-9)
+    assert torch.equal(added[:, :4], plain[:, :4])
 
 
 @pytest.mark.parametrize('size', ((65, 49), (60, 72), (257, 6)))

@@ -12,8 +12,6 @@ import ft_pop
 from engine import precision
 from engine.trainer import Trainer
 from model import BACKBONES, MODELS
-from model.capl import CAPL
-from model.lda import LDA
 
 
 @pytest.mark.parametrize('in_half', ((), ('--fp16',)))
@@ -54,8 +52,7 @@ def test_every_script_runs_and_interrupted_runs_resume_to_the_same_weights(
         assert code == 0, output
         with monkeypatch.context() as patch:
             patch.setattr(Trainer, 'step', ends_after(1, Trainer.step))
-            for method in (CAPL, LDA):
-                patch.setattr(method, 'register', ends_after(0, method.register))
+            patch.setattr(MODELS[name], 'register', ends_after(0, MODELS[name].register))
             assert stage(killed)[0] == 9
         code, output = stage(killed)
         assert code == 0 and ('resumed at epoch 1, step 2' in output or registers), output
@@ -63,7 +60,7 @@ def test_every_script_runs_and_interrupted_runs_resume_to_the_same_weights(
     code, output = stage_2(killed)
     assert code == 0 and 'finished earlier' in output, output
     unused = {'pspnet_capl': '--input-size, --batch-size', 'pspnet_lda': '--batch-size'}.get(name)
-    assert (f'trains nothing, so {unused}, --num-epoch have no effect' in output) is registers
+    assert (f'nothing, so {unused}, --num-epoch have no effect' in output) is registers
     novel, base = (torch.load(folder, weights_only=True)['model'] for folder in
                    (whole / 'novel/last_123.pth', whole / 'base/best.pth'))  # fmt: skip
     shared = {key.split('.')[0] for key in novel if key in base and not torch.equal(novel[key], base[key])}
@@ -100,6 +97,8 @@ def test_a_recipe_stands_for_defaults_and_flags_have_priority(shapes, tmp_path, 
     assert parsed()[1] == dict(zip(names, ('pspnet_pop', 0, 1, 500, 1), strict=True))
     args, best = parsed('--recipe', 'best', '--shot', 5)
     assert best == dict(zip(names, ('pspnet_joint', 20, 4, 16, 16), strict=True)) and args['calibration'] == 'base'
+    assert args['discriminants'] == 'none' and parsed('--recipe', 'best')[0]['discriminants'] == 'added'
+    assert parsed('--recipe', 'best', '--model', 'pspnet_ft')[0]['discriminants'] is None
     changed = parsed('--views', 7, '--shot', 100, '--recipe', 'best', '--model', 'pspnet_pop')[1]
     assert changed == dict(zip(names, ('pspnet_pop', 7, 4, 1, 1), strict=True))
     with pytest.raises(SystemExit):

@@ -18,9 +18,10 @@ PAIRS = 80  # of a support and a base view for each base class, in all epochs
 
 def _best(shot: int) -> dict:
     epochs = max(PAIRS // shot, 1)  # of `shot` pairs for each base class
+    of_one_image = {'discriminants': 'added'} if shot == 1 else {}
     return {
         'model': 'pspnet_joint', 'views': 20, 'batch_size': 4, 'learning_rate': 3e-3, 'num_epoch': epochs,
-        'val_every': epochs,
+        'val_every': epochs, **of_one_image,
     }  # fmt: skip
 
 
@@ -33,7 +34,8 @@ def add_recipe_flag(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
     parser.add_argument(
         '--recipe', choices=tuple(RECIPES),
         help='other defaults that go together. best: --model pspnet_joint --views 20 --batch-size 4 --learning-rate '
-        f'3e-3, {PAIRS} / shot epochs, validated after the last (default: those of the published method)',
+        f'3e-3, {PAIRS} / shot epochs, validated after the last; with 1 shot --discriminants added (default: those of '
+        'the published method)',
     )  # fmt: skip
     early = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     early.add_argument('--recipe', choices=tuple(RECIPES))
@@ -67,7 +69,11 @@ def check_method_flags(parser: argparse.ArgumentParser, args: argparse.Namespace
     """
     method = MODELS[args.model]
     names = dict.fromkeys(name for other in MODELS.values() for name in other.OPTIONS)
-    given = {name: getattr(args, name) for name in names if getattr(args, name)}
+    # a recipe may have options that another --model lacks
+    given = {
+        name: choice for name in names if (choice := getattr(args, name))
+        and (name in method.OPTIONS or choice != parser.get_default(name))
+    }  # fmt: skip
     try:
         chosen = method.choose(given)
     except ValueError as error:

@@ -47,17 +47,12 @@ from engine.memory import (
 )
 from engine.metrics import iou_per_class, summarize
 from engine.precision import name_of, precision
-from engine.teaching import Recipe, Teacher
+from engine.teaching import Recipe, Teacher, inherited
 from engine.weights import SUFFIXES
 from model import JointPOP, build_model
 from report.teaching import draw_panel, teaching_table, write_teaching
 from utils import cli, from_flags
 
-# what has a row for each novel class -> where these rows begin
-NOVEL_ROWS = {
-    'novel_emb': lambda net: 0, 'novel_offset': lambda net: 0,
-    'discriminants.weight': lambda net: 1 + net.num_base, 'discriminants.bias': lambda net: 1 + net.num_base,
-}  # fmt: skip
 TAUGHT_MODEL = 'pspnet_joint'  # row of `model.MODELS` of `JointPOP`, with its default options
 STEPS = 150
 MOST_COVERED = 0.9  # of a photograph by its class; more is unusual, and usual for a mask that is inverted
@@ -214,30 +209,17 @@ def build_network(lesson: Lesson, seed: int) -> JointPOP:
     return net.to(lesson.base.base_emb.device, memory_format=torch.channels_last)
 
 
-def earlier_state(lesson: Lesson, net: JointPOP) -> dict[str, torch.Tensor]:
-    """What stage 2 adds, from the checkpoint; new classes are as in `net`. Empty where no class was taught before."""
-    stay, before = lesson.taught_before, list(taught_before(lesson.checkpoint))
-    if not stay:
-        return {}
-    state = {key: value for key, value in lesson.checkpoint.state.items() if key.startswith(net.STAGE_2_PREFIXES)}
-    for key, first in NOVEL_ROWS.items():
-        first = first(net)
-        rows = net.state_dict()[key].clone()
-        rows[:first] = state[key][:first]
-        rows[first : first + len(stay)] = state[key][[first + before.index(name) for name in stay]]
-        state[key] = rows
-    return state
-
-
 def train(args: argparse.Namespace, lesson: Lesson, keeper: FeatureKeeper) -> Teacher:
     """Teach what there is to learn; where classes are forgotten only, the others stay as they are."""
     labels = dict(zip(lesson.support, lesson.legend.novel_labels, strict=True))
     args.steps = args.steps or STEPS * (1 + len(labels))
     recipe = Recipe(args.steps, args.batch_size, args.learning_rate, seed=args.seed)
-    net = build_network(lesson, args.seed)
+    net, before = build_network(lesson, args.seed), list(taught_before(lesson.checkpoint))
+    stay = [before.index(name) for name in lesson.taught_before]
     teacher = Teacher(
         net, lesson.base, SupportSamples(lesson.support, labels), lesson.base_views,
-        earlier=earlier_state(lesson, net), keeper=keeper, size=lesson.size, recipe=recipe,
+        earlier=inherited(net, lesson.checkpoint.state, stay) if stay else {},
+        keeper=keeper, size=lesson.size, recipe=recipe,
         views=args.views, scale_range=args.scale_range,
     )  # fmt: skip
     if lesson.new:
