@@ -142,7 +142,7 @@ def test_commands_of_the_gpu_benchmark_are_valid(tmp_path, monkeypatch):
         return (1, 'out of memory: use --accumulate') if '-c' in command else (0, '')
 
     monkeypatch.setattr(gpu_cases, 'run_script', parse_only)
-    parts = {'smoke': 12, 'golden': 2, 'resume': 2, 'processes': 3, 'memory': 1}
+    parts = {'smoke': 16, 'golden': 2, 'resume': 2, 'processes': 3, 'memory': 1}
     for name, count in parts.items():
         rows = list(gpu.run_parts([name], small(tmp_path)))
         assert len(rows) == count and all(row.passed for row in rows), rows

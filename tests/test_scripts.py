@@ -49,7 +49,7 @@ def test_stage_1_writes_the_documented_files(base_run):
     assert best['config'] == {
         'dataset': 'shapes', 'fold': 0, 'model': 'pspnet_pop', 'backbone': 'resnet18', 'os': 32, 'base_size': [65, 65],
         'classes': DATASETS['shapes'].legend(0).classes, 'card': DATASETS['shapes'].described(),
-        'scale_range': [0.9, 1.1],
+        'input_size': [65, 65], 'scale_range': [0.9, 1.1],
     }  # fmt: skip
     training = records(base_run, 'train')
     assert training[0]['lr_backbone'] == pytest.approx(1e-3) and training[0]['lr_head'] == pytest.approx(1e-2)
