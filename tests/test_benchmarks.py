@@ -147,7 +147,7 @@ def test_commands_of_the_gpu_benchmark_are_valid(tmp_path, monkeypatch):
         rows = list(gpu.run_parts([name], small(tmp_path)))
         assert len(rows) == count and all(row.passed for row in rows), rows
     assert Counter(started) == {
-        'train_base.py': 2 + 2 + 5 + 1 + 1, 'utils.gen_fs_list': 2, 'ft_pop.py': 4, 'test.py': 2, 'utils.predict': 2,
+        'train_base.py': 2 + 2 + 5 + 1 + 1, 'utils.gen_fs_list': 2, 'ft_pop.py': 6, 'test.py': 4, 'utils.predict': 2,
         'benchmarks/gpu_processes.py': 1,
     }  # fmt: skip
 

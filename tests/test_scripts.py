@@ -160,6 +160,7 @@ def test_evaluation_counts_every_pixel_of_the_original_masks(run_script, shapes,
 
 def test_stage_2_and_evaluation_take_sizes_from_the_checkpoint(run_script, shapes, base_run, tmp_path):
     where = ('--dataset', 'shapes', '--data-dir', shapes, '--num-workers', 0)
+    run_script('utils/gen_fs_list.py', '--dataset', 'shapes', '--data-dir', shapes, '--shot', 1, '--seed', 123)
     flags = ('--restore-from', base_run, '--snapshot-dir', tmp_path, '--num-epoch', 1)
     code, output = run_script('ft_pop.py', *where, *flags)
     assert code == 0 and 'validation at 65x65' in output, output
