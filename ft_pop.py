@@ -7,8 +7,8 @@
 Writes to the snapshot folder, for each seed: best_{seed}.pth, last_{seed}.pth, epoch_N_{seed}.pth with
 --save-pred-every; args.json, log.txt, metrics.jsonl, tb/. `best` is selected on the evaluation images, as in the
 released protocol, so it is optimistically biased; `last` is always reported beside it. Without a validation list
-there is only `last`. With --model pspnet_capl nothing is trained: prototypes are registered from the whole support
-images, as evaluation reads them, without augmentation, and validated once.
+there is only `last`. With --model pspnet_capl or pspnet_lda nothing is trained: the novel classes are registered from
+the whole support images, as evaluation reads them, without augmentation, and validated once.
 """
 
 import argparse

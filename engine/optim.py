@@ -92,6 +92,11 @@ class Optimization:
         """The factor of the losses; reading it waits for the GPU."""
         return self.scaler.get_scale()
 
+    @property
+    def scale_collapsed(self) -> bool:
+        """Whether steps are skipped without end, as gradients overflow float16 in each; may wait for the GPU."""
+        return self.scales and self.loss_scale < MIN_LOSS_SCALE
+
     def state_dict(self) -> dict:
         """Momentum, schedule position and loss scale."""
         return {name: part.state_dict() for name, part in self._parts.items()}

@@ -15,7 +15,7 @@ from dataset.views import DrawnViews, KeptPairs
 from engine.evaluation import evaluate
 from engine.features import FeatureKeeper, KeptFeatures, LabelledFeatures, join
 from engine.loaders import training_loader
-from engine.optim import MIN_LOSS_SCALE, Optimization
+from engine.optim import Optimization
 from engine.precision import autocast
 from model import POP, Head, JointPOP
 from model.kernels import predict
@@ -100,7 +100,7 @@ def learn(net: POP, support: KeptFeatures, base: KeptFeatures, recipe: Recipe, d
         if step % 50 == 0 or step + 1 == recipe.steps:
             if not math.isfinite(loss.item()):
                 raise InputError(f'the loss is {loss.item()} at step {step + 1}; lower --learning-rate')
-            if optimization.scales and optimization.loss_scale < MIN_LOSS_SCALE:  # steps are skipped without end then
+            if optimization.scale_collapsed:
                 raise InputError(f'gradients overflow float16 at step {step + 1}; lower --learning-rate, or no --fp16')
 
 

@@ -18,7 +18,7 @@ from core.ranks import is_main, rank, world_size
 from engine.distributed import broadcast, broadcast_buffers, mean_over_processes, sum_over_processes
 from engine.measuring import Speed, peak_memory
 from engine.metrics import iou_per_class, summarize
-from engine.optim import MIN_LOSS_SCALE, Optimization
+from engine.optim import Optimization
 from engine.run import Run
 from engine.stage import Plan, Stage
 
@@ -308,11 +308,11 @@ class Trainer:
             sum(value for name, value in values.items() if name != 'grad_norm' or not self.optimization.scales)
             for _, values, _ in steps
         ]
-        if self.optimization.scales and (scale := self.optimization.loss_scale) < MIN_LOSS_SCALE:
+        if self.optimization.scale_collapsed:
             raise InputError(
-                f'the loss scale fell to {scale:g} at epoch {self.progress.epoch + 1}, step {steps[-1][0]}: gradients '
-                f'overflow float16 in every step (images: {", ".join(steps[-1][2])}). Lower --learning-rate, or train '
-                'without --fp16.'
+                f'the loss scale fell to {self.optimization.loss_scale:g} at epoch {self.progress.epoch + 1}, step '
+                f'{steps[-1][0]}: gradients overflow float16 in every step (images: {", ".join(steps[-1][2])}). '
+                'Lower --learning-rate, or train without --fp16.'
             )
         finite = torch.stack(sums).isfinite().tolist()
         if not all(finite):

@@ -174,9 +174,8 @@ class JointPOP(POP):
         """`Discriminants.margins` [B, Kn, h, w] of `finish_maps` in evaluation."""
         with torch.autocast(self.base_emb.device.type, enabled=False):
             p, r = vectors(maps['projections']), vectors(maps['residual'])
-            weight = self.discriminants.weight[:, : r.shape[1]].T  # [C, 1 + Kb + Kn]
-            scores = r @ weight + p @ (F.normalize(self.base_emb, dim=1) @ weight) + self.discriminants.bias
-            scores = as_map(scores, maps['residual'])
+            scores = self.inner_products(p, r, self.discriminants.weight[:, : r.shape[1]])  # [N, 1 + Kb + Kn]
+            scores = as_map(scores + self.discriminants.bias, maps['residual'])
             if self.extra:
                 scores = scores + maps['discriminants']
             return self.discriminants.margins(scores, self.background)

@@ -111,8 +111,11 @@ class POP(Network):
         Returns:
             [N, Kn].
         """
-        known = s[:, : r.shape[1]].T
-        return r @ known + p @ (F.normalize(self.base_emb, dim=1) @ known)
+        return self.inner_products(p, r, s[:, : r.shape[1]])
+
+    def inner_products(self, p: torch.Tensor, r: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+        """Of q = residual + sum_k p_k s_k, given by p [N, Kb] and r [N, C], with vectors [K, C]: [N, K]."""
+        return r @ directions.T + p @ (F.normalize(self.base_emb, dim=1) @ directions.T)
 
     def score_background(
         self, maps: Maps, r: torch.Tensor, novel: tuple[torch.Tensor, torch.Tensor] | None
