@@ -24,22 +24,26 @@ from engine.checkpoint import read_checkpoint, save_checkpoint
 from engine.described import described_network
 from model import BACKBONES, build_model
 from model.backbones import ResNet
+from model.discriminants import Discriminants
 from model.reference import upsample
 
 SIZE = (65, 65)
 
 
-def save_network(folder, backbone, num_novel, model='pspnet_pop'):
-    """A checkpoint of an untrained network, whose batch normalisations do something."""
+def save_network(folder, backbone, num_novel, model='pspnet_pop', options=None):
+    """A checkpoint of an untrained network, whose batch normalisations and discriminants do something."""
     torch.manual_seed(0)
-    net = build_model(backbone, 15, num_novel, 32, model)
+    net = build_model(backbone, 15, num_novel, 32, model, options)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean, std=0.1)
             nn.init.uniform_(module.running_var, 0.5, 2)
             nn.init.uniform_(module.weight, 0.5, 2)
             nn.init.normal_(module.bias, std=0.1)
+        if isinstance(module, Discriminants):
+            nn.init.normal_(module.weight)
     config = {'dataset': 'shapes', 'fold': 0, 'backbone': backbone, 'os': 32, 'base_size': SIZE, 'model': model}
+    config['options'] = net.options
     save_checkpoint(folder / 'net.pth', net, config, 1, {})
     return folder / 'net.pth'
 
@@ -100,8 +104,12 @@ def test_the_documented_example_gives_the_labels_of_utils_predict(run_script, ph
     assert {node.domain for node in nodes} == {''} and 'BatchNormalization' not in {node.op_type for node in nodes}
 
 
-def test_a_torch_program_needs_nothing_of_this_code(run_script, tmp_path, monkeypatch):
-    net = save_network(tmp_path, 'resnet10', 5, 'pspnet_joint')  # of utils.teach
+@pytest.mark.parametrize(
+    ('model', 'options'),
+    (('pspnet_joint', {'discriminants': 'added'}), pytest.param('pspnet_lda', None, marks=pytest.mark.slow)),
+)
+def test_a_torch_program_needs_nothing_of_this_code(run_script, tmp_path, monkeypatch, model, options):
+    net = save_network(tmp_path, 'resnet10', 5, model, options)
     code, output = run_script('utils/export.py', '--restore-from', net, '--format', 'torch')
     assert code == 0 and 'on generated pictures (--check FOLDER: on photographs): labels differ at' in output, output
     assert str(ROOT).encode() not in (tmp_path / 'net.pt2').read_bytes()

@@ -9,6 +9,7 @@ import time
 from functools import partial
 
 import pytest
+import torch
 from conftest import LAUNCH, ROOT, run_process, same_results, stage_1, stage_2, start
 
 from core.errors import InputError
@@ -34,6 +35,20 @@ def test_two_processes_and_micro_batches_follow_the_losses_of_one(
     assert len(one) > 2 and len(set(one)) == len(one)
     assert curve(partial(run_process, *LAUNCH), 'two') == pytest.approx(one, abs=1e-4)
     assert curve(run_script, 'micro_batches', '--accumulate', 2) == pytest.approx(one, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_register_what_one_registers(run_script, shapes, base_run, few_shot_run, tmp_path):
+    def learned(run, name):
+        flags = ('--model', 'pspnet_lda', '--base-views', 2, '--random-seed', 123)
+        code, output = run(*stage_2(shapes, base_run, tmp_path / name, *flags))
+        assert code == 0, output
+        checkpoint = torch.load(tmp_path / name / 'last_123.pth', weights_only=True)
+        return checkpoint['model'], checkpoint['metrics']
+
+    (one, metrics), (two, others) = learned(run_script, 'one'), learned(partial(run_process, *LAUNCH), 'two')
+    assert all(torch.allclose(one[key], value, rtol=1e-3, atol=1e-4) for key, value in two.items())
+    assert one['discriminants.weight'].abs().sum() > 0 and others['total'] == pytest.approx(metrics['total'], abs=0.1)
 
 
 def test_an_error_of_one_process_ends_all_with_its_message(shapes, tmp_path):
