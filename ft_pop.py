@@ -7,8 +7,8 @@
 Writes to the snapshot folder, for each seed: best_{seed}.pth, last_{seed}.pth, epoch_N_{seed}.pth with
 --save-pred-every; args.json, log.txt, metrics.jsonl, tb/. `best` is selected on the evaluation images, as in the
 released protocol, so it is optimistically biased; `last` is always reported beside it. Without a validation list
-there is only `last`. With --model pspnet_capl or pspnet_lda nothing is trained: the novel classes are registered from
-the whole support images, as evaluation reads them, without augmentation, and validated once.
+there is only `last`. With --model pspnet_capl or pspnet_lda nothing is trained: the novel classes are learned from the
+whole support images, as evaluation reads them, without augmentation, and validated once.
 """
 
 import argparse
@@ -27,11 +27,10 @@ from engine.features import FeatureKeeper, FrozenFeatures, KeptFeatures, Labelle
 from engine.loaders import training_loader
 from engine.precision import autocast, compile_features, name_of, precision, to_device
 from engine.pretrained import imagenet_checkpoint
-from engine.registration import Registration, Supports
 from engine.resume import RunFolder, digests, run_arguments
 from engine.run import Run
 from engine.stage import Stage
-from engine.trainer import Trainer
+from engine.supports import Supports
 from model import BACKBONES, MODELS, Head, Network, build_model
 from model.kernels import fuse
 from model.network import Labelled
@@ -82,13 +81,11 @@ class NovelStage(Stage):
     Attributes:
         frozen: the base network, fused; gives the maps.
         kept: maps of the support and base views where these are kept (--views).
-        supports: of the support images, as `Network.register` takes them.
-        base_views: base views, where the method `USES_BASE_VIEWS`; those of support images have no labels.
+        base_views: as `Network.calibrate` takes them.
     """
 
     frozen: Network
     kept: dict[str, KeptFeatures] | None = None
-    supports: Iterable[Labelled] = ()
     base_views: Iterable[Labelled] = ()
 
     def losses(self, batch: dict, pixel_weight: float, micro_batches: int) -> dict[str, torch.Tensor]:
@@ -99,10 +96,6 @@ class NovelStage(Stage):
             logits = self.model(self.maps(batch))  # [2B, 1 + Kb + Kn, h, w]
         return self.net.novel_losses(logits, masks, pixel_weight=pixel_weight, micro_batches=micro_batches)
 
-    def register(self):
-        """Let the network register the novel classes, where its method does that."""
-        self.net.register(self.supports, self.base_views)
-
     def maps(self, batch: dict) -> dict[str, torch.Tensor]:
         """What the head classifies of a batch of B pairs: name -> [2B, channels, h, w], the support images first."""
         if self.kept:
@@ -112,8 +105,7 @@ class NovelStage(Stage):
 
     def calibrate(self):
         """Let the network calibrate on the base views."""
-        if self.net.calibrates:
-            self.net.calibrate(self.base_views)
+        self.net.calibrate(self.base_views)
 
     @staticmethod
     def improves(metrics: dict, best: dict | None) -> bool:
@@ -181,7 +173,7 @@ def build_novel(
     net = build_network(args, data, len(data.novel_ids))
     net.start_from(base)
     net.to(next(base.parameters()).device, memory_format=torch.channels_last)
-    if net.STARTS_FROM_SUPPORTS:
+    if not folder.holds(seed):  # a run that is resumed has learned from them
         net.start_from_supports(supports, base_views)
     net.freeze_base()
     if args.start_epoch and not folder.holds(seed):
@@ -263,12 +255,12 @@ def train_seed(
     if val_batches is not None:
         panel = ValidationPanel(data.legend, data.samples('val', novel_as_background=False).read_image)
     stage = NovelStage(
-        net=net, frozen=keeper.frozen, kept=kept, supports=supports, base_views=base_views,
+        net=net, frozen=keeper.frozen, kept=kept, base_views=base_views, trains=net.TRAINS_NOVEL,
         model=wrap_ddp(Head(net), device, sync_bn=False), device=device, dtype=keeper.dtype, val_batches=val_batches,
         panel=panel, class_names=data.legend.names, config=from_flags.network_config(args, data, seed), seed=seed,
         listed=len(data.ids('val')), patience=args.num_epoch // 4,
     )  # fmt: skip
-    return from_flags.trainer(args, stage, loader, run, Registration if net.REGISTERS else Trainer).fit()
+    return from_flags.trainer(args, stage, loader, run).fit()
 
 
 def arguments_of_seeds(args: argparse.Namespace, data: FoldData, dtype: torch.dtype) -> dict[int, dict]:

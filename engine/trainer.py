@@ -156,7 +156,7 @@ class Trainer:
         plan, progress, sampler = self.plan, self.progress, self.loader.batch_sampler
         self.net.train()
         sampler.epoch, sampler.first_step = progress.epoch, progress.step
-        if progress.step == self.steps_per_epoch:
+        if progress.step == self.steps_per_epoch or not self.stage.trains:
             return
         # reading a loss waits for the GPU, so there it is read when it is printed
         check_every = 1 if self.optimization.device.type == 'cpu' else plan.print_frequency

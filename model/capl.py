@@ -35,7 +35,8 @@ class CAPL(Network):
     prototypes become g p + (1 - g) m, with m the mean feature and g = sigmoid(MLP([p, m])). Every image enriches its
     own prototypes too (`refined`).
 
-    In place of stage 2, `register` pools the prototypes of novel classes from their supports, without gradients.
+    Stage 2 takes no steps: it registers the novel classes, pooling their prototypes from their supports
+    (`start_from_supports`).
 
     Args: those of `Network`.
     """
@@ -46,7 +47,7 @@ class CAPL(Network):
     POSITIONWISE = False
     BASE_LEARNING_RATE = 1e-2
     BATCH_UNIT = 2
-    REGISTERS = True
+    TRAINS_NOVEL = False
 
     def __init__(self, backbone: nn.Module, decoder: nn.Module, num_base: int, num_novel: int = 0) -> None:
         super().__init__(backbone, decoder, num_base, num_novel)
@@ -164,7 +165,7 @@ class CAPL(Network):
         return w * g + (1 - w) * p
 
     @torch.no_grad()
-    def register(self, supports: Iterable[Labelled], base_views: Iterable[Labelled] = ()) -> None:
+    def start_from_supports(self, supports: Iterable[Labelled], base_views: Iterable[Labelled]) -> None:
         """Pool the prototypes of novel classes from their supports, and enrich those of base classes with them.
 
         A novel class gets the mean feature of its pixels in its own supports. These also give a mean feature of
@@ -173,7 +174,7 @@ class CAPL(Network):
 
         Args:
             supports: the support images of each novel class, in the order of the labels.
-            base_views: none are needed.
+            base_views: not used.
         """
         novel, context = [], []
         for label, (maps, masks, _) in enumerate(supports, len(self.proto)):

@@ -53,7 +53,6 @@ class JointPOP(POP):
         'discriminants': {'none': 'not used, as POP', 'added': 'those of pspnet_lda count in evaluation'},
         'calibration': {'base': 'novel logits are raised as far as base images allow', 'none': 'not raised, as POP'},
     })  # fmt: skip
-    STARTS_FROM_SUPPORTS = True
     USES_BASE_VIEWS = True
     STAGE_2_PREFIXES = (
         'novel_emb', 'classifier_n.', 'backbone_mean', 'backbone_std', 'novel_offset', 'discriminants.',
@@ -83,6 +82,7 @@ class JointPOP(POP):
 
     @property
     def calibrates(self) -> bool:
+        """Whether novel logits have offsets."""
         return self.num_novel > 0 and self.options['calibration'] == 'base'
 
     def maps(self, images: torch.Tensor) -> Maps:
@@ -203,6 +203,8 @@ class JointPOP(POP):
         Each class may win `FALSE_ALARMS` / (Kb + Kn) of the pixels of base classes. Background does not count: base
         images may show novel classes there. Without a pixel of a base class, the offsets are 0.
         """
+        if not self.calibrates:
+            return
         self.eval()
         self.novel_offset.zero_()
         margins = []

@@ -27,8 +27,7 @@ class LDA(JointPOP):
 
     title = 'LDA'
     OPTIONS = MappingProxyType({'calibration': JointPOP.OPTIONS['calibration']})
-    STARTS_FROM_SUPPORTS = False
-    REGISTERS = True
+    TRAINS_NOVEL = False
     extra = property(lambda self: self.backbone.out_channels)
     fixed_background = True
 
@@ -41,7 +40,7 @@ class LDA(JointPOP):
             self.register_buffer('novel_offset', torch.zeros(num_novel))
 
     def start_novel(self) -> None:
-        """There is nothing to start from: `register` makes all of it."""
+        """There is nothing to start from: `start_from_supports` makes all of it."""
 
     def freeze_base(self) -> None:
         """Stage 2: an optimiser needs parameters, also to take no step."""
@@ -59,7 +58,7 @@ class LDA(JointPOP):
         best = base[:, 0 if self.background else 1 :].amax(dim=1, keepdim=True)
         return torch.cat([base, self.calibrated(best + self.discriminant_margins(maps))], dim=1)
 
-    def register(self, supports: Iterable[Labelled], base_views: Iterable[Labelled] = ()) -> None:
+    def start_from_supports(self, supports: Iterable[Labelled], base_views: Iterable[Labelled]) -> None:
         """Fit the discriminants."""
         self.fit_discriminants(supports, base_views)
 

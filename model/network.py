@@ -61,9 +61,8 @@ class Network(nn.Module):
         BASE_LEARNING_RATE: default of stage 1, of the backbone.
         BASE_MODEL: row of `model.MODELS` whose networks of stage 1 this method starts from; None: it has its own.
         BATCH_UNIT: number of images of which a batch of stage 1 must be a multiple.
-        STARTS_FROM_SUPPORTS: `start_from_supports` is called before the training of stage 2.
-        REGISTERS: `register` takes the place of stage 2.
-        USES_BASE_VIEWS: what learns from images outside of training steps gets base views.
+        USES_BASE_VIEWS: `start_from_supports` and `calibrate` get base views.
+        TRAINS_NOVEL: stage 2 takes steps. False: `start_from_supports` is all that it does.
     """
 
     title: str
@@ -75,9 +74,8 @@ class Network(nn.Module):
     BASE_LEARNING_RATE = 1e-3
     BASE_MODEL: str | None = None
     BATCH_UNIT = 1
-    STARTS_FROM_SUPPORTS = False
-    REGISTERS = False
     USES_BASE_VIEWS = False
+    TRAINS_NOVEL = True
 
     def __init__(self, backbone: nn.Module, decoder: nn.Module, num_base: int, num_novel: int = 0, **options) -> None:
         super().__init__()
@@ -106,11 +104,6 @@ class Network(nn.Module):
         default, chosen = cls.choose(), cls.choose(options)
         different = [f'{name} {choice}' for name, choice in chosen.items() if choice != default[name]]
         return f'{cls.title} ({", ".join(different)})' if different else cls.title
-
-    @property
-    def calibrates(self) -> bool:
-        """Whether `calibrate` does anything."""
-        return False
 
     @property
     def num_logits(self) -> int:
@@ -220,11 +213,11 @@ class Network(nn.Module):
         """Start what stage 2 adds from what stage 1 has learned."""
 
     def start_from_supports(self, supports: Iterable[Labelled], base_views: Iterable[Labelled]) -> None:
-        """Start what stage 2 adds from the support images too, where the method `STARTS_FROM_SUPPORTS`.
+        """Before stage 2 takes steps: learn from whole support images, without gradients.
 
         Args:
-            supports: all support images, in any number of batches.
-            base_views: as `calibrate` gets them, where the method `USES_BASE_VIEWS`.
+            supports: the support images of each novel class, a batch per class in the order of the labels.
+            base_views: where the method `USES_BASE_VIEWS`; those that show a support image have no labels.
         """
 
     def freeze_base(self) -> None:
@@ -245,20 +238,11 @@ class Network(nn.Module):
         return {'ce': cross_entropy(logits, with_pseudo_labels(logits, masks, self.num_base), pixel_weight)}
 
     def calibrate(self, views: Iterable[Labelled]) -> None:
-        """Fit what only evaluation uses to the weights that stage 2 has learned, where the method `calibrates`.
+        """After steps of stage 2, before an evaluation: fit what only evaluation uses to the weights.
 
         Args:
-            views: base views; those that show a support image have no labels.
+            views: base views, as `start_from_supports` gets them.
         """
-
-    def register(self, supports: Iterable[Labelled], base_views: Iterable[Labelled] = ()) -> None:
-        """In place of stage 2, where the method `REGISTERS`: learn the novel classes without gradients.
-
-        Args:
-            supports: the support images of each novel class, in the order of the labels.
-            base_views: as `calibrate` gets them, where the method `USES_BASE_VIEWS`.
-        """
-        raise NotImplementedError
 
     def fix_batch_norm(self) -> None:
         """Fix statistics and affine parameters of every batch normalisation."""

@@ -33,7 +33,7 @@ from train_base import BaseStage
 
 CPU, CUDA = torch.device('cpu'), torch.device('cuda', 0)
 SIZE = 65
-TRAINED = [name for name, method in MODELS.items() if not method.REGISTERS]
+TRAINED = [name for name, method in MODELS.items() if method.TRAINS_NOVEL]
 CACHED = (psp._pooling_matrix, psp._upsampling_taps, upsampling.interpolation)
 
 

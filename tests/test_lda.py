@@ -37,7 +37,7 @@ def registered(net, batches=3):
     """The network, with what it has learned from: base views with labels, supports with labels."""
     base, supports = draw((0, 1, 1, 2, 255), 3, 6), [draw((0, 3, 255), 4), draw((0, 3, 4), 5)]
     views = zip(base.chunk(batches), images(base, 3).chunk(batches), strict=True)
-    net.register(
+    net.start_from_supports(
         [seen(net, labels, seed) for seed, labels in enumerate(supports, 4)],
         [Labelled(net.maps(image), labels, [(7, 9)] * len(labels)) for labels, image in views],
     )
@@ -89,7 +89,7 @@ def test_batches_do_not_matter_and_unseen_classes_do_not_disturb():
     assert torch.allclose(one.discriminants.weight, other.discriminants.weight)
     net = network()
     base = draw((0, 1), 3)  # nothing of class 2
-    net.register([seen(net, draw((0, 3), 4), 4), seen(net, draw((0, 4), 5), 5)], [seen(net, base, 3)])
+    net.start_from_supports([seen(net, draw((0, 3), 4), 4), seen(net, draw((0, 4), 5), 5)], [seen(net, base, 3)])
     net.calibrate([seen(net, base, 3)])
     logits = net.eval()(images(draw((0, 1, 3, 4), 9), 9))
     assert logits.isfinite().all()
@@ -100,7 +100,7 @@ def test_an_object_smaller_than_a_position_is_registered_from_where_it_is():
     labels[0, 2, 2] = 3  # no position's pixel
     small = images(draw((0,), 4, 1), 4)
     supports = [Labelled(net.maps(small), labels, [(28, 36)]), seen(net, draw((0, 4), 5), 5)]
-    net.register(supports, [seen(net, draw((0, 1, 2), 3), 3)])
+    net.start_from_supports(supports, [seen(net, draw((0, 1, 2), 3), 3)])
     assert net.discriminants.weight.isfinite().all() and net.discriminants.bias.isfinite().all()
 
 

@@ -121,7 +121,7 @@ def test_capl_logits_registration_and_losses_follow_the_formulas():
         rows.append(unit(gate * p + (1 - gate) * m))
     with torch.no_grad():
         before = copy.deepcopy(net.state_dict())
-        net.register(Labelled({'features': maps}, masks, []) for maps, masks in supports)
+        net.start_from_supports([Labelled({'features': maps}, masks, []) for maps, masks in supports], [])
         assert torch.allclose(net.registered, torch.stack(rows + novel), rtol=1e-10)
         assert all(torch.equal(before[key], value) for key, value in net.state_dict().items() if key != 'registered')
         logits = net.classify({'features': features})
@@ -152,7 +152,7 @@ def test_a_class_smaller_than_a_position_is_registered_from_where_it_is():
     net, features = small(CAPL, 1, 1), torch.randn(1, 16, 2, 2, dtype=torch.float64)
     masks = torch.zeros(1, 8, 8, dtype=torch.long)
     masks[0, 6, 7] = 2  # no position's nearest pixel
-    net.register([Labelled({'features': features}, masks, [])])
+    net.start_from_supports([Labelled({'features': features}, masks, [])], [])
     assert torch.allclose(net.registered[2], F.normalize(features[0, :, 1, 1], dim=0))
 
 

@@ -127,9 +127,7 @@ def run_folder(args: argparse.Namespace, data: FoldData, arguments: dict) -> Run
     return RunFolder(args.snapshot_dir, arguments, args.resume, args.overwrite, classes=data.legend.classes)
 
 
-def trainer(
-    args: argparse.Namespace, stage: Stage, loader: DataLoader, training_run: run.Run, kind: type[Trainer] = Trainer
-) -> Trainer:
+def trainer(args: argparse.Namespace, stage: Stage, loader: DataLoader, training_run: run.Run) -> Trainer:
     """A trainer with the optimiser, the schedule and the plan of the flags."""
     steps = loader.batch_sampler.steps
     optimization = Optimization(
@@ -137,4 +135,4 @@ def trainer(
         first_step=args.start_epoch * steps, power=0 if args.fix_lr else args.power, fp16=args.fp16,
     )  # fmt: skip
     plan = Plan(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Plan)})
-    return kind(stage, loader, optimization, training_run, plan)
+    return Trainer(stage, loader, optimization, training_run, plan)

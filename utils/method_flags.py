@@ -7,7 +7,7 @@ from types import MappingProxyType
 from core.ranks import is_main, world_size
 from model import MODELS
 
-# of the training, which does not take place where a method registers its novel classes
+# of the training, which some methods do not need
 TRAINING_FLAGS = (
     'input_size', 'scale_range', 'batch_size', 'learning_rate', 'momentum', 'weight_decay', 'power', 'num_epoch',
     'start_epoch', 'fix_lr', 'accumulate', 'update_base', 'update_epoch', 'views', 'base_views', 'val_every',
@@ -80,9 +80,9 @@ def check_method_flags(parser: argparse.ArgumentParser, args: argparse.Namespace
         parser.error(f'--model {args.model}: {error}')
     for name in names:
         setattr(args, name, chosen.get(name))
-    if method.REGISTERS and args.recipe:
+    if not method.TRAINS_NOVEL and args.recipe:
         parser.error(f'--recipe {args.recipe} says how to train; --model {args.model} trains nothing')
-    if method.REGISTERS:
+    if not method.TRAINS_NOVEL:
         forget_training_flags(parser, args)
 
 

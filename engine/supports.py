@@ -1,4 +1,4 @@
-"""What takes the place of training where a method registers its novel classes (`Network.register`)."""
+"""Support images as methods learn from them outside of training steps (`Network.start_from_supports`)."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,21 +8,13 @@ import torch
 from dataset import SegmentationDataset
 from engine.features import FrozenFeatures, LabelledFeatures
 from engine.loaders import evaluation_loader
-from engine.trainer import Trainer
 from model import Network
 from model.network import Labelled
 
 
-class Registration(Trainer):
-    """A trainer whose only epoch has no steps: the stage registers the novel classes."""
-
-    def train_epoch(self):
-        self.stage.register()
-
-
 @dataclass(frozen=True)
 class Supports:
-    """The support images of each novel class, as `Network.register` takes them: a pass gives one batch per class.
+    """The support images of each novel class: a pass computes their maps, and gives one batch per class.
 
     Attributes:
         images: evaluation items with masks of their size, class by class in the order of the labels.
