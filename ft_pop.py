@@ -235,16 +235,18 @@ def train_seed(
     device, kept, pairs = keeper.device, None, train_set
     support = pairs.support
     whole = SegmentationDataset(support.image_ids, support.samples, fit_size=args.base_size, resize_mask=True)
-    counts = [len(ids) for ids in data.supports(args.shot, seed).values()]
+    counts = {args.dataset.classes[c]: len(ids) for c, ids in data.supports(args.shot, seed).items()}
     supports = Supports(whole, counts, keeper.frozen, device, keeper.dtype)
     if args.views:
         kept = keep_views(args, pairs, seed, keeper)
         train_set = KeptPairs(**kept, num_base=len(data.base_ids), support_ids=support.image_ids,
                               shot=args.shot, seed=seed)  # fmt: skip
-    loader = training_loader(
-        train_set, args.batch_size, seed, num_workers=0 if kept else args.num_workers, device=device, fill_last=True,
-        micro_batches=args.accumulate,
-    )  # fmt: skip
+    loader = None
+    if base.TRAINS_NOVEL:
+        loader = training_loader(
+            train_set, args.batch_size, seed, num_workers=0 if kept else args.num_workers, device=device,
+            fill_last=True, micro_batches=args.accumulate,
+        )  # fmt: skip
     base_views = ()
     if base.USES_BASE_VIEWS:
         pool = kept['base'] if kept else keep_base_views(args, pairs, keeper)
@@ -255,7 +257,7 @@ def train_seed(
     if val_batches is not None:
         panel = ValidationPanel(data.legend, data.samples('val', novel_as_background=False).read_image)
     stage = NovelStage(
-        net=net, frozen=keeper.frozen, kept=kept, base_views=base_views, trains=net.TRAINS_NOVEL,
+        net=net, frozen=keeper.frozen, kept=kept, base_views=base_views,
         model=wrap_ddp(Head(net), device, sync_bn=False), device=device, dtype=keeper.dtype, val_batches=val_batches,
         panel=panel, class_names=data.legend.names, config=from_flags.network_config(args, data, seed), seed=seed,
         listed=len(data.ids('val')), patience=args.num_epoch // 4,
@@ -269,7 +271,10 @@ def arguments_of_seeds(args: argparse.Namespace, data: FoldData, dtype: torch.dt
     files |= {f'list of base class {class_id}': data.lists.base_class(class_id) for class_id in data.base_ids}
     if args.restore_from not in UNTRAINED and not args.start_epoch:
         files['base network'] = resolve_checkpoint(args.restore_from)
-    common = run_arguments(vars(args), dtype, files)
+    flags = vars(args).copy()
+    if not MODELS[args.model].TRAINS_NOVEL:
+        del flags['batch_size']  # nobody has chosen it
+    common = run_arguments(flags, dtype, files)
     return {
         seed: common | {'random_seed': seed} | digests({'support list': data.support_path(args.shot, seed)})
         for seed in args.random_seed

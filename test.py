@@ -112,6 +112,8 @@ def load_network(args: argparse.Namespace, data: FoldData, seed: int) -> tuple[N
     checkpoint.load_into(net, from_flags.network_config(args, data, seed))
     if data.novel_ids and not num_novel and is_main():
         print(f'note: {checkpoint.path} is of stage 1: it is evaluated on the base classes, and --shot has no effect')
+    if checkpoint.unfinished and is_main():
+        print(f'note: {checkpoint.path} is of a run that has not finished; saved in epoch {checkpoint.epoch + 1}')
     trained_at = checkpoint.config.get('base_size', list(args.base_size))
     if trained_at != list(args.base_size) and is_main():
         theirs, ours = (','.join(map(str, size)) for size in (trained_at, args.base_size))
@@ -135,6 +137,13 @@ def taught_data(args: argparse.Namespace, data: FoldData, checkpoint: Checkpoint
     if others and is_main():
         print(f'note: {checkpoint.path} was taught {some(taught)}; other novel classes are background: {some(others)}')
     return dataclasses.replace(data, taught=tuple(taught.values()))
+
+
+def images_of_each_class(args: argparse.Namespace, checkpoint: Checkpoint | None) -> int | None:
+    """How many support images each novel class had; None where they differ."""
+    supports = checkpoint.config.get('supports', ()) if checkpoint else ()
+    counts = {len(ids) for _, ids in supports} or {args.shot}
+    return counts.pop() if len(counts) == 1 else None
 
 
 def refuse_one_file_for_several_seeds(args: argparse.Namespace):
@@ -202,7 +211,7 @@ def main(args: argparse.Namespace):
             num_logits = len(next(iter(seeds.values()))['iou'])
             results = Results(
                 seeds=seeds, legend=data.legend.cut(num_logits), dataset=args.dataset.name, fold=args.fold,
-                shot=args.shot if data.taught is None else None, precision=name_of(dtype),
+                shot=images_of_each_class(args, first) if data.taught is None else None, precision=name_of(dtype),
                 model=args.model, options=first.config.get('options', {}) if first else {},
             )  # fmt: skip
             results.write(folder)  # before it is printed, as a pipe may be closed

@@ -18,12 +18,11 @@ import torch
 from core.errors import InputError, some
 from core.files import atomic_write
 from core.ranks import is_main
+from engine.config import DEFAULT_MODEL, check_config
 from engine.placeholders import extract
 from engine.weights import METADATA, SUFFIXES, find_weights, read_content
 from model import MODELS, Network, find_backbone
 
-MAY_DIFFER = ('classes', 'base_size', 'input_size', 'scale_range', 'card', 'supports')  # classes: compared elsewhere
-DEFAULT_MODEL = 'pspnet_pop'  # of checkpoints that do not name theirs
 # what classification networks have beyond our backbones
 CLASSIFIER_PREFIXES = ('fc.', 'classifier.', 'features.18.')
 
@@ -90,44 +89,6 @@ def read_state(path: Path | str) -> dict:
     return content
 
 
-def check_config(path: Path | str, config: dict, expected: dict):
-    """Compare a checkpoint's config with what is expected, in the entries that both have; sizes and scales may differ.
-
-    Args:
-        path: for the message.
-        config: the checkpoint's.
-        expected: entries of such a config.
-
-    Raises:
-        InputError: they differ.
-    """
-    model = config.get('model', DEFAULT_MODEL)
-    if config and model != expected.get('model', model):
-        raise InputError(
-            f'{path} is a checkpoint of {model}, expected {expected["model"]}. Give --model {model}, or another file.'
-        )
-    differing = [
-        key for key, value in expected.items()
-        if key in config and config[key] != value and key not in MAY_DIFFER
-    ]  # fmt: skip
-    if differing:
-        flags = [f'--{"random-seed" if key == "seed" else key} {config[key]}' for key in differing]
-        what = [f'{key} is {config[key]}, expected {expected[key]}' for key in differing]
-        raise InputError(
-            f'{path} is a checkpoint of another run: {"; ".join(what)}. Give the flags that it was made with '
-            f'({" ".join(flags)}), or another file.'
-        )
-    theirs, ours = (dict(each.get('classes', ())) for each in (config, expected))
-    changed = [f'{c} is {theirs.get(c, "no class")}, expected {ours.get(c, "none")}'
-               for c in sorted({*theirs, *ours}) if theirs.get(c) != ours.get(c)]  # fmt: skip
-    if theirs and ours and (changed or list(theirs) != list(ours)):
-        what = some(changed) if changed else f'base and novel ids are {list(theirs)}, expected {list(ours)}'
-        raise InputError(
-            f'{path} is of other classes than {config.get("dataset")!r} has now: {what}. Undo the change of its card, '
-            'or train again.'
-        )
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """What a file holds.
@@ -138,6 +99,7 @@ class Checkpoint:
         config: what the network is for (`from_flags.network_config`); empty for files of other code.
         epoch, metrics: as in `save_checkpoint`, where the file has them.
         entries: name -> type of what the file holds, tensors left out; and what placeholders stand for (`extract`).
+        unfinished: the run has more to do: it was interrupted, or still trains.
     """
 
     path: Path | str
@@ -146,6 +108,7 @@ class Checkpoint:
     epoch: int | None = None
     metrics: dict = field(default_factory=dict)
     entries: dict[str, str] = field(default_factory=dict)
+    unfinished: bool = False
 
     @property
     def holds_network(self) -> bool:
@@ -254,7 +217,9 @@ def read_checkpoint(path: Path | str, entry: str | None = None, placeholders: bo
     if content.get('format') != 'pop':
         return Checkpoint(path, state, {}, entries=entries)
     config, epoch, metrics = (content.get(name) for name in ('config', 'epoch', 'metrics'))
-    return Checkpoint(path, state, config or {}, epoch, metrics or {}, entries)
+    progress = content.get('training', {}).get('progress', {})
+    unfinished = not progress.get('finished', True)
+    return Checkpoint(path, state, config or {}, epoch, metrics or {}, entries, unfinished)
 
 
 def write_weights(path: Path, checkpoint: Checkpoint):

@@ -110,14 +110,14 @@ def _choose_device(name):
 
 
 def wrap_ddp(net: nn.Module, device: torch.device, sync_bn: bool = True) -> nn.Module:
-    """Wrap a network in DistributedDataParallel; with one process, return the network itself.
+    """Wrap a network in DistributedDataParallel; with one process, or nothing to train, return the network itself.
 
     Args:
         net: on `device`.
         device: of this process.
         sync_bn: batch statistics over all processes, on GPUs only.
     """
-    if world_size() == 1:
+    if world_size() == 1 or not any(parameter.requires_grad for parameter in net.parameters()):
         return net
     if device.type == 'cuda' and sync_bn:
         share_batch_statistics(net)

@@ -192,8 +192,7 @@ def visible_logits(
     rows, columns = (count(*sides) for sides in zip(shape, canvas, sizes, strict=True))
     with autocast(any_map.device, dtype):
         logits = net.classify({name: values[:, :, :rows, :columns] for name, values in maps.items()}, constants)
-    if not net.background:
-        logits[:, 0] = NEVER
+    logits[:, : net.first_label] = NEVER
     return F.pad(logits, (0, sizes[1] - columns, 0, sizes[0] - rows))
 
 

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from core.errors import InputError, some
-from engine.checkpoint import check_config, of_seeds, read_state
+from engine.checkpoint import of_seeds, read_state
+from engine.config import check_config
 from engine.distributed import barrier, on_main
 from engine.precision import name_of
 from model import MODELS

@@ -63,7 +63,6 @@ class Stage(ABC):
         config: stored in the checkpoints (`from_flags.network_config`).
         seed: of stage 2; part of the file names.
         listed: number of images in the validation list, of which --val-limit takes fewer.
-        trains: False: an epoch has no steps, as the network has learned already.
         patience: stop after more than so many epochs without a new best, as the released code does; None: never.
     """
 
@@ -77,7 +76,6 @@ class Stage(ABC):
     config: dict
     seed: int | None = None
     listed: int = 0
-    trains: bool = True
     patience: int | None = None
 
     @abstractmethod

@@ -1,7 +1,7 @@
 """Teaching novel classes on kept features: views go through the frozen network once, and each training uses them."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -48,22 +48,6 @@ class Recipe:
 def novel_state(net: POP) -> dict[str, torch.Tensor]:
     """A copy of what stage 2 adds."""
     return {name: value.clone() for name, value in net.state_dict().items() if name.startswith(net.STAGE_2_PREFIXES)}
-
-
-def inherited(net: JointPOP, state: dict[str, torch.Tensor], classes: Sequence[int]) -> dict[str, torch.Tensor]:
-    """What stage 2 adds, of an earlier network.
-
-    Args:
-        net: has these classes first; its other classes stay as they are.
-        state: of the earlier network.
-        classes: which of its novel classes.
-    """
-    taken = {key: value for key, value in state.items() if key.startswith(net.STAGE_2_PREFIXES)}
-    for key in ('novel_emb', 'novel_offset'):  # a row for each class
-        rows = net.state_dict()[key].clone()
-        rows[: len(classes)] = state[key][list(classes)]
-        taken[key] = rows
-    return taken
 
 
 def learn(net: POP, support: KeptFeatures, base: KeptFeatures, recipe: Recipe, dtype: torch.dtype):
@@ -126,7 +110,7 @@ def label_rest(kept: KeptFeatures, base: POP):
     for row in kept.rows:
         mask = kept.masks[row]
         logits = base.classify(base.finish_maps(kept.take(torch.tensor([row]))), scores)
-        found = predict(logits, tuple(mask.shape))[0].to(mask)
+        found = predict(logits[:, base.first_label :], tuple(mask.shape))[0].to(mask) + base.first_label
         kept.masks[row] = torch.where(mask == 0, found, mask)
 
 
@@ -190,7 +174,8 @@ class Teacher:
         base_views = LabelledFeatures(self.base_views, device)
         self._load(self.untrained)
         self.net.start_from_supports(LabelledFeatures(_others(self.photographs, without), device), base_views)
-        self._load(earlier)
+        # with the standardisation that earlier prototypes were trained with; discriminants were just fitted to all
+        self._load({key: value for key, value in earlier.items() if not key.startswith('discriminants.')})
         learn(self.net, _others(self.views, without), self.base_views, self.recipe, self.dtype)
         self.net.calibrate(base_views)
 

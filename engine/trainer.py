@@ -50,17 +50,19 @@ class Trainer:
 
     Args:
         stage: what is trained.
-        loader: from `loaders.training_loader`.
-        optimization: of the stage's network.
+        loader: from `loaders.training_loader`; None: nothing is trained, so that an epoch has no steps.
+        optimization: of the stage's network; None where nothing is trained.
         run: gets checkpoints and logs; its saved state, if there is one, is restored here.
         plan: how long, and when to validate, save and log.
     """
 
-    def __init__(self, stage: Stage, loader: DataLoader, optimization: Optimization, run: Run, plan: Plan):
+    def __init__(
+        self, stage: Stage, loader: DataLoader | None, optimization: Optimization | None, run: Run, plan: Plan
+    ):
         self.stage, self.net, self.loader = stage, stage.net, loader
         self.optimization, self.run, self.plan = optimization, run, plan
         self.logger = run.logger
-        self.steps_per_epoch = loader.batch_sampler.steps
+        self.steps_per_epoch = 0 if loader is None else loader.batch_sampler.steps
         self.progress = Progress(plan.start_epoch, best_epoch=plan.start_epoch)
         self.saved_at, self.skipped = time.monotonic(), set()
         self.position = {} if stage.seed is None else {'seed': stage.seed}
@@ -73,7 +75,8 @@ class Trainer:
         """Restore what `save` stored."""
         self.net.load_state_dict(state['model'])
         training = state['training']
-        self.optimization.load_state_dict(training['optimization'])
+        if self.optimization:
+            self.optimization.load_state_dict(training['optimization'])
         self.progress = Progress(**training['progress'])
         where = f'resumed at epoch {self.progress.epoch + 1}, step {self.progress.step + 1}'
         done = 'finished earlier; train longer: --resume FILE with more epochs; start over: --resume off --overwrite'
@@ -84,7 +87,7 @@ class Trainer:
         progress, training = self.progress, None
         if name != 'best':
             training = {
-                'optimization': self.optimization.state_dict(),
+                'optimization': self.optimization.state_dict() if self.optimization else None,
                 'progress': asdict(progress),
                 'step': progress.epoch * self.steps_per_epoch + progress.step,
             }
@@ -153,11 +156,12 @@ class Trainer:
 
     def train_epoch(self):
         """Take the steps that are left of the current epoch."""
-        plan, progress, sampler = self.plan, self.progress, self.loader.batch_sampler
+        plan, progress = self.plan, self.progress
         self.net.train()
-        sampler.epoch, sampler.first_step = progress.epoch, progress.step
-        if progress.step == self.steps_per_epoch or not self.stage.trains:
+        if progress.step == self.steps_per_epoch:
             return
+        sampler = self.loader.batch_sampler
+        sampler.epoch, sampler.first_step = progress.epoch, progress.step
         # reading a loss waits for the GPU, so there it is read when it is printed
         check_every = 1 if self.optimization.device.type == 'cpu' else plan.print_frequency
         unchecked, speed = [], Speed(progress.step)

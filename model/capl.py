@@ -55,7 +55,7 @@ class CAPL(Network):
         self.proto = nn.Parameter(torch.randn(1 + num_base, channels))
         self.mlp = nn.Sequential(nn.Linear(2 * channels, channels, bias=False), nn.ReLU(), nn.Linear(channels, 1))
         if num_novel:
-            self.registered = nn.Parameter(torch.randn(self.num_logits, channels))
+            self.register_buffer('registered', torch.zeros(self.num_logits, channels))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Logits [B, 1 + Kb + Kn, h, w]; in the training of stage 1 features and the auxiliary head's logits."""

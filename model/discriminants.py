@@ -8,12 +8,12 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from model.network import covered_mean, labels_at
+from model.network import covered_mean
 
 SHRINKAGE = 0.5  # of the covariance toward its diagonal
 
 
-class Discriminants(nn.Linear):
+class Discriminants(nn.Module):
     """Scores of all classes, D -> K: with means m_k, covariance S within classes, and frequencies c_k,
 
         d_k = m_k S^-1 f - m_k S^-1 m_k / 2 + log c_k,
@@ -26,16 +26,17 @@ class Discriminants(nn.Linear):
     """
 
     def __init__(self, channels: int, num_base: int, num_novel: int) -> None:
-        super().__init__(channels, 1 + num_base + num_novel)
-        self.known = 1 + num_base
-        for parameter in self.parameters():  # all classes alike, until `fit`
-            nn.init.zeros_(parameter.requires_grad_(False))
+        super().__init__()
+        self.known, self.count = 1 + num_base, 1 + num_base + num_novel
+        # all classes alike, until `fit`
+        self.register_buffer('weight', torch.zeros(self.count, channels))
+        self.register_buffer('bias', torch.zeros(self.count))
 
     @torch.no_grad()
     def fit(
         self,
-        base_views: Iterable[tuple[torch.Tensor, torch.Tensor]],
-        supports: Iterable[tuple[torch.Tensor, torch.Tensor]],
+        base_views: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+        supports: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
     ) -> None:
         """Take covariance, frequencies and means of background and base classes from base views, the means of novel
         classes from supports. A novel class counts as as frequent as a base class is on average.
@@ -43,14 +44,14 @@ class Discriminants(nn.Linear):
         A class that the base views do not show is never likely.
 
         Args:
-            base_views: features [B, D, h, w] and masks int64 [B, H, W].
+            base_views: features [B, D, h, w], their labels [B, h, w], and masks int64 [B, H, W].
             supports: the same, of all support images, in any number of batches.
         """
-        known, width, device = self.known, self.in_features, self.weight.device
+        known, width, device = self.known, self.weight.shape[1], self.weight.device
         products = torch.zeros(width, width, dtype=torch.float64, device=device)
         counts, sums = products.new_zeros(known), products.new_zeros(known, width)
-        for features, masks in base_views:
-            f, labels = _positions(features, masks)
+        for features, labels, _ in base_views:
+            f, labels = _vectors(features), labels.flatten()
             f, labels = f[labels < known], labels[labels < known]
             counts += labels.bincount(minlength=known)
             sums.index_add_(0, labels, f.double())
@@ -68,10 +69,10 @@ class Discriminants(nn.Linear):
 
     def _novel_means(self, supports):
         """[Kn, D]. A class that is too small for a position has the mean of those that it is a part of."""
-        count = self.out_features - self.known
-        counts, sums = self.weight.new_zeros(2, count), self.weight.new_zeros(2, count, self.in_features)
-        for features, masks in supports:
-            f, labels = _positions(features, masks)
+        count = self.count - self.known
+        counts, sums = self.weight.new_zeros(2, count), self.weight.new_zeros(2, *self.weight[self.known :].shape)
+        for features, labels, masks in supports:
+            f, labels = _vectors(features), labels.flatten()
             for k in range(count):
                 is_class = labels == self.known + k
                 counts[0, k] += is_class.sum()
@@ -83,15 +84,15 @@ class Discriminants(nn.Linear):
         means = sums / counts.clamp(min=1)[:, :, None]
         return torch.where(counts[0, :, None] > 0, means[0], means[1]).double()
 
-    def margins(self, scores: torch.Tensor, background: bool = True) -> torch.Tensor:
+    def margins(self, scores: torch.Tensor, first_label: int = 0) -> torch.Tensor:
         """How much likelier the novel classes are than all others: scores [B, K, h, w] to [B, Kn, h, w].
 
-        `background`: whether there is one to be told from.
+        `first_label`: `Network.first_label`.
         """
-        others = scores[:, 0 if background else 1 : self.known]
+        others = scores[:, first_label : self.known]
         return scores[:, self.known :] - others.amax(dim=1, keepdim=True)
 
 
-def _positions(features, masks):
-    """Vectors [N, D] and their labels [N]."""
-    return features.permute(0, 2, 3, 1).flatten(0, 2), labels_at(masks, features.shape[2:]).flatten()
+def _vectors(features):
+    """[B, D, h, w] to [B h w, D]."""
+    return features.permute(0, 2, 3, 1).flatten(0, 2)

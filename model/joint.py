@@ -4,7 +4,7 @@ Dimensions: B batch, C channels of the decoder, Cb channels of the backbone, Kb 
 feature size.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -19,6 +19,11 @@ KEPT_STRIDE = 16  # of the backbone's features: they have many channels, and are
 LEAST_STD = 0.1  # the standard deviation of no channel counts as less than this share of the mean one
 EVIDENCE = 0.1  # of discriminant analysis: the share of its margins that counts
 FALSE_ALARMS = 0.04  # calibration lets each novel class win this / (Kb + Kn) of the pixels of base classes
+
+
+def best_options(shot: int) -> dict[str, str]:
+    """Options of `JointPOP` that gave the best results with so many images of a class (docs/extend.md)."""
+    return {'discriminants': 'added' if shot == 1 else 'none'}
 
 
 class JointPOP(POP):
@@ -116,14 +121,18 @@ class JointPOP(POP):
             return maps
         backbone, (height, width) = maps['backbone'], maps['residual'].shape[2:]
         with torch.autocast(backbone.device.type, enabled=False):
-            finished = {name: as_map(x, backbone) for name, x in self.project_backbone(vectors(backbone)).items()}
-            if self.pool > 1:
-                finished = {
-                    # pooling rounds up
-                    name: F.interpolate(x, scale_factor=float(self.pool), mode='bilinear')[:, :, :height, :width]
-                    for name, x in finished.items()
-                }
+            finished = {
+                name: self.enlarged(as_map(x, backbone), (height, width))
+                for name, x in self.project_backbone(vectors(backbone)).items()
+            }
         return {name: value for name, value in maps.items() if name != 'backbone'} | finished
+
+    def enlarged(self, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """What was averaged over `pool` positions, [B, ..., h', w'], at the size (h, w) of the decoder's features."""
+        if self.pool > 1:
+            height, width = size  # pooling rounds up
+            x = F.interpolate(x, scale_factor=float(self.pool), mode='bilinear')[:, :, :height, :width]
+        return x
 
     def project_backbone(self, x: torch.Tensor) -> Maps:
         """What logits need of the backbone's features x [N, Cb], float32.
@@ -178,23 +187,51 @@ class JointPOP(POP):
             scores = as_map(scores + self.discriminants.bias, maps['residual'])
             if self.extra:
                 scores = scores + maps['discriminants']
-            return self.discriminants.margins(scores, self.background)
+            return self.discriminants.margins(scores, self.first_label)
 
     def fit_discriminants(self, supports: Iterable[Labelled], base_views: Iterable[Labelled]) -> None:
         """`Discriminants.fit` on the decoder's features, and the backbone's where novel classes see them."""
         self.discriminants.fit(
-            *(((self.joint_features(maps), masks) for maps, masks, _ in images) for images in (base_views, supports))
+            *(
+                ((self.joint_features(maps), self.coarse_labels(maps, masks), masks) for maps, masks, _ in images)
+                for images in (base_views, supports)
+            )
         )
 
     def joint_features(self, maps: Maps) -> torch.Tensor:
-        """Features of `maps`, those of the decoder first, [B, C + extra, h', w'], float32."""
+        """Features of `maps` as evaluation sees them, those of the decoder first, at every `pool`-th position:
+        [B, C + extra, h', w'], float32."""
         with torch.autocast(self.base_emb.device.type, enabled=False):
             p, r = vectors(maps['projections']), vectors(maps['residual'])
             q = as_map(r + p @ F.normalize(self.base_emb, dim=1), maps['residual'])
-            if not self.extra:
-                return q
-            q = F.avg_pool2d(q, self.pool, ceil_mode=True, count_include_pad=False)
-            return torch.cat([q, single(maps['backbone'])], dim=1)
+            if self.extra:
+                q = torch.cat([q, self.enlarged(single(maps['backbone']), q.shape[2:])], dim=1)
+            return q[:, :, :: self.pool, :: self.pool]
+
+    def coarse_labels(self, maps: Maps, masks: torch.Tensor) -> torch.Tensor:
+        """Labels [B, h', w'] of masks [B, H, W] at the positions of `joint_features`."""
+        return labels_at(masks, maps['residual'].shape[2:])[:, :: self.pool, :: self.pool]
+
+    def inherited(self, state: Mapping[str, torch.Tensor], classes: Sequence[int]) -> dict[str, torch.Tensor]:
+        """What stage 2 adds, of an earlier network.
+
+        Args:
+            state: of the earlier network.
+            classes: which of its novel classes are the first ones here; the other classes stay as they are here.
+        """
+        own = self.state_dict()
+        taken = {key: value for key, value in state.items() if key.startswith(self.STAGE_2_PREFIXES) and key in own}
+        # a row for each novel class, of discriminants behind those of background and base classes
+        behind = 1 + self.num_base
+        rows_before = {
+            'novel_emb': 0, 'novel_offset': 0, 'discriminants.weight': behind, 'discriminants.bias': behind
+        }  # fmt: skip
+        for key in taken.keys() & rows_before.keys():
+            before = rows_before[key]
+            rows = [*range(before), *(before + label for label in classes)]
+            taken[key] = own[key].clone()
+            taken[key][: len(rows)] = state[key][rows]
+        return taken
 
     @torch.no_grad()
     def calibrate(self, views: Iterable[Labelled]) -> None:
@@ -214,20 +251,12 @@ class JointPOP(POP):
             is_base = (labels >= 1) & (labels <= self.num_base)
             logits = vectors(self.classify(maps))[is_base]  # [N, 1 + Kb + Kn]
             base, novel = logits.split([1 + self.num_base, self.num_novel], dim=1)
-            if not self.background:  # evaluation never predicts it
-                base = base[:, 1:]
-            margins.append(base.amax(dim=1, keepdim=True) - novel)
+            margins.append(base[:, self.first_label :].amax(dim=1, keepdim=True) - novel)
         margins = torch.cat(margins)  # [N, Kn]
         if len(margins):
             # so many pixels have a smaller margin: these become novel
             wins = int(FALSE_ALARMS / (self.num_base + self.num_novel) * len(margins))
-            self.novel_offset.copy_(margins.kthvalue(wins + 1, dim=0).values.clamp(min=0))
-
-    def freeze_base(self) -> None:
-        """Stage 2: train prototypes and phi_n."""
-        super().freeze_base()
-        if self.discriminants is not None:
-            self.discriminants.requires_grad_(False)
+            self.novel_offset.copy_(margins.sort(dim=0).values[wins].clamp(min=0))
 
     @torch.no_grad()
     def start_from_supports(self, supports: Iterable[Labelled], base_views: Iterable[Labelled]) -> None:
@@ -242,7 +271,7 @@ class JointPOP(POP):
             inside = torch.zeros_like(masks)
             for image, (height, width) in zip(inside, shapes, strict=True):
                 image[:height, :width] = 1
-            inside = labels_at(inside, maps['backbone'].shape[2:]).flatten() == 1
+            inside = self.coarse_labels(maps, inside).flatten() == 1
             seen = vectors(maps['backbone'])[inside].double()
             count, total, squares = count + len(seen), total + seen.sum(dim=0), squares + seen.square().sum(dim=0)
         mean = total / count

@@ -8,7 +8,7 @@ from torch import nn
 
 from model.discriminants import Discriminants
 from model.joint import JointPOP
-from model.network import Labelled, Maps, Network
+from model.network import Labelled, Maps
 from model.pop import POP
 
 
@@ -42,10 +42,6 @@ class LDA(JointPOP):
     def start_novel(self) -> None:
         """There is nothing to start from: `start_from_supports` makes all of it."""
 
-    def freeze_base(self) -> None:
-        """Stage 2: an optimiser needs parameters, also to take no step."""
-        Network.freeze_base(self)
-
     def project_backbone(self, x: torch.Tensor) -> Maps:
         """'discriminants' [N, 1 + Kb + Kn]: the part of the backbone's features x [N, Cb] of these."""
         return {'discriminants': x @ self.discriminants.weight[:, -self.extra :].T}
@@ -55,7 +51,7 @@ class LDA(JointPOP):
         base = POP.classify(self, maps, constants)  # of stage 1
         if not self.num_novel:
             return base
-        best = base[:, 0 if self.background else 1 :].amax(dim=1, keepdim=True)
+        best = base[:, self.first_label :].amax(dim=1, keepdim=True)
         return torch.cat([base, self.calibrated(best + self.discriminant_margins(maps))], dim=1)
 
     def start_from_supports(self, supports: Iterable[Labelled], base_views: Iterable[Labelled]) -> None:

@@ -37,30 +37,6 @@ def pop_losses(
     return {'ce': cross_entropy(logits, mask, pixel_weight), 'orth': orth / micro_batches}
 
 
-def novel_losses(
-    logits: torch.Tensor,
-    masks: torch.Tensor,
-    novel: torch.Tensor,
-    base: torch.Tensor,
-    *,
-    pixel_weight: float | None = None,
-    micro_batches: int = 1,
-) -> dict[str, torch.Tensor]:
-    """The terms of stage 2's objective: `pop_losses`, with the background of base images pseudo-labelled.
-
-    Args:
-        logits: [2 B, 1 + Kb + Kn, h, w] of B support images, followed by B base images.
-        masks: int64 [2 B, H, W] of the same images.
-        novel, base: prototypes [Kn, C] and [Kb, C].
-        pixel_weight, micro_batches: as in `pop_losses`.
-
-    Returns:
-        'ce' and 'orth', scalars.
-    """
-    masks = with_pseudo_labels(logits, masks, len(base))
-    return pop_losses(logits, masks, novel, base, pixel_weight=pixel_weight, micro_batches=micro_batches)
-
-
 def cross_entropy(logits: torch.Tensor, mask: torch.Tensor, pixel_weight: float | None = None) -> torch.Tensor:
     """Cross-entropy -log softmax(upsampled logits)[mask], summed over pixels that are not ignored and weighted.
 
@@ -102,20 +78,20 @@ def orthogonality(trained: torch.Tensor, fixed: torch.Tensor | None = None) -> t
         return overlaps.abs().sum() / max(overlaps.numel(), 1)
 
 
-def with_pseudo_labels(logits: torch.Tensor, masks: torch.Tensor, num_base: int) -> torch.Tensor:
+def with_pseudo_labels(logits: torch.Tensor, masks: torch.Tensor, num_base: int, first_label: int = 0) -> torch.Tensor:
     """Masks of B support images, followed by those of B base images with `pseudo_label`.
 
     Args:
         logits: [2 B, 1 + Kb + Kn, h, w].
         masks: int64 [2 B, H, W].
-        num_base: Kb.
+        num_base, first_label: as `pseudo_label`.
     """
     count = len(masks) // 2
-    return torch.cat([masks[:count], pseudo_label(masks[count:], logits[count:], num_base)])
+    return torch.cat([masks[:count], pseudo_label(masks[count:], logits[count:], num_base, first_label)])
 
 
 @torch.no_grad()
-def pseudo_label(mask: torch.Tensor, logits: torch.Tensor, num_base: int) -> torch.Tensor:
+def pseudo_label(mask: torch.Tensor, logits: torch.Tensor, num_base: int, first_label: int = 0) -> torch.Tensor:
     """Give background pixels of base images the novel class that the current model predicts there.
 
     Base images show unlabelled novel objects; without this, stage 2 would train the network to call them background.
@@ -124,12 +100,14 @@ def pseudo_label(mask: torch.Tensor, logits: torch.Tensor, num_base: int) -> tor
         mask: labels 0..Kb or 255, int64 [B, H, W].
         logits: [B, 1 + Kb + Kn, h, w].
         num_base: Kb.
+        first_label: 1 where there is no background (`Network.first_label`): then the pixels with label 0 show novel
+            classes only.
 
     Returns:
         A new mask; background pixels hold the argmax over background and the novel classes of the logits, upsampled
         to the mask.
     """
-    candidates = torch.cat([logits[:, :1], logits[:, 1 + num_base :]], dim=1)
-    choice = predict(candidates, mask.shape[-2:])
+    candidates = torch.cat([logits[:, first_label:1], logits[:, 1 + num_base :]], dim=1)
+    choice = predict(candidates, mask.shape[-2:]) + first_label
     novel = torch.where(choice > 0, choice + num_base, choice)
     return torch.where(mask == 0, novel, mask)

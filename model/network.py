@@ -48,14 +48,14 @@ class Network(nn.Module):
     Attributes:
         title: name of the method in tables.
         STAGE_1_PREFIXES: of the names of parameters that only the training of stage 1 has (`start_base`).
-        STAGE_2_PREFIXES: of those that a network with novel classes has beyond one of stage 1.
+        STAGE_2_PREFIXES: of the names of parameters and buffers that stage 2 adds.
         COMPILED: names of the methods that run backbone and decoder, which --compile compiles. `maps` and `forward` of
             a method call one of them.
         OPTIONS: what a run can choose of the method: name, a flag of ft_pop.py, -> choice -> its meaning; the first
             choice is the default.
         options: name -> choice.
         auxiliary: a head that only the training of stage 1 has, where the method has one (`start_base`).
-        background: False: every pixel is of a class, so that evaluation never predicts label 0.
+        background: False: every pixel is of a class, so that label 0 is never predicted (`first_label`).
         POSITIONWISE: the logits of a position depend on the maps at this position only. False: on the whole image, so
             that `classify` gets it without padding.
         BASE_LEARNING_RATE: default of stage 1, of the backbone.
@@ -104,6 +104,11 @@ class Network(nn.Module):
         default, chosen = cls.choose(), cls.choose(options)
         different = [f'{name} {choice}' for name, choice in chosen.items() if choice != default[name]]
         return f'{cls.title} ({", ".join(different)})' if different else cls.title
+
+    @property
+    def first_label(self) -> int:
+        """The lowest label that is predicted: 1 where every pixel is of a class, so that there is no background."""
+        return 0 if self.background else 1
 
     @property
     def num_logits(self) -> int:
@@ -216,7 +221,8 @@ class Network(nn.Module):
         """Before stage 2 takes steps: learn from whole support images, without gradients.
 
         Args:
-            supports: the support images of each novel class, a batch per class in the order of the labels.
+            supports: the support images of each novel class, a batch per class in the order of the labels. (For
+                `utils.teach`, a method must take them in any batches.)
             base_views: where the method `USES_BASE_VIEWS`; those that show a support image have no labels.
         """
 
@@ -235,7 +241,8 @@ class Network(nn.Module):
             masks: int64 [2 B, H, W] of the same images.
             pixel_weight, micro_batches: as in `losses.pop_losses`.
         """
-        return {'ce': cross_entropy(logits, with_pseudo_labels(logits, masks, self.num_base), pixel_weight)}
+        masks = with_pseudo_labels(logits, masks, self.num_base, self.first_label)
+        return {'ce': cross_entropy(logits, masks, pixel_weight)}
 
     def calibrate(self, views: Iterable[Labelled]) -> None:
         """After steps of stage 2, before an evaluation: fit what only evaluation uses to the weights.

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.losses import novel_losses, pop_losses
+from model.losses import pop_losses, with_pseudo_labels
 from model.network import Maps, Network, single
 
 
@@ -165,9 +165,10 @@ class POP(Network):
         return pop_losses(outputs, masks, self.base_emb, **weights)
 
     def novel_losses(self, logits: torch.Tensor, masks: torch.Tensor, **weights) -> dict[str, torch.Tensor]:
-        """`losses.novel_losses`."""
+        """`losses.pop_losses`, with the background of base images pseudo-labelled."""
         base, novel = self.prototypes()
-        return novel_losses(logits, masks, novel, base, **weights)
+        masks = with_pseudo_labels(logits, masks, self.num_base, self.first_label)
+        return pop_losses(logits, masks, novel, base, **weights)
 
     def start_novel(self) -> None:
         """Start phi_n from phi; it ignores extra channels."""

@@ -68,8 +68,9 @@ class Results:
     Attributes:
         seeds: seed -> `seed_result`.
         legend: names and colours of the labels that the networks predict.
-        dataset, fold, shot: what was evaluated; `shot` is not reported if there are no novel classes, and None for
-            classes of `utils.teach`.
+        dataset, fold: what was evaluated.
+        shot: support images of each novel class; None: chosen by hand, so that classes may differ. Not reported if
+            there are no novel classes.
         precision: name of the type that the networks ran in.
         model, options: one of `model.MODELS`, and its options (`Network.OPTIONS`).
     """
@@ -91,7 +92,7 @@ class Results:
 
     @property
     def title(self) -> str:
-        shots = 'taught' if self.shot is None else f'{self.shot}-shot'
+        shots = 'support images chosen by hand' if self.shot is None else f'{self.shot}-shot'
         shots = shots if self.legend.novel_labels else 'base classes only'
         return f'{self.dataset} fold {self.fold}, {shots}, weights "{self.weights}"'
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from core.files import atomic_write, parse_json
-from engine.checkpoint import DEFAULT_MODEL
+from engine.config import DEFAULT_MODEL
 from engine.metrics import SUMMARY
 from model import MODELS
 from report.tables import latex_table, markdown_table, mean_and_std
@@ -32,16 +32,17 @@ def read_results(folders: Iterable[Path], out: Path) -> list[dict]:
         out: folder of the sweep.
 
     Returns:
-        For each seed of each evaluation of stage 2 'method', 'dataset', 'fold', 'shot', 'seed', 'weights', the keys of
-        `SUMMARY` in percent, 'forgotten' (NaN where stage 1 was not evaluated), 'images' and 'listed_images'
-        (`results.seed_result`), 'checkpoint' and 'run', the folder relative to `out`.
+        For each seed of each evaluation of stage 2: 'model'; 'method', its name with options that are not the default
+        ones; 'dataset', 'fold', 'shot', 'seed', 'weights'; the keys of `SUMMARY` in percent; 'forgotten' (NaN where
+        stage 1 was not evaluated); 'images' and 'listed_images' (`results.seed_result`); 'checkpoint'; and 'run', the
+        folder relative to `out`.
     """
     paths = [path for folder in folders if (path := folder / 'results.json').is_file()]
     contents = {path: parse_json(path.read_bytes(), path) for path in paths}
     before = {}  # base model, data set, fold -> mIoU of base classes after stage 1
     for content in contents.values():
-        if content['shot'] is None:
-            (result, *_) = content['seeds'].values()
+        (result, *_) = content['seeds'].values()
+        if result['novel'] is None:  # of stage 1
             key = content.get('model', DEFAULT_MODEL), content['dataset'], content['fold']
             before[key] = result['base_without_background']
     rows = []
@@ -54,7 +55,7 @@ def read_results(folders: Iterable[Path], out: Path) -> list[dict]:
             known = before.get((base_model, place['dataset'], place['fold']))
             forgotten = float('nan') if known is None else known - means['base_without_background']
             rows.append({
-                'method': MODELS[model].described(content.get('options')), **place,
+                'model': model, 'method': MODELS[model].described(content.get('options')), **place,
                 'seed': int(seed), 'weights': content.get('weights', 'best'),
                 **means, 'forgotten': forgotten,
                 **{key: result.get(key, '') for key in ('images', 'listed_images')},  # older results lack them
@@ -84,7 +85,7 @@ def write_tables(out: Path, rows: Sequence[dict], folds: Sequence[int]):
             tables = [(title, ['method', 'shot', 'fold', *COLUMNS.values(), 'run'], table_lines(of_table, folds))]
             if differences := paired_lines(of_table, folds):
                 title = (
-                    f'{dataset}, {SELECTED.get(weights, weights)}: difference to {of_table[0]["method"]} on the same '
+                    f'{dataset}, {SELECTED.get(weights, weights)}: difference to {_first(of_table)} on the same '
                     'fold, shot and support images, mean ± standard error of the mean'
                 )
                 tables.append((title, ['method', 'shot', 'fold', *COLUMNS.values(), 'pairs'], differences))
@@ -122,7 +123,7 @@ def table_lines(rows: Sequence[dict], folds: Sequence[int]) -> Lines:
     def of_all(found):
         return [_mean_over_folds(found, key, len(folds)) for key in COLUMNS], ''
 
-    return _lines(rows, folds, dict.fromkeys(row['method'] for row in rows), of_fold, of_all)
+    return _lines(rows, folds, of_fold, of_all)
 
 
 def paired_lines(rows: Sequence[dict], folds: Sequence[int]) -> Lines:
@@ -137,11 +138,11 @@ def paired_lines(rows: Sequence[dict], folds: Sequence[int]) -> Lines:
         line with a single method. The line for all folds has the mean of the folds' means; folds are fixed, draws are
         random, so that its standard error is that of the folds' means together.
     """
-    first, *others = dict.fromkeys(row['method'] for row in rows)
-    known = {(row['fold'], row['shot'], row['seed']): row for row in rows if row['method'] == first}
+    first = rows[0]['model']
+    known = {(row['fold'], row['shot'], row['seed']): row for row in rows if row['model'] == first}
     pairs = [
         row | {key: row[key] - partner[key] for key in COLUMNS}
-        for row in rows if row['method'] != first
+        for row in rows if row['model'] != first
         and (partner := known.get((row['fold'], row['shot'], row['seed'])))
     ]  # fmt: skip
 
@@ -154,7 +155,12 @@ def paired_lines(rows: Sequence[dict], folds: Sequence[int]) -> Lines:
             return ['-'] * len(COLUMNS), ''
         return [mean_and_error([[row[key] for row in part] for part in by_fold]) for key in COLUMNS], f'{len(found)}'
 
-    return _lines(pairs, folds, others, of_fold, of_all)
+    return _lines(pairs, folds, of_fold, of_all)
+
+
+def _first(rows):
+    """What the first model is called; its options may depend on the shot."""
+    return ' / '.join(dict.fromkeys(row['method'] for row in rows if row['model'] == rows[0]['model']))
 
 
 def mean_and_error(strata: Sequence[Sequence[float]]) -> str:
@@ -172,21 +178,22 @@ def mean_and_error(strata: Sequence[Sequence[float]]) -> str:
     return f'{mean:+.2f} ± {error:.2f}'
 
 
-def _lines(rows, folds, methods, of_fold: Callable, of_all: Callable) -> Lines:
-    """Lines of a table: for each shot, fold and method the cells and the last cell that `of_fold` makes of its rows;
-    with several folds, those of `of_all` follow for each method."""
-    lines = []
+def _lines(rows, folds, of_fold: Callable, of_all: Callable) -> Lines:
+    """Lines of a table: for each shot, fold and model the cells and the last cell that `of_fold` makes of its rows;
+    with several folds, those of `of_all` follow for each model."""
+    lines, models = [], dict.fromkeys(row['model'] for row in rows)
     for shot in sorted({row['shot'] for row in rows}):
+        names = {row['model']: row['method'] for row in rows if row['shot'] == shot}
         for fold in (*folds, *(['mean'] if len(folds) > 1 else [])):
-            for method in methods:
+            for model in models:
                 found = [
                     row for row in rows
-                    if (row['method'], row['shot']) == (method, shot) and fold in (row['fold'], 'mean')
+                    if (row['model'], row['shot']) == (model, shot) and fold in (row['fold'], 'mean')
                 ]  # fmt: skip
                 cells, last = ['-'] * len(COLUMNS), '-'
                 if found:
                     cells, last = (of_all if fold == 'mean' else of_fold)(found)
-                lines.append([method, f'{shot}', f'{fold}', *cells, last])
+                lines.append([names.get(model, MODELS[model].title), f'{shot}', f'{fold}', *cells, last])
     return lines
 
 

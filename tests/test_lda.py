@@ -96,12 +96,16 @@ def test_batches_do_not_matter_and_unseen_classes_do_not_disturb():
 
 
 def test_an_object_smaller_than_a_position_is_registered_from_where_it_is():
-    net, labels = network(), torch.zeros(1, 28, 36, dtype=torch.long)
-    labels[0, 2, 2] = 3  # no position's pixel
-    small = images(draw((0,), 4, 1), 4)
-    supports = [Labelled(net.maps(small), labels, [(28, 36)]), seen(net, draw((0, 4), 5), 5)]
-    net.start_from_supports(supports, [seen(net, draw((0, 1, 2), 3), 3)])
-    assert net.discriminants.weight.isfinite().all() and net.discriminants.bias.isfinite().all()
+    fitted, image = [], images(draw((0,), 4, 1), 4)
+    small, plain = torch.zeros(1, 28, 36, dtype=torch.long), torch.zeros(1, 7, 9, dtype=torch.long)
+    small[0, 2, 2] = 3  # no position's pixel, but within the first position
+    plain[0, 0, 0] = 3
+    for labels in (small, plain):
+        net = network()
+        supports = [Labelled(net.maps(image), labels, [tuple(labels.shape[1:])]), seen(net, draw((0, 4), 5), 5)]
+        net.start_from_supports(supports, [seen(net, draw((0, 1, 2), 3), 3)])
+        fitted.append(net.discriminants)
+    assert torch.allclose(fitted[0].weight, fitted[1].weight) and torch.allclose(fitted[0].bias, fitted[1].bias)
 
 
 def test_a_finer_backbone_is_averaged_to_a_stride_of_16():

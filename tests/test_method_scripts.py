@@ -99,6 +99,19 @@ def test_a_recipe_stands_for_defaults_and_flags_have_priority(shapes, tmp_path, 
     assert parsed('--recipe', 'best', '--model', 'pspnet_ft')[0]['discriminants'] is None
     changed = parsed('--views', 7, '--shot', 100, '--recipe', 'best', '--model', 'pspnet_pop')[1]
     assert changed == dict(zip(names, ('pspnet_pop', 7, 4, 1, 1), strict=True))
+    long = parsed('--recipe', 'best', '--shot', 5, '--num-epoch', 160)[1]
+    assert (long['num_epoch'], long['val_every']) == (160, 160)  # also then, no evaluation image stops it
+    for images, choice in ((1, 'added'), (2, 'none')):
+        own = tmp_path / 'own.csv'
+        own.write_text('\n'.join(f'{c},image_{i}' for c in range(1, 6) for i in range(images if c == 3 else 1)))
+        args, _ = parsed('--recipe', 'best', '--shot', 10, '--support-list', own)
+        assert (args['discriminants'], args['num_epoch']) == (choice, 8)
+        assert (
+            parsed('--recipe', 'best', '--support-list', own, '--discriminants', 'added')[0]['discriminants'] == 'added'
+        )
+    with pytest.raises(SystemExit):
+        parsed('--recipe', 'best', '--support-list', tmp_path / 'none.csv')
+    assert 'none.csv cannot be read' in capsys.readouterr().err
     with pytest.raises(SystemExit):
         parsed('--recipe', 'worst')
     assert "invalid choice: 'worst'" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from core.errors import InputError
 from engine import commands
 from engine.commands import Step
 from engine.metrics import SUMMARY, summarize
+from model import MODELS
 from report.sweep_tables import paired_lines, read_results, table_lines, write_tables
 from report.tables import latex_table, markdown_table
 from utils import sweep
@@ -31,9 +32,17 @@ def command(shapes, out, *more):
     ]  # fmt: skip
 
 
-def row(fold, seed, confusion, shot=1, method='POP'):
+def row(fold, seed, confusion, shot=1, model='pspnet_pop', **options):
     run = f'voc_fold{fold}/{shot}shot'
-    place = {'method': method, 'dataset': 'voc', 'fold': fold, 'shot': shot, 'seed': seed, 'run': run}
+    place = {
+        'model': model,
+        'method': MODELS[model].described(options),
+        'dataset': 'voc',
+        'fold': fold,
+        'shot': shot,
+        'seed': seed,
+        'run': run,
+    }
     return place | {'weights': 'last', 'forgotten': 0.0} | summarize(np.array(confusion), num_base=1)
 
 
@@ -55,10 +64,10 @@ def test_differences_are_paired_and_folds_count_alike():
     def iou(total):
         return {key: float(total) for key in (*SUMMARY, 'forgotten')}
 
-    values = {'POP': {0: (10, 20, 30), 1: (50, 52)}, 'CAPL': {0: (13, 22, 34), 1: (49, 55)}}
+    values = {'pspnet_pop': {0: (10, 20, 30), 1: (50, 52)}, 'pspnet_capl': {0: (13, 22, 34), 1: (49, 55)}}
     rows = [
-        row(fold, seed, np.eye(3), method=method) | iou(value)
-        for method, by_fold in values.items() for fold, of_fold in by_fold.items() for seed, value in enumerate(of_fold)
+        row(fold, seed, np.eye(3), model=model) | iou(value)
+        for model, by_fold in values.items() for fold, of_fold in by_fold.items() for seed, value in enumerate(of_fold)
     ]  # fmt: skip
     lines = paired_lines(rows, (0, 1))
     # of 3, 2, 4 and of -1, 3: means 3 and 1, standard errors 1 / sqrt(3) and sqrt(8) / sqrt(2) = 2
@@ -71,6 +80,17 @@ def test_differences_are_paired_and_folds_count_alike():
     assert paired_lines([*rows[:1], *rows[6:7]], (0,)) == []  # not the same seed
     both = table_lines(rows, (0, 1))
     assert [line[0] for line in both] == ['POP', 'CAPL'] * 3 and both[0][3] == '20.00 ± 8.16' and both[4][3] == '-'
+
+
+def test_a_method_whose_options_depend_on_the_shot_is_one_method():
+    rows = [row(0, seed, np.eye(3), shot) for shot in (1, 5) for seed in (1, 2)]
+    for shot, options in ((1, {'discriminants': 'added'}), (5, {})):
+        rows += [row(0, seed, np.eye(3), shot, 'pspnet_joint', **options) for seed in (1, 2)]
+    names = ['POP', 'POP, joint space (discriminants added)', 'POP', 'POP, joint space']
+    for ordered, differing in ((rows, names[1::2]), (rows[4:] + rows[:4], ['POP', 'POP'])):
+        table, differences = (lines(ordered, (0,)) for lines in (table_lines, paired_lines))
+        assert sorted(line[0] for line in table) == sorted(names) and all('-' not in line for line in table)
+        assert [(line[0], line[-1]) for line in differences] == [(name, '2') for name in differing]
 
 
 def test_latex_escapes_and_separates_shots():

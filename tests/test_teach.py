@@ -123,6 +123,31 @@ def test_teaches_again_and_again_and_forgets(teach, run_script, shapes, remember
     assert code == 1 and 'was taught lamp' in output
 
 
+def test_of_one_photograph_each_discriminants_count(teach, remembered, photographs, tmp_path):
+    _, *others = sorted((photographs / 'scooter').glob('*.jpg'))
+    (tmp_path / 'more').mkdir()
+    for path in others:
+        for part in (path, path.with_suffix('.png')):
+            part.rename(tmp_path / 'more' / part.name)
+
+    def taught(source, out, *flags):
+        code, output, folder = teach(source, out, *flags, '--no-leave-out')
+        assert code == 0, output
+        state = checkpoint(folder)
+        return folder, state['config']['options']['discriminants'], state['model'].get('discriminants.weight')
+
+    first, choice, weight = taught(remembered, 'first', '--support', photographs)
+    assert choice == 'added' and weight.shape[0] == 1 + 15 + 2 and weight.abs().sum(dim=1).all()
+    second, choice, left = taught(first, 'second', '--forget', 'bin')
+    assert choice == 'added' and torch.equal(left, weight[[*range(16), 17]])
+    (photographs / 'scooter').rename(tmp_path / 'aside')
+    third, choice, again = taught(second, 'third', '--support', photographs)  # the bin again, now the last class
+    assert choice == 'added' and torch.allclose(again, weight[[*range(16), 17, 16]], rtol=1e-4, atol=1e-5)
+    (tmp_path / 'more').rename(photographs / 'lamp')
+    shutil.rmtree(photographs / 'bin')
+    assert taught(third, 'fourth', '--support', photographs)[1:] == ('none', None)
+
+
 def test_the_same_seed_gives_the_same_weights_from_memory_and_from_data(
     teach, run_script, shapes, remembered, base_run, photographs, tmp_path
 ):
@@ -151,7 +176,7 @@ def test_classes_of_the_data_set_are_evaluated(teach, run_script, shapes, rememb
     assert code == 0 and checkpoint(out)['config']['classes'][15:] == [[1, 'plain disc']], output
     code, output = run_script('test.py', *TINY, '--data-dir', shapes, '--restore-from', out)
     assert code == 0 and 'pinstriped disc, striped disc' in output and 'are background' in output, output
-    assert 'shapes fold 0, taught' in output
+    assert 'shapes fold 0, support images chosen by hand' in output
     confusion = np.load(out / 'confusion_123.npy')
     masks = [read_mask(shapes / f'SegmentationClassAug/{i}.png') for i in (shapes / 'list/val.txt').read_text().split()]
     counts = sum(np.bincount(mask.flatten(), minlength=256) for mask in masks)

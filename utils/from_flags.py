@@ -12,7 +12,8 @@ from core.ranks import is_main
 from dataset import DATASETS, FoldData
 from dataset.classes import find_dataset
 from engine import run
-from engine.checkpoint import DEFAULT_MODEL, Checkpoint
+from engine.checkpoint import Checkpoint
+from engine.config import DEFAULT_MODEL
 from engine.distributed import main_first
 from engine.optim import Optimization
 from engine.resume import RunFolder
@@ -127,12 +128,14 @@ def run_folder(args: argparse.Namespace, data: FoldData, arguments: dict) -> Run
     return RunFolder(args.snapshot_dir, arguments, args.resume, args.overwrite, classes=data.legend.classes)
 
 
-def trainer(args: argparse.Namespace, stage: Stage, loader: DataLoader, training_run: run.Run) -> Trainer:
-    """A trainer with the optimiser, the schedule and the plan of the flags."""
-    steps = loader.batch_sampler.steps
-    optimization = Optimization(
-        stage.net, args.learning_rate, args.momentum, args.weight_decay, total_steps=args.num_epoch * steps,
-        first_step=args.start_epoch * steps, power=0 if args.fix_lr else args.power, fp16=args.fp16,
-    )  # fmt: skip
+def trainer(args: argparse.Namespace, stage: Stage, loader: DataLoader | None, training_run: run.Run) -> Trainer:
+    """A trainer with the plan of the flags and, where there is a loader, their optimiser and schedule."""
+    optimization = None
+    if loader is not None:
+        steps = loader.batch_sampler.steps
+        optimization = Optimization(
+            stage.net, args.learning_rate, args.momentum, args.weight_decay, total_steps=args.num_epoch * steps,
+            first_step=args.start_epoch * steps, power=0 if args.fix_lr else args.power, fp16=args.fp16,
+        )  # fmt: skip
     plan = Plan(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Plan)})
     return Trainer(stage, loader, optimization, training_run, plan)

@@ -1,11 +1,14 @@
 """Flags of ft_pop.py that are options of methods (`Network.OPTIONS`), and recipes: defaults that go together."""
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
+from core.errors import InputError
 from core.ranks import is_main, world_size
+from dataset.supports import read_supports
 from model import MODELS
+from model.joint import best_options
 
 # of the training, which some methods do not need
 TRAINING_FLAGS = (
@@ -16,17 +19,13 @@ VIEW_FLAGS = ('input_size', 'scale_range', 'base_views')  # what base views are
 PAIRS = 80  # of a support and a base view for each base class, in all epochs
 
 
-def _best(shot: int) -> dict:
-    epochs = max(PAIRS // shot, 1)  # of `shot` pairs for each base class
-    of_one_image = {'discriminants': 'added'} if shot == 1 else {}
-    return {
-        'model': 'pspnet_joint', 'views': 20, 'batch_size': 4, 'learning_rate': 3e-3, 'num_epoch': epochs,
-        'val_every': epochs, **of_one_image,
-    }  # fmt: skip
-
-
-# name -> number of shots -> defaults of flags
-RECIPES: Mapping[str, Callable[[int], dict]] = MappingProxyType({'best': _best})
+# name -> defaults of flags; None depends on other flags (`finish_recipe`)
+RECIPES: Mapping[str, dict] = MappingProxyType({
+    'best': {
+        'model': 'pspnet_joint', 'views': 20, 'batch_size': 4, 'learning_rate': 3e-3, 'num_epoch': None,
+        'val_every': None,
+    },
+})  # fmt: skip
 
 
 def add_recipe_flag(parser: argparse.ArgumentParser, argv: Sequence[str] | None):
@@ -34,18 +33,30 @@ def add_recipe_flag(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
     parser.add_argument(
         '--recipe', choices=tuple(RECIPES),
         help='other defaults that go together. best: --model pspnet_joint --views 20 --batch-size 4 --learning-rate '
-        f'3e-3, {PAIRS} / shot epochs, validated after the last; with 1 shot --discriminants added (default: those of '
-        'the published method)',
+        f'3e-3, {PAIRS} / SHOT epochs, validated after the last; with one support image of each class --discriminants '
+        'added (default: those of the published method)',
     )  # fmt: skip
     early = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     early.add_argument('--recipe', choices=tuple(RECIPES))
-    early.add_argument('--shot', type=int, default=parser.get_default('shot'))
     try:
         known, _ = early.parse_known_args(argv)
     except argparse.ArgumentError:  # the parser itself will say so
         return
-    if known.recipe and known.shot > 0:
-        parser.set_defaults(**RECIPES[known.recipe](known.shot))
+    if known.recipe:
+        parser.set_defaults(**RECIPES[known.recipe])
+
+
+def finish_recipe(args: argparse.Namespace):
+    """Set what a recipe leaves to other flags. Raises InputError for a support list that cannot be read."""
+    args.num_epoch = args.num_epoch or max(PAIRS // args.shot, 1)  # of SHOT pairs for each base class
+    args.val_every = args.val_every or args.num_epoch
+    if args.model == 'pspnet_joint':
+        images = args.shot
+        if args.support_list:  # then --shot counts base images only
+            novel = {c: args.dataset.classes[c] for c in args.dataset.novel_ids(args.fold)}
+            images = max(map(len, read_supports(args.support_list, novel).values()))
+        for name, choice in best_options(images).items():
+            setattr(args, name, getattr(args, name) or choice)
 
 
 def add_method_flags(parser: argparse.ArgumentParser):
@@ -68,20 +79,19 @@ def check_method_flags(parser: argparse.ArgumentParser, args: argparse.Namespace
     Where the method trains nothing, the flags of the training go back to their defaults.
     """
     method = MODELS[args.model]
+    if args.recipe and not method.TRAINS_NOVEL:
+        parser.error(f'--recipe {args.recipe} says how to train; --model {args.model} trains nothing')
     names = dict.fromkeys(name for other in MODELS.values() for name in other.OPTIONS)
-    # a recipe may have options that another --model lacks
-    given = {
-        name: choice for name in names if (choice := getattr(args, name))
-        and (name in method.OPTIONS or choice != parser.get_default(name))
-    }  # fmt: skip
     try:
-        chosen = method.choose(given)
+        if args.recipe:
+            finish_recipe(args)
+        chosen = method.choose({name: choice for name in names if (choice := getattr(args, name))})
+    except InputError as error:
+        parser.error(f'{error}')
     except ValueError as error:
         parser.error(f'--model {args.model}: {error}')
     for name in names:
         setattr(args, name, chosen.get(name))
-    if not method.TRAINS_NOVEL and args.recipe:
-        parser.error(f'--recipe {args.recipe} says how to train; --model {args.model} trains nothing')
     if not method.TRAINS_NOVEL:
         forget_training_flags(parser, args)
 

@@ -26,8 +26,8 @@ from core import signals
 from core.errors import InputError, exits_cleanly
 from core.files import check_writable
 from dataset.classes import find_dataset
-from engine.checkpoint import DEFAULT_MODEL
 from engine.commands import ROOT, Step, run
+from engine.config import DEFAULT_MODEL
 from model import MODELS
 from report.sweep_tables import read_results, write_tables
 from utils.cli import add_seeds, make_parser, not_negative, positive

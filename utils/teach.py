@@ -47,13 +47,14 @@ from engine.memory import (
 )
 from engine.metrics import iou_per_class, summarize
 from engine.precision import name_of, precision
-from engine.teaching import Recipe, Teacher, inherited
+from engine.teaching import Recipe, Teacher
 from engine.weights import SUFFIXES
 from model import JointPOP, build_model
+from model.joint import best_options
 from report.teaching import draw_panel, teaching_table, write_teaching
 from utils import cli, from_flags
 
-TAUGHT_MODEL = 'pspnet_joint'  # row of `model.MODELS` of `JointPOP`, with its default options
+TAUGHT_MODEL = 'pspnet_joint'  # row of `model.MODELS` of `JointPOP`
 STEPS = 150
 MOST_COVERED = 0.9  # of a photograph by its class; more is unusual, and usual for a mask that is inverted
 LEAST_IOU, MOST_LOST = 25, 5  # a class below this IoU on its own photographs was not learned; points of base mIoU
@@ -202,8 +203,12 @@ def taught_before(checkpoint: Checkpoint) -> dict[str, int]:
 def build_network(lesson: Lesson, seed: int) -> JointPOP:
     """The network to train, untrained."""
     config = lesson.checkpoint.config
+    # where classes are forgotten only, the network stays of its kind
+    options = best_options(max(map(len, lesson.support.values()))) if lesson.new else config.get('options')
     torch.manual_seed(seed)
-    net = build_model(config['backbone'], lesson.base.num_base, len(lesson.support), config['os'], TAUGHT_MODEL)
+    net = build_model(
+        config['backbone'], lesson.base.num_base, len(lesson.support), config['os'], TAUGHT_MODEL, options
+    )
     net.start_from(lesson.base)
     net.background = lesson.base.background
     return net.to(lesson.base.base_emb.device, memory_format=torch.channels_last)
@@ -218,7 +223,7 @@ def train(args: argparse.Namespace, lesson: Lesson, keeper: FeatureKeeper) -> Te
     stay = [before.index(name) for name in lesson.taught_before]
     teacher = Teacher(
         net, lesson.base, SupportSamples(lesson.support, labels), lesson.base_views,
-        earlier=inherited(net, lesson.checkpoint.state, stay) if stay else {},
+        earlier=net.inherited(lesson.checkpoint.state, stay) if stay else {},
         keeper=keeper, size=lesson.size, recipe=recipe,
         views=args.views, scale_range=args.scale_range,
     )  # fmt: skip
