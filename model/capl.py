@@ -61,7 +61,7 @@ class CAPL(Network):
         """Logits [B, 1 + Kb + Kn, h, w]; in the training of stage 1 features and the auxiliary head's logits."""
         if not (self.training and self.auxiliary):
             return super().forward(images)
-        features, middle = self.features_and_middle(images)
+        features, middle, _ = self.features_and_layers(images)
         return features, cosine_logits(self.auxiliary(middle), self.auxiliary_proto)
 
     def classify(self, maps: Maps, constants: torch.Tensor | None = None) -> torch.Tensor:

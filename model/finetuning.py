@@ -40,7 +40,7 @@ class FineTuned(Network):
         """Logits [B, 1 + Kb + Kn, h, w]; in the training of stage 1 also those of the auxiliary head."""
         if not (self.training and self.auxiliary):
             return super().forward(images)
-        features, middle = self.features_and_middle(images)
+        features, middle, _ = self.features_and_layers(images)
         return self.classify({'features': features}), self.auxiliary(middle)
 
     def maps(self, images: torch.Tensor) -> Maps:

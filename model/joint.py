@@ -53,7 +53,10 @@ class JointPOP(POP):
     title = 'POP, joint space'
     BASE_MODEL = 'pspnet_pop'
     OPTIONS = MappingProxyType({
-        'prototypes': {'joint': "in decoder's and backbone's features", 'decoder': "in the decoder's, as POP"},
+        'prototypes': {
+            'joint': "in features of the decoder and of the backbone's last two layers",
+            'last': "in those of the decoder and of the backbone's last layer", 'decoder': "in the decoder's, as POP",
+        },
         'background': {'base': 'scored as stage 1 learned it', 'novel': 'learned anew, as POP'},
         'discriminants': {'none': 'not used, as POP', 'added': 'those of pspnet_lda count in evaluation'},
         'calibration': {'base': 'novel logits are raised as far as base images allow', 'none': 'not raised, as POP'},
@@ -77,8 +80,9 @@ class JointPOP(POP):
 
     @property
     def extra(self) -> int:
-        """Cb where the novel prototypes also see the backbone, else 0."""
-        return self.backbone.out_channels if self.options['prototypes'] == 'joint' else 0
+        """Channels of the backbone's layers that the novel prototypes also see: Cb + Cm, Cb or 0."""
+        last, middle = self.backbone.out_channels, self.backbone.middle_channels
+        return {'joint': last + middle, 'last': last, 'decoder': 0}[self.options['prototypes']]
 
     @property
     def fixed_background(self) -> bool:
@@ -92,13 +96,17 @@ class JointPOP(POP):
 
     def maps(self, images: torch.Tensor) -> Maps:
         """POP's maps of images [B, 3, H, W], and where the options need them 'background' [B, 1, h, w], phi of the base
-        residual, and 'backbone' [B, Cb, h', w'], averaged to a stride of 16 where the backbone's is finer."""
-        features, backbone = self.features_and_backbone(images)
+        residual, and 'backbone' [B, extra, h', w'], its last layer first, averaged to a stride of 16 where the layers'
+        is finer."""
+        features, middle, last = self.features_and_layers(images)
         maps = self.decompose(features)
         if self.fixed_background:
             maps['background'] = as_map(score(self.classifier, vectors(maps['residual']))[:, None], features)
         if self.extra:
-            maps['backbone'] = F.avg_pool2d(backbone, self.pool, ceil_mode=True, count_include_pad=False)
+            # the last layer may halve what the middle one has
+            layers = [(last, self.pool), (middle, self.pool * max(self.backbone.output_stride // KEPT_STRIDE, 1))]
+            averaged = [F.avg_pool2d(x, side, ceil_mode=True, count_include_pad=False) for x, side in layers]
+            maps['backbone'] = torch.cat(averaged, dim=1)[:, : self.extra]
         return maps
 
     def map_shapes(self, size: tuple[int, int]) -> dict[str, tuple[int, int, int]]:

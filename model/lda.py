@@ -28,7 +28,7 @@ class LDA(JointPOP):
     title = 'LDA'
     OPTIONS = MappingProxyType({'calibration': JointPOP.OPTIONS['calibration']})
     TRAINS_NOVEL = False
-    extra = property(lambda self: self.backbone.out_channels)
+    extra = property(lambda self: self.backbone.out_channels + self.backbone.middle_channels)
     fixed_background = True
 
     def __init__(self, backbone: nn.Module, decoder: nn.Module, num_base: int, num_novel: int = 0, **options) -> None:

@@ -68,7 +68,7 @@ class Network(nn.Module):
     title: str
     STAGE_1_PREFIXES: tuple[str, ...] = ()
     STAGE_2_PREFIXES: tuple[str, ...] = ()
-    COMPILED = ('features', 'features_and_middle', 'features_and_backbone', 'backbone_features')
+    COMPILED = ('features', 'features_and_layers', 'backbone_features')
     OPTIONS: Mapping[str, Mapping[str, str]] = MappingProxyType({})
     POSITIONWISE = True
     BASE_LEARNING_RATE = 1e-3
@@ -130,19 +130,15 @@ class Network(nn.Module):
         """Backbone and decoder: images [B, 3, H, W] to features [B, C, h, w]."""
         return self.decoder(self.backbone(images))
 
-    def features_and_middle(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`features`, and the backbone's `middle` features [B, Cm, h', w'] for an auxiliary head."""
+    def features_and_layers(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`features`, and those of the backbone's last two layers, [B, Cm, h', w'] and [B, Cb, h, w]."""
         middle = self.backbone.middle(images)
-        return self.decoder(self.backbone.dilatable_layers[1](middle)), middle
+        last = self.backbone.dilatable_layers[1](middle)
+        return self.decoder(last), middle, last
 
     def backbone_features(self, images: torch.Tensor) -> torch.Tensor:
         """Backbone: images [B, 3, H, W] to features [B, Cb, h, w]."""
         return self.backbone(images)
-
-    def features_and_backbone(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`features` and `backbone_features`."""
-        backbone = self.backbone(images)
-        return self.decoder(backbone), backbone
 
     def maps(self, images: torch.Tensor) -> Maps:
         """What the frozen network of stage 2 computes of images [B, 3, H, W], and what is kept of them."""

@@ -140,6 +140,19 @@ def test_our_checkpoints_say_what_they_are_for(tmp_path):
         read_checkpoint(tmp_path / 'c.pth').load_into(build_model('resnet18', 15), {'fold': 1})
 
 
+def test_options_are_compared_one_by_one_and_unfinished_runs_are_known(tmp_path):
+    net = build_model('resnet18', 3, 2, 32, 'pspnet_joint', {'prototypes': 'last'})
+    older = {'model': 'pspnet_joint', 'options': {'prototypes': 'last'}}  # from before there were other options
+    for finished in (False, True):
+        training = {'progress': {'finished': finished}}
+        save_checkpoint(tmp_path / 'last.pth', net, older, 1, {}, training)
+        checkpoint = read_checkpoint(tmp_path / 'last.pth')
+        assert checkpoint.unfinished is not finished
+    checkpoint.load_into(net, {'model': 'pspnet_joint', 'options': net.options})
+    with pytest.raises(InputError, match=r'background is base, expected novel.*[(]--background base[)]'):
+        checkpoint.load_into(net, {'model': 'pspnet_joint', 'options': net.options | {'background': 'novel'}})
+
+
 @pytest.mark.parametrize('backbone', ('resnet18', 'resnet50', 'mobilenet_v2'))
 @pytest.mark.parametrize('prefix', ('', 'module.'))
 def test_backbone_files_with_their_classifier_load(tmp_path, backbone, prefix):

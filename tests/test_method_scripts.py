@@ -66,6 +66,8 @@ def test_every_script_runs_and_interrupted_runs_resume_to_the_same_weights(
     shared = {key.split('.')[0] for key in novel if key in base and not torch.equal(novel[key], base[key])}
     assert shared == ({'decoder'} if name == 'pspnet_ft' else set())
     assert not any(key.startswith('auxiliary') for key in novel)
+    arguments = torch.load(whole / 'novel/last_123.pth', weights_only=True)['training']['arguments']
+    assert ('batch_size' in arguments) is not registers  # so that the number of processes may change
     rate = json.loads((whole / 'base/args.json').read_text())['learning_rate']
     assert rate == MODELS[base_name].BASE_LEARNING_RATE == {'pspnet_capl': 1e-2}.get(name, 1e-3)
     code, output = run_script('test.py', *data, '--restore-from', whole / 'novel')

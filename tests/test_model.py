@@ -308,18 +308,19 @@ def test_losses_of_micro_batches_add_up_to_those_of_the_batch():
         assert sum(losses[name] for losses in micro_batches).item() == pytest.approx(value.item(), rel=1e-12)
 
 
-def test_pseudo_labels_change_background_only_and_only_to_novel_classes():
+@pytest.mark.parametrize('first_label', (0, 1))
+def test_pseudo_labels_change_background_only_and_only_to_novel_classes(first_label):
     torch.manual_seed(0)
     logits = torch.randn(2, 1 + 3 + 2, 5, 5)
     mask = torch.randint(0, 4, (2, 17, 17))
     mask[0, :3] = 255
-    result = pseudo_label(mask, logits, num_base=3)
+    result = pseudo_label(mask, logits, 3, first_label)
     assert torch.equal(result[mask != 0], mask[mask != 0])
     full = F.interpolate(logits, (17, 17), mode='bilinear', align_corners=True)
     for y, x in (mask[1] == 0).nonzero().tolist():
-        scores = {0: full[1, 0, y, x], 4: full[1, 4, y, x], 5: full[1, 5, y, x]}
+        scores = {label: full[1, label, y, x] for label in (0, 4, 5)[first_label:]}  # without background: of no 0
         assert result[1, y, x] == max(scores, key=scores.get)
-    assert {0, 4, 5} <= set(result.unique().tolist())
+    assert {0, 4, 5} & set(result.unique().tolist()) == {0, 4, 5} - set(range(first_label))
 
 
 @pytest.mark.parametrize(

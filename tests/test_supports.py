@@ -10,9 +10,11 @@ import torch
 from conftest import TINY, TINY_TRAINING
 
 from core.errors import InputError
-from dataset import DATASETS, Augmentation, FoldData
+from dataset import DATASETS, Augmentation, FoldData, SegmentationDataset
 from dataset.fewshot import draw_base
 from dataset.supports import read_supports
+from engine.supports import Supports
+from model import build_model
 
 CLASSES = {1: 'lamp', 2: 'lamp post', 7: '1'}
 
@@ -111,6 +113,26 @@ def test_stage_2_learns_from_chosen_supports(run_script, data, shapes, base_run,
     assert code == 1 and 'content of support list was' in output, output
     code, output = run_script(*flags, '--random-seed', '1,2')
     assert code == 2 and 'give one --random-seed' in output
+
+
+def test_objects_that_vanish_when_images_are_shrunk_are_an_error(data):
+    """A mean of no pixel would be no number, or would win everywhere."""
+    supports, samples = data.supports(1, 123), data.samples('train', novel_as_background=False)
+    names = [data.spec.classes[c] for c in data.novel_ids]
+    ids = [image_id for found in supports.values() for image_id in found]
+    frozen = build_model('resnet18', len(data.base_ids), 0, 32).eval()
+
+    def pass_over(ids):
+        images = SegmentationDataset(ids, samples, fit_size=(65, 65), resize_mask=True)
+        return list(Supports(images, dict.fromkeys(names, 1), frozen, torch.device('cpu'), torch.float32))
+
+    whole = pass_over(ids)
+    assert [(len(each.masks), (each.masks == label).any().item()) for label, each in enumerate(whole, 16)] == [
+        (1, True)
+    ] * len(names)
+    other = next(i for i in data.ids('train') if (samples.read(i)[1] != 17).all())  # does not show the second class
+    with pytest.raises(InputError, match=f'no support image shows {names[1]} when it is shrunk to 65x65 .{other}'):
+        pass_over([ids[0], other, *ids[2:]])
 
 
 def test_check_data_reads_nested_draws_and_lists_of_supports(run_script, data, shapes, tmp_path):

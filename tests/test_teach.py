@@ -338,16 +338,18 @@ def test_learns_a_direction_and_leaves_the_base_as_it_is():
     assert (logits.argmax(dim=1)[:, :, :4] == 3).float().mean() < 0.05
 
 
-def test_what_a_mask_does_not_show_is_what_the_base_network_says():
-    torch.manual_seed(0)
+@pytest.mark.parametrize('background', (True, False))
+def test_what_a_mask_does_not_show_is_what_the_base_network_says(background):
+    torch.manual_seed(1)
     decoder = nn.Identity()
     decoder.out_channels = 16
     base = POP(nn.Identity(), decoder, num_base=2)
+    base.background = background
     views = kept(base, [0, 3], {0: torch.zeros(16), 3: torch.ones(16)})  # the background is noise
     views.masks[0, 0] = 255
     before = views.masks.clone()
     with torch.no_grad():
-        said = base.classify(views.take(slice(0, 2))).argmax(dim=1)
+        said = base.classify(views.take(slice(0, 2)))[:, base.first_label :].argmax(dim=1) + base.first_label
     label_rest(views, base)
     assert torch.equal(views.masks.long(), torch.where(before == 0, said, before.long()))
     assert len(said[before == 0].unique()) > 1

@@ -28,7 +28,7 @@ def accelerate(net: nn.Module) -> None:
     Parameters and keys of the state dict stay as they are.
 
     Args:
-        net (POP): carries `backbone`, and `decoder` with its hook `convolve`.
+        net: carries `backbone`, and `decoder` with its hook `convolve`.
     """
     _replace(net.backbone, CONVOLUTIONS)
     if FunctionalConv3x3.fits(net.decoder.convolve):

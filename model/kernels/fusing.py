@@ -13,13 +13,13 @@ def fuse(net: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
     Its results are the same up to rounding.
 
     Args:
-        net (POP): stays as it is.
+        net: carries `backbone` and `decoder`; stays as it is.
         dtype: type of the copy's backbone and decoder. If it is the type of mixed precision, autocast need not convert
             the weights in every call.
 
     Returns:
-        POP: in eval mode; none of its parameters is trained. Convolutions keep what they derive from their weights, so
-        later changes of the weights have no effect.
+        The copy, in eval mode; none of its parameters is trained. Convolutions keep what they derive from their
+        weights, so later changes of the weights have no effect.
     """
     net = copy.deepcopy(net).eval().requires_grad_(False)
     for part in (net.backbone, net.decoder):
