@@ -25,7 +25,7 @@ from model import POP, JointPOP
 from model.kernels import fuse
 
 NAME = 'memory.pt'
-VERSION = 2
+VERSION = 3
 MOST_VIEWS = 20  # of each base class
 LIMIT_MB = 300
 MOST_MB = 1000  # without a limit, for one view of each of many classes

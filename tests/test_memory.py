@@ -56,13 +56,13 @@ def test_a_memory_that_cannot_be_written_is_named(remembered, tmp_path, monkeypa
 
 def test_a_memory_has_a_size_limit():
     net = teachable(build_model('resnet18', 15, output_stride=8))
-    each = 60 * 60 * 2 * (15 + 512 + 1) + 30 * 30 * 2 * 512 + 473 * 473
-    assert views_per_class(net, (473, 473), 300) == 300_000_000 // (15 * each) == 4
+    each = 60 * 60 * 2 * (15 + 512 + 1) + 30 * 30 * 2 * (512 + 256) + 473 * 473
+    assert views_per_class(net, (473, 473), 300) == 300_000_000 // (15 * each) == 3
     assert views_per_class(net, (65, 65), 300) == 20
     many = teachable(build_model('resnet50', 60, output_stride=8))
-    assert views_per_class(many, (473, 473), None) == 1  # takes 482 MB
-    assert views_per_class(net, (473, 473), None) == 4
-    with pytest.raises(InputError, match='--memory-mb 75'):
+    assert views_per_class(many, (473, 473), None) == 1  # takes 593 MB
+    assert views_per_class(net, (473, 473), None) == 3
+    with pytest.raises(InputError, match='--memory-mb 82'):
         views_per_class(net, (473, 473), 50)
     many.num_base = 150
     with pytest.raises(InputError, match='more than the 1000 MB'):
