@@ -47,8 +47,9 @@ def registered(net, batches=3):
 def joined(net, labels, seed):
     """Vectors [N, D] and labels [N] of images."""
     with torch.no_grad():
-        z = net.backbone(images(labels, seed))
-        f = torch.cat([net.decoder(z), z], dim=1)
+        middle = net.backbone.middle(images(labels, seed))
+        last = net.backbone(images(labels, seed))
+        f = torch.cat([net.decoder(last), last, middle], dim=1)
     return f.permute(0, 2, 3, 1).flatten(0, 2), labels.flatten()
 
 

@@ -61,13 +61,12 @@ def test_every_script_runs_and_interrupted_runs_resume_to_the_same_weights(
     assert code == 0 and 'finished earlier' in output, output
     unused = {'pspnet_capl': '--input-size, --batch-size', 'pspnet_lda': '--batch-size'}.get(name)
     assert (f'nothing, so {unused}, --num-epoch have no effect' in output) is registers
-    novel, base = (torch.load(folder, weights_only=True)['model'] for folder in
-                   (whole / 'novel/last_123.pth', whole / 'base/best.pth'))  # fmt: skip
+    last, base = (torch.load(whole / name, weights_only=True) for name in ('novel/last_123.pth', 'base/best.pth'))
+    novel, base = last['model'], base['model']
     shared = {key.split('.')[0] for key in novel if key in base and not torch.equal(novel[key], base[key])}
     assert shared == ({'decoder'} if name == 'pspnet_ft' else set())
     assert not any(key.startswith('auxiliary') for key in novel)
-    arguments = torch.load(whole / 'novel/last_123.pth', weights_only=True)['training']['arguments']
-    assert ('batch_size' in arguments) is not registers  # so that the number of processes may change
+    assert ('batch_size' in last['training']['arguments']) is not registers  # other processes may resume it
     rate = json.loads((whole / 'base/args.json').read_text())['learning_rate']
     assert rate == MODELS[base_name].BASE_LEARNING_RATE == {'pspnet_capl': 1e-2}.get(name, 1e-3)
     code, output = run_script('test.py', *data, '--restore-from', whole / 'novel')
