@@ -112,8 +112,8 @@ def load_network(args: argparse.Namespace, data: FoldData, seed: int) -> tuple[N
     checkpoint.load_into(net, from_flags.network_config(args, data, seed))
     if data.novel_ids and not num_novel and is_main():
         print(f'note: {checkpoint.path} is of stage 1: it is evaluated on the base classes, and --shot has no effect')
-    if checkpoint.unfinished and is_main():
-        print(f'note: {checkpoint.path} is of a run that has not finished; saved in epoch {checkpoint.epoch + 1}')
+    if checkpoint.unfinished_note and is_main():
+        print(f'note: {checkpoint.unfinished_note}')
     trained_at = checkpoint.config.get('base_size', list(args.base_size))
     if trained_at != list(args.base_size) and is_main():
         theirs, ours = (','.join(map(str, size)) for size in (trained_at, args.base_size))

@@ -99,7 +99,7 @@ class Checkpoint:
         config: what the network is for (`from_flags.network_config`); empty for files of other code.
         epoch, metrics: as in `save_checkpoint`, where the file has them.
         entries: name -> type of what the file holds, tensors left out; and what placeholders stand for (`extract`).
-        unfinished: the run has more to do: it was interrupted, or still trains.
+        unfinished: it was saved before its run had finished, as `last` of an interrupted run and `epoch_N` are.
     """
 
     path: Path | str
@@ -109,6 +109,13 @@ class Checkpoint:
     metrics: dict = field(default_factory=dict)
     entries: dict[str, str] = field(default_factory=dict)
     unfinished: bool = False
+
+    @property
+    def unfinished_note(self) -> str:
+        """What to say of weights that are not the end of a run; '' where they may be."""
+        return (
+            f'{self.path} was saved after {self.epoch} epochs, before its run had finished' if self.unfinished else ''
+        )
 
     @property
     def holds_network(self) -> bool:

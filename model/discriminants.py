@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from model.network import covered_mean
+from model.pop import vectors
 
 SHRINKAGE = 0.5  # of the covariance toward its diagonal
 
@@ -51,7 +52,7 @@ class Discriminants(nn.Module):
         products = torch.zeros(width, width, dtype=torch.float64, device=device)
         counts, sums = products.new_zeros(known), products.new_zeros(known, width)
         for features, labels, _ in base_views:
-            f, labels = _vectors(features), labels.flatten()
+            f, labels = vectors(features), labels.flatten()
             f, labels = f[labels < known], labels[labels < known]
             counts += labels.bincount(minlength=known)
             sums.index_add_(0, labels, f.double())
@@ -72,7 +73,7 @@ class Discriminants(nn.Module):
         count = self.count - self.known
         counts, sums = self.weight.new_zeros(2, count), self.weight.new_zeros(2, *self.weight[self.known :].shape)
         for features, labels, masks in supports:
-            f, labels = _vectors(features), labels.flatten()
+            f, labels = vectors(features), labels.flatten()
             for k in range(count):
                 is_class = labels == self.known + k
                 counts[0, k] += is_class.sum()
@@ -91,8 +92,3 @@ class Discriminants(nn.Module):
         """
         others = scores[:, first_label : self.known]
         return scores[:, self.known :] - others.amax(dim=1, keepdim=True)
-
-
-def _vectors(features):
-    """[B, D, h, w] to [B h w, D]."""
-    return features.permute(0, 2, 3, 1).flatten(0, 2)

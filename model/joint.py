@@ -143,10 +143,10 @@ class JointPOP(POP):
         return x
 
     def project_backbone(self, x: torch.Tensor) -> Maps:
-        """What logits need of the backbone's features x [N, Cb], float32.
+        """What logits need of the backbone's features x [N, extra], float32.
 
         Returns:
-            'novel' [N, Kn], projections of the standardised ones z on the novel prototypes; 'backbone' [N, Cb], z,
+            'novel' [N, Kn], projections of the standardised ones z on the novel prototypes; 'backbone' [N, extra], z,
             where the background needs it; and in evaluation 'discriminants' [N, 1 + Kb + Kn], their part of these.
         """
         z = (x - self.backbone_mean) / self.backbone_std

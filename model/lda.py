@@ -43,7 +43,7 @@ class LDA(JointPOP):
         """There is nothing to start from: `start_from_supports` makes all of it."""
 
     def project_backbone(self, x: torch.Tensor) -> Maps:
-        """'discriminants' [N, 1 + Kb + Kn]: the part of the backbone's features x [N, Cb] of these."""
+        """'discriminants' [N, 1 + Kb + Kn]: the part of the backbone's features x [N, extra] of these."""
         return {'discriminants': x @ self.discriminants.weight[:, -self.extra :].T}
 
     def classify(self, maps: Maps, constants: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:

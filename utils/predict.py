@@ -81,8 +81,8 @@ def main(args: argparse.Namespace):
         net, legend = described_network(checkpoint)
         if not net.num_novel and is_main():
             print(f'note: {checkpoint.path} is of stage 1: it knows the base classes only')
-        if checkpoint.unfinished and is_main():
-            print(f'note: {checkpoint.path} is of a run that has not finished')
+        if checkpoint.unfinished_note and is_main():
+            print(f'note: {checkpoint.unfinished_note}')
         check_writable(args.save_path)
         known = DATASETS.get(checkpoint.config['dataset'])
         views = views_of(args, checkpoint, known.scale_range if known else None)
