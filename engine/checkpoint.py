@@ -113,9 +113,8 @@ class Checkpoint:
     @property
     def unfinished_note(self) -> str:
         """What to say of weights that are not the end of a run; '' where they may be."""
-        return (
-            f'{self.path} was saved after {self.epoch} epochs, before its run had finished' if self.unfinished else ''
-        )
+        note = f'{self.path} was saved after epoch {self.epoch}, before its run had finished'
+        return note if self.unfinished else ''
 
     @property
     def holds_network(self) -> bool:

@@ -148,7 +148,7 @@ def test_options_are_compared_one_by_one_and_unfinished_runs_are_known(tmp_path)
         save_checkpoint(tmp_path / 'last.pth', net, older, 1, {}, training)
         checkpoint = read_checkpoint(tmp_path / 'last.pth')
         assert checkpoint.unfinished is not finished
-        assert ('after 1 epochs, before its run had finished' in checkpoint.unfinished_note) is not finished
+        assert ('after epoch 1, before its run had finished' in checkpoint.unfinished_note) is not finished
     checkpoint.load_into(net, {'model': 'pspnet_joint', 'options': net.options})
     with pytest.raises(InputError, match=r'background is base, expected novel.*[(]--background base[)]'):
         checkpoint.load_into(net, {'model': 'pspnet_joint', 'options': net.options | {'background': 'novel'}})
