@@ -45,10 +45,15 @@ class POP(Network):
         self.base_emb = nn.Parameter(nn.init.orthogonal_(torch.empty(num_base, channels)))
         self.novel_emb = None
         if num_novel:
-            self.classifier_n = _prototype_mlp(channels + self.extra, channels)
-            start = nn.init.orthogonal_(torch.empty(num_novel, channels))
-            self.novel_emb = nn.Parameter(F.pad(start, (0, self.extra)))
+            self.add_novel()
             self.start_novel()
+
+    def add_novel(self) -> None:
+        """Add the novel prototypes and phi_n."""
+        channels = self.decoder.out_channels
+        self.classifier_n = _prototype_mlp(channels + self.extra, channels)
+        start = nn.init.orthogonal_(torch.empty(self.num_novel, channels))
+        self.novel_emb = nn.Parameter(F.pad(start, (0, self.extra)))
 
     def maps(self, images: torch.Tensor) -> Maps:
         """What the head classifies: `decompose` of the features of images [B, 3, H, W]."""

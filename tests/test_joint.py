@@ -7,8 +7,8 @@ from torch import nn
 
 from engine.checkpoint import read_checkpoint, save_checkpoint
 from engine.features import LabelledFeatures
-from model import POP, Head, build_model, joint
-from model.joint import LEAST_STD, JointPOP
+from model import POP, Head, build_model, joint_space
+from model.joint import EVIDENCE, LEAST_STD, JointPOP
 from model.kernels import fuse
 from model.losses import orthogonality
 from model.network import Labelled, labels_at
@@ -158,7 +158,7 @@ def test_the_backbones_map_is_kept_at_a_stride_of_16():
 
 
 def test_novel_classes_win_as_many_pixels_of_base_images_as_calibration_allows(monkeypatch):
-    monkeypatch.setattr(joint, 'FALSE_ALARMS', 0.5)
+    monkeypatch.setattr(joint_space, 'FALSE_ALARMS', 0.5)
     net, images = network({}, num_novel=3), torch.randn(2, 2, 6, 5, 4, dtype=torch.float64)
     net.classifier_n[4].weight.data.abs_().mul_(-0.01)  # novel logits are low
     masks = torch.randint(0, 4, (2, 2, 5, 4))
@@ -192,7 +192,7 @@ def test_evaluation_adds_the_margins_of_discriminants(prototypes, output_stride)
         margins = scores[:, 4:] - scores[:, :4].amax(dim=1, keepdim=True)
         every = 16 // output_stride
         found, without = (logits[:, 4:, ::every, ::every] for logits in (added, plain))
-        assert torch.allclose(found, without + joint.EVIDENCE * margins, atol=1e-9)
+        assert torch.allclose(found, without + EVIDENCE * margins, atol=1e-9)
         assert torch.equal(net.coarse_labels(maps, masks[2]), masks[2][:, ::every, ::every])
     assert torch.equal(added[:, :4], plain[:, :4])
 
@@ -212,7 +212,7 @@ def test_labels_are_those_where_upsampling_puts_the_positions(size):
 
 
 def test_without_background_calibration_leaves_it_out(monkeypatch):
-    monkeypatch.setattr(joint, 'FALSE_ALARMS', 0.5)
+    monkeypatch.setattr(joint_space, 'FALSE_ALARMS', 0.5)
     net, image = network({}), torch.randn(1, 6, 5, 4, dtype=torch.float64)
     net.classifier_n[4].weight.data.abs_().mul_(-0.01)
     net.background = False
