@@ -9,6 +9,7 @@ metrics.jsonl is written between saves. Each checkpoint says how many of its rec
 says which ones a resumed run keeps; later ones are made again.
 """
 
+import contextlib
 import hashlib
 import math
 import shutil
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 
 from core.errors import InputError, some
-from engine.checkpoint import of_seeds, read_state
+from engine.checkpoint import of_seeds, read_content, read_state
 from engine.config import check_config
 from engine.distributed import barrier, on_main
 from engine.precision import name_of
@@ -43,7 +44,7 @@ FIXED_FLAGS = (
 LATER_FLAGS = {'views': 0, 'nested': False, 'support_labels': 'all', 'repeat_base_images': False}
 CHECKPOINTS = ('last', 'previous', 'best')  # stage 2 appends the seed
 RUN_FILES = (
-    'last*.pth', 'last*.damaged', 'previous*.pth', 'best*.pth', 'epoch_*.pth', 'metrics.jsonl', 'log.txt', 'args.json',
+    'last*.pth', 'last*.damaged', 'previous*.pth', 'best*.pth', 'best*.replaced', 'epoch_*.pth', 'metrics.jsonl', 'log.txt', 'args.json',
     'tb', 'features', 'memory.pt',
 )  # fmt: skip
 
@@ -59,6 +60,7 @@ class SavedState:
         step: optimisation steps done.
         records: how many records of metrics.jsonl the checkpoint includes.
         reopened: a finished run trains on (--resume FILE).
+        has_best: where reopened, whether the folder has the best checkpoint of the epochs done.
     """
 
     path: str
@@ -67,6 +69,7 @@ class SavedState:
     step: int
     records: int
     reopened: bool = False
+    has_best: bool = False
 
     @classmethod
     def of(cls, path: Path | str, state: dict) -> 'SavedState':
@@ -97,14 +100,20 @@ class RunFolder:
     ):
         self.folder, self.arguments, self.classes = Path(folder), arguments, classes
         self._to_remove = []  # files of an earlier run
+        self._to_replace = []  # best checkpoints of what the file that the run resumes from does not know
         self._found: dict[int | None, SavedState] = on_main(lambda: self._find(resume, overwrite))
 
     def remove_earlier_run(self):
-        """Delete the run that --overwrite replaces; call it after all checks have passed."""
+        """Delete the run that --overwrite replaces; call it after all checks have passed.
+
+        A best checkpoint that belongs to epochs which --resume FILE drops is renamed to `best.replaced`.
+        """
         barrier()  # every process has read what it starts from
         for path in self._to_remove:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        self._to_remove = []
+        for path in self._to_replace:
+            path.replace(path.with_suffix('.replaced'))
+        self._to_remove, self._to_replace = [], []
 
     def state(self, seed: int | None = None) -> dict | None:
         """What `checkpoint.save_checkpoint` stored of a seed; None where the seed starts from the beginning."""
@@ -114,8 +123,8 @@ class RunFolder:
         state = read_state(found.path)
         if found.reopened:
             state['training']['progress']['finished'] = False
-        if not self._contains(found.path):  # the best checkpoint is not in this folder
-            state['training']['progress'] |= {'best': None, 'best_epoch': state['epoch']}
+            if not found.has_best:
+                state['training']['progress'] |= {'best': None, 'best_epoch': state['epoch']}
         return state
 
     def holds(self, seed: int | None = None) -> bool:
@@ -199,7 +208,23 @@ class RunFolder:
         if not self._contains(path):
             self._plan_removal(overwrite)
             found[seed].records = 0
+            return found
+        for other, latest in found.items():
+            latest.has_best = self._check_best(other, read_state(latest.path))
         return found
+
+    def _check_best(self, seed, state):
+        """Whether the best checkpoint is the one that a state knows; another one is to be replaced."""
+        path, progress = self.path('best', seed), state['training']['progress']
+        if not path.is_file():
+            return False
+        with contextlib.suppress(InputError):  # a damaged one is replaced too
+            best = read_content(path)
+            # as text: what was not measured is NaN, which equals nothing
+            if str((best['epoch'], best['metrics'])) == str((progress['best_epoch'], progress['best'])):
+                return True
+        self._to_replace.append(path)
+        return False
 
     def _contains(self, path):
         """Whether a file is directly in this folder."""
@@ -247,8 +272,11 @@ class RunFolder:
 
 
 def _differing(earlier, now, names=None):
-    """Descriptions of the arguments that differ, of all names that both have or of some of them."""
-    earlier = LATER_FLAGS | earlier
+    """Descriptions of the arguments that differ, of all names that both have or of some of them.
+
+    Of the validation list also where one has none.
+    """
+    earlier, now = ({'content of validation list': 'none'} | arguments for arguments in (LATER_FLAGS | earlier, now))
     return [
         f'{name} was {earlier[name]}, is {now[name]}'
         for name in sorted({*earlier} & {*now} & {*(names or now)})

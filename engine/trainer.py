@@ -99,7 +99,7 @@ class Trainer:
         """Train until the plan's last epoch.
 
         Returns:
-            Validation metrics of 'best' and of 'last'; none where there are no validation images.
+            Validation metrics of 'best' and of 'last'; none where nothing was validated.
 
         Raises:
             InputError: the loss is not finite; names the batch's images.
@@ -119,9 +119,10 @@ class Trainer:
             self.end_epoch(stops_early=bool(metrics) and self.is_out_of_patience())
         if self.skipped:
             self.logger.info(f'{self.prefix}{len(self.skipped)} training images were skipped')
-        if self.stage.val_batches is None:
+        if self.stage.val_batches is None or not progress.best:
             last = self.run.folder.path('last', self.stage.seed)
-            self.logger.info(f'{self.prefix}no validation list, so only the last checkpoint is kept: {last}')
+            why = 'no validation list' if self.stage.val_batches is None else 'these epochs were not validated'
+            self.logger.info(f'{self.prefix}{why}, so only the last checkpoint is kept: {last}')
             return {}
         best = self.run.folder.path('best', self.stage.seed)
         self.logger.info(f'{self.prefix}best checkpoint: {best}, epoch {progress.best_epoch}')

@@ -112,6 +112,34 @@ def test_resuming_from_a_file_needs_fitting_arguments(whole, tmp_path):
     assert not progress['finished'] and progress['best'] is None and new.records == {None: 0}
 
 
+def test_the_best_checkpoint_of_epochs_that_are_dropped_is_replaced(whole, tmp_path):
+    run = tmp_path / 'run'
+    shutil.copytree(whole(1), run)
+    arguments = torch.load(run / 'last.pth', weights_only=True)['training']['arguments'] | {'num_epoch': 5}
+    resumed = RunFolder(run, {None: arguments}, str(run / 'last.pth'))
+    resumed.remove_earlier_run()
+    assert resumed.state()['training']['progress']['best'] and (run / 'best.pth').is_file()
+    best = torch.load(run / 'best.pth', weights_only=True)
+    best['epoch'] = 4  # of a longer training, from which an earlier checkpoint is resumed
+    torch.save(best, run / 'best.pth')
+    resumed = RunFolder(run, {None: arguments}, str(run / 'last.pth'))
+    assert (run / 'best.pth').is_file()
+    resumed.remove_earlier_run()
+    progress = resumed.state()['training']['progress']
+    assert progress['best'] is None and progress['best_epoch'] == progress['epoch'] == 2
+    assert torch.load(run / 'best.replaced', weights_only=True)['epoch'] == 4 and not (run / 'best.pth').exists()
+
+
+def test_a_validation_list_that_was_not_there_is_named(whole, tmp_path):
+    run = tmp_path / 'run'
+    shutil.copytree(whole(1), run)
+    arguments = torch.load(run / 'last.pth', weights_only=True)['training']['arguments']
+    without = {name: value for name, value in arguments.items() if name != 'content of validation list'}
+    with pytest.raises(InputError, match='content of validation list was .*, is none'):
+        RunFolder(run, {None: without})
+    assert RunFolder(run, {None: without | {'num_epoch': 3}}, str(run / 'last.pth')).holds()
+
+
 def test_a_run_that_is_refused_changes_nothing(run_script, shapes, whole, tmp_path):
     run = tmp_path / 'run'
     shutil.copytree(whole(1), run)
