@@ -196,24 +196,24 @@ def few_shot_set(args: argparse.Namespace, data: FoldData, seed: int) -> FewShot
     )  # fmt: skip
 
 
-def keep_views(args: argparse.Namespace, pairs: FewShotDataset, seed: int, keeper: FeatureKeeper) -> dict:
-    """Features of views of the support images and of the pool of base views: 'support' and 'base', as in a batch."""
-    support = support_views(pairs.support, args.views, seed)
-    kept = {
-        'support': keeper.keep(support, 'support view', args.input_size, whole=True),
-        'base': keep_base_views(args, pairs, keeper),
-    }
-    if not all(isinstance(part, KeptFeatures) for part in kept.values()):
-        raise InputError('--views: there is no room to keep the features; raise --features-gb, or keep fewer views')
-    return kept
-
-
 def keep_base_views(
     args: argparse.Namespace, pairs: FewShotDataset, keeper: FeatureKeeper
 ) -> KeptFeatures | FrozenFeatures:
-    """Features of the pool of base views."""
+    """Features of the pool of base views, which is the same for all seeds."""
     views = base_views(pairs.base, pairs.class_lists, args.base_views)
     return keeper.keep(views, 'base view', args.input_size, whole=True)
+
+
+def keep_views(
+    args: argparse.Namespace, pairs: FewShotDataset, seed: int, keeper: FeatureKeeper,
+    pool: KeptFeatures | FrozenFeatures,
+) -> dict[str, KeptFeatures]:  # fmt: skip
+    """Features of views of the support images, and the pool of base views: 'support' and 'base', as in a batch."""
+    views = support_views(pairs.support, args.views, seed)
+    kept = {'support': keeper.keep(views, 'support view', args.input_size, whole=True), 'base': pool}
+    if not all(isinstance(part, KeptFeatures) for part in kept.values()):
+        raise InputError('--views: there is no room to keep the features; raise --features-gb, or keep fewer views')
+    return kept
 
 
 def train_seed(
@@ -224,10 +224,13 @@ def train_seed(
     train_set: FewShotDataset,
     base: Network,
     keeper: FeatureKeeper,
+    pool: FrozenFeatures | KeptFeatures | None,
     val_batches: FrozenFeatures | KeptFeatures | None,
     run: Run,
 ) -> dict[str, dict]:
     """Run stage 2 for one seed: `base` is what it starts from, the keeper's fused copy of it gives the features.
+
+    `pool` are the features of `keep_base_views`, where --views or the method needs them.
 
     Returns:
         Validation metrics of 'best' and of 'last'; none without a validation list.
@@ -238,19 +241,18 @@ def train_seed(
     counts = {args.dataset.classes[c]: len(ids) for c, ids in data.supports(args.shot, seed).items()}
     supports = Supports(whole, counts, keeper.frozen, device, keeper.dtype)
     if args.views:
-        kept = keep_views(args, pairs, seed, keeper)
-        train_set = KeptPairs(**kept, num_base=len(data.base_ids), support_ids=support.image_ids,
-                              shot=args.shot, seed=seed)  # fmt: skip
+        kept = keep_views(args, pairs, seed, keeper, pool)
+        train_set = KeptPairs(
+            **kept, num_base=len(data.base_ids), per_class=args.base_views, support_ids=support.image_ids,
+            shot=args.shot, seed=seed,
+        )  # fmt: skip
     loader = None
     if base.TRAINS_NOVEL:
         loader = training_loader(
             train_set, args.batch_size, seed, num_workers=0 if kept else args.num_workers, device=device,
             fill_last=True, micro_batches=args.accumulate,
         )  # fmt: skip
-    base_views = ()
-    if base.USES_BASE_VIEWS:
-        pool = kept['base'] if kept else keep_base_views(args, pairs, keeper)
-        base_views = LabelledFeatures(pool, device, set(support.image_ids))
+    base_views = LabelledFeatures(pool, device, set(support.image_ids)) if base.USES_BASE_VIEWS else ()
     torch.manual_seed(seed)  # only now: loaders draw too, and features may be there already
     net = build_novel(args, data, seed, base=base, supports=supports, base_views=base_views, folder=run.folder)
     panel = None
@@ -309,11 +311,15 @@ def main(args: argparse.Namespace):
         run.logger.info(f'{about}; computing in {name_of(dtype)}')
         keeper = feature_keeper(args, base, frozen, device, dtype, run)
         val_batches = keeper.keep(val_set, 'validation', args.base_size) if val_set else None
+        pool = None
+        if args.views or base.USES_BASE_VIEWS:
+            pool = keep_base_views(args, train_sets[args.random_seed[0]], keeper)
         rows = {}
         for seed, train_set in train_sets.items():
             results = train_seed(
-                args, data, seed, train_set=train_set, base=base, keeper=keeper, val_batches=val_batches, run=run
-            )
+                args, data, seed, train_set=train_set, base=base, keeper=keeper, pool=pool, val_batches=val_batches,
+                run=run,
+            )  # fmt: skip
             for which, metrics in results.items():
                 rows[f'seed {seed}, {which}{" (selected)" if which == args.select else ""}'] = metrics
         if rows:

@@ -113,6 +113,7 @@ def draw_base(
         InputError: the lists do not hold `shot` different images per class, or not even one.
     """
     rng = np.random.default_rng((seed, epoch))
+    support = set(support)
     free = {c: [i for i in ids if i not in support] for c, ids in class_lists.items()}
     for _ in range(100):  # classes share images, so one draw can fail although another succeeds
         drawn, short = _try_draw_base(free, shot, rng, repeats)

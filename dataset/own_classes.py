@@ -235,6 +235,11 @@ class SupportSamples:
         """Label of the class that an image shows."""
         return self.images[image_id][1]
 
+    def photograph(self, image_id: str) -> tuple:
+        """The same for images of one photograph, which may show several classes; it may also be there twice."""
+        image = self.images[image_id][0].image
+        return image.shape, zlib.crc32(image.tobytes())
+
     def stamps(self, image_ids: Sequence[str]) -> list[tuple[int, ...]]:
         """Checksums of images and masks; they change when the images change."""
         chosen = [self.images[image_id][0] for image_id in image_ids]

@@ -74,28 +74,31 @@ class KeptPairs(Dataset):
     epoch, and views of support images are not among them.
 
     Args:
-        support, base: rows of kept views, each {'row', 'mask', 'id', 'skipped'}; `rows` has the 'id' of all.
-        num_base: Kb, number of base classes; the base views are in their order, the same number of each.
+        support, base: rows of kept views, each {'row', 'mask', 'id', 'skipped'}; `rows` has the 'id' of all, but for
+            images that were skipped.
+        num_base, per_class: Kb base classes with so many base views each, in their order.
         support_ids: ids of the support images.
         shot: base views per base class and epoch.
         seed: seed of all random choices.
 
     Raises:
-        InputError: all views of a base class show support images.
+        InputError: all views of a base class show support images or were skipped.
     """
 
-    def __init__(self, support, base, num_base: int, support_ids: Collection[str], shot: int, seed: int):
+    def __init__(
+        self, support, base, *, num_base: int, per_class: int, support_ids: Collection[str], shot: int, seed: int
+    ):
         self.support, self.base, self.shot, self.seed = support, base, shot, seed
         self.support_rows = sorted(support.rows)
-        per_class = (max(base.rows) + 1) // num_base
+        shown = set(support_ids)
+        usable = {row for row, known in base.rows.items() if known['id'] not in shown}
         self.free = [
-            [row for row in range(i * per_class, (i + 1) * per_class) if base.rows[row]['id'] not in set(support_ids)]
-            for i in range(num_base)
+            [row for row in range(i * per_class, (i + 1) * per_class) if row in usable] for i in range(num_base)
         ]
         if not all(self.free):
             raise InputError(
                 f'all {per_class} kept views of base class number {1 + [bool(f) for f in self.free].index(False)} show '
-                'support images; raise --base-views'
+                'support images or were skipped; raise --base-views'
             )
         self._drawn = None, None
 

@@ -2,8 +2,9 @@
 
 import contextlib
 import math
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +55,8 @@ class KeptFeatures(Dataset):
     """Maps and masks of a data set's images, kept in half precision.
 
     Args:
-        arrays: map name -> float16 [N, h, w, channels], and 'mask' -> uint8 [N, H, W], padded with 255, on the CPU.
+        arrays: map name -> float16 [N, h, w, channels], on the CPU or a GPU; and 'mask' -> uint8 [N, H, W], padded with
+            255, on the CPU.
         rows: row of the arrays -> 'id', 'shape' and 'canvas' of its image; images that were skipped have no row.
         share: the rows that this process evaluates.
         device: of the batches.
@@ -133,6 +135,7 @@ class FeatureKeeper:
     batch_size: int | None = None
     num_workers: int = 0
     log: Callable[[str], None] = print
+    _in_memory: list[weakref.ref] = field(default_factory=list, init=False)  # arrays, as long as they are used
 
     def keep(
         self, dataset: Dataset, title: str, size: tuple[int, int], whole: bool = False
@@ -172,7 +175,7 @@ class FeatureKeeper:
             for array, (dtype, shape) in _with_rows(shapes, len(own)).items()
         }
         if place == 'memory':
-            self.memory_gb -= image_bytes * len(own) * local_world_size() / GB
+            self._in_memory += [weakref.ref(array) for array in arrays.values()]
         rows = self._compute(dataset, own, arrays, {row: i for i, row in enumerate(own)}, title)
         return KeptFeatures(arrays, rows, range(len(own)), self.device)
 
@@ -192,7 +195,7 @@ class FeatureKeeper:
         room = {
             'gpu': torch.cuda.mem_get_info(self.device)[0] / 2 if self.device.type == 'cuda' else 0,
             'disk': self.store.room(name) if self.store and one_host else 0,
-            'memory': self.memory_gb * GB / local_world_size(),
+            'memory': self.memory_gb * GB / local_world_size() - self._used(),
         }
         places = room if self.place == 'auto' else (self.place,)
         needs = {'gpu': need, 'disk': need_on_disk, 'memory': need}
@@ -209,6 +212,11 @@ class FeatureKeeper:
             raise InputError(f'--features {self.place}: {shortage}. Raise the limit, keep fewer images, or use auto.')
         self.log(f'{shortage}: not kept, so they are computed again each time')
         return 'off'
+
+    def _used(self):
+        """Bytes of the arrays in this process's memory. What an earlier seed kept may be gone."""
+        arrays = [array for reference in self._in_memory if (array := reference()) is not None]
+        return sum(array.nbytes for array in arrays)
 
     def _loader(self, dataset, rows, keep=False):
         return evaluation_loader(

@@ -44,8 +44,8 @@ FIXED_FLAGS = (
 LATER_FLAGS = {'views': 0, 'nested': False, 'support_labels': 'all', 'repeat_base_images': False}
 CHECKPOINTS = ('last', 'previous', 'best')  # stage 2 appends the seed
 RUN_FILES = (
-    'last*.pth', 'last*.damaged', 'previous*.pth', 'best*.pth', 'best*.replaced', 'epoch_*.pth', 'metrics.jsonl', 'log.txt', 'args.json',
-    'tb', 'features', 'memory.pt',
+    'last*.pth', 'last*.damaged', 'previous*.pth', 'best*.pth', 'best*.replaced', 'epoch_*.pth', 'metrics.jsonl',
+    'log.txt', 'args.json', 'tb', 'features', 'memory.pt',
 )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Teaching novel classes on kept features: views go through the frozen network once, and each training uses them."""
 
 import math
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
@@ -65,8 +66,10 @@ def learn(net: POP, support: KeptFeatures, base: KeptFeatures, recipe: Recipe, d
     net.freeze_base()
     net.train()
     head, device = Head(net), net.base_emb.device
-    per_class = (max(base.rows) + 1) // net.num_base
-    pairs = KeptPairs(support, base, net.num_base, (), shot=per_class, seed=recipe.seed)
+    count = len(base.masks) // net.num_base  # of each class
+    pairs = KeptPairs(
+        support, base, num_base=net.num_base, per_class=count, support_ids=(), shot=count, seed=recipe.seed
+    )  # fmt: skip
     loader = training_loader(pairs, recipe.batch_size, recipe.seed, num_workers=0, device=device, fill_last=True)
     optimization = Optimization(
         net, recipe.learning_rate, recipe.momentum, recipe.weight_decay, total_steps=recipe.steps,
@@ -112,6 +115,25 @@ def label_rest(kept: KeptFeatures, base: POP):
         logits = base.classify(base.finish_maps(kept.take(torch.tensor([row]))), scores)
         found = predict(logits[:, base.first_label :], tuple(mask.shape))[0].to(mask) + base.first_label
         kept.masks[row] = torch.where(mask == 0, found, mask)
+
+
+def turns(samples: SupportSamples) -> list[set[str]]:
+    """Ids of what each training leaves out: whole photographs, also where these show several of the classes.
+
+    Every training keeps a photograph of each class, so some may be left out in none.
+    """
+    by_photograph, sizes = {}, Counter(map(samples.label, samples.ids))
+    for image_id in samples.ids:
+        by_photograph.setdefault(samples.photograph(image_id), []).append(image_id)
+    parts = [(set(), Counter()) for _ in range(min(max(sizes.values()), TURNS))]  # ids, and images of each class
+    for ids in by_photograph.values():
+        shown = Counter(map(samples.label, ids))
+        fitting = [part for part in parts if all(part[1][c] + shown[c] < sizes[c] for c in shown)]
+        if fitting:
+            left_out, counts = min(fitting, key=lambda part: max(part[1][c] for c in shown))
+            left_out.update(ids)
+            counts.update(shown)
+    return [left_out for left_out, _ in parts if left_out]
 
 
 class Teacher:
@@ -198,23 +220,15 @@ class Teacher:
 
         One training leaves out one photograph of each class that has several, and all photographs take turns; with
         more than `TURNS` in a class, a training leaves out several of it. These trainings start untrained: an earlier
-        lesson may have seen what is left out. The network is another one afterwards.
+        lesson may have seen what is left out.
         """
-        total, found = 0, {}
-        for ids in self.turns():
+        total, found, trained = 0, {}, novel_state(self.net)
+        for ids in turns(self.samples):
             self._train({}, without=ids)
             confusion, predictions = self.segment(ids)
             total, found = total + confusion, found | predictions
+        self._load(trained)
         return total, found
-
-    def turns(self) -> list[set[str]]:
-        """Ids of the photographs that each training leaves out."""
-        by_class = {}
-        for image_id in self.samples.ids:
-            by_class.setdefault(self.samples.label(image_id), []).append(image_id)
-        several = [ids for ids in by_class.values() if len(ids) > 1]
-        count = min(max(map(len, several), default=0), TURNS)
-        return [{image_id for ids in several for image_id in ids[turn::count]} for turn in range(count)]
 
 
 def _others(kept: KeptFeatures, ids: Collection[str]) -> KeptFeatures:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from core.errors import InputError
 from model.network import covered_mean
 from model.pop import vectors
 
@@ -47,6 +48,9 @@ class Discriminants(nn.Module):
         Args:
             base_views: features [B, D, h, w], their labels [B, h, w], and masks int64 [B, H, W].
             supports: the same, of all support images, in any number of batches.
+
+        Raises:
+            InputError: no base view has a label of a base class.
         """
         known, width, device = self.known, self.weight.shape[1], self.weight.device
         products = torch.zeros(width, width, dtype=torch.float64, device=device)
@@ -57,6 +61,10 @@ class Discriminants(nn.Module):
             counts += labels.bincount(minlength=known)
             sums.index_add_(0, labels, f.double())
             products += (f.T @ f).double()
+        if not counts[1:].any():
+            raise InputError(
+                'the base views show no pixel of a base class, apart from those of support images; raise --base-views'
+            )
         means = sums / counts.clamp(min=1)[:, None]
         covariance = (products - means.T @ sums) / counts.sum()
         share = counts / counts.sum()

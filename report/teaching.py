@@ -35,7 +35,7 @@ def _percent(value):
 def write_teaching(folder: Path, result: dict):
     """Write teach.json."""
     with atomic_write(folder / 'teach.json') as file:
-        json.dump(json_ready(result), file, indent=2)
+        json.dump(json_ready(result), file, indent=2, default=str)
 
 
 def draw_panel(

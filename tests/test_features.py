@@ -17,7 +17,7 @@ from dataset import DATASETS, FoldData
 from engine import features
 from engine.evaluation import evaluate
 from engine.feature_store import HOST, FeatureStore, digest
-from engine.features import FeatureKeeper, FrozenFeatures, KeptFeatures
+from engine.features import FeatureKeeper, FrozenFeatures, KeptFeatures, kept_bytes
 from engine.loaders import evaluation_loader
 from model import POP, PSP
 
@@ -67,6 +67,18 @@ def test_every_pass_counts_what_the_network_counts_and_runs_the_backbone_once(ne
     assert sum(seen) == len(images)
     assert np.array_equal(first, second) and expected.sum() == first.sum()
     assert np.abs(expected - first).sum() <= 0.002 * expected.sum()  # maps are kept in half precision
+
+
+def test_memory_that_is_not_used_any_more_is_free_again(network, images, tmp_path):
+    keeps = keeper(network, tmp_path, 'memory')
+    keeps.memory_gb = 1.5 * len(images) * kept_bytes(network, SIZE) / 1e9
+    kept = keeps.keep(images, 'of one seed', SIZE)
+    part = kept.part([0, 1])
+    del kept  # the arrays are still in use
+    with pytest.raises(InputError, match='of the next seed features need'):
+        keeps.keep(images, 'of the next seed', SIZE)
+    del part
+    assert len(keeps.keep(images, 'of the next seed', SIZE).rows) == len(images)
 
 
 @pytest.mark.parametrize('place', ('memory', 'disk', 'off'))

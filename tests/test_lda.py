@@ -5,6 +5,7 @@ import torch
 from test_joint import Backbone, decoder
 from torch.distributions import MultivariateNormal
 
+from core.errors import InputError
 from model.discriminants import SHRINKAGE
 from model.lda import LDA
 from model.network import Labelled
@@ -94,6 +95,12 @@ def test_batches_do_not_matter_and_unseen_classes_do_not_disturb():
     net.calibrate([seen(net, base, 3)])
     logits = net.eval()(images(draw((0, 1, 3, 4), 9), 9))
     assert logits.isfinite().all()
+
+
+def test_base_views_without_a_base_class_are_refused():
+    net = network()
+    with pytest.raises(InputError, match='no pixel of a base class.*--base-views'):
+        net.start_from_supports([seen(net, draw((0, 3, 4), 4), 4)], [seen(net, draw((0, 255), 3), 3)])
 
 
 def test_an_object_smaller_than_a_position_is_registered_from_where_it_is():

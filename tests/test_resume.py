@@ -135,7 +135,7 @@ def test_a_validation_list_that_was_not_there_is_named(whole, tmp_path):
     shutil.copytree(whole(1), run)
     arguments = torch.load(run / 'last.pth', weights_only=True)['training']['arguments']
     without = {name: value for name, value in arguments.items() if name != 'content of validation list'}
-    with pytest.raises(InputError, match='content of validation list was .*, is none'):
+    with pytest.raises(InputError, match=r'content of validation list was .*, is none'):
         RunFolder(run, {None: without})
     assert RunFolder(run, {None: without | {'num_epoch': 3}}, str(run / 'last.pth')).holds()
 

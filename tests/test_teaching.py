@@ -1,12 +1,14 @@
 """What utils.teach does with kept features: the training, and labels of what masks do not show."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from dataset.own_classes import SupportImage, SupportSamples
 from engine import teaching
 from engine.features import KeptFeatures
-from engine.teaching import Recipe, label_rest
+from engine.teaching import Recipe, label_rest, turns
 from model import POP
 
 
@@ -45,6 +47,32 @@ def test_learns_a_direction_and_leaves_the_base_as_it_is():
         logits = net.classify(kept(net, [3, 3], directions).take(slice(0, 2)))
     assert (logits.argmax(dim=1)[:, :, 4:] == 3).float().mean() > 0.95
     assert (logits.argmax(dim=1)[:, :, :4] == 3).float().mean() < 0.05
+
+
+def test_a_photograph_is_left_out_with_all_classes_that_it_shows_and_each_class_keeps_one():
+    rng = np.random.default_rng(0)
+    photographs = {name: rng.integers(0, 255, (4, 5, 3), np.uint8) for name in 'ABCDEFGHI'}
+
+    def left_out(**shown):
+        support = {name: [SupportImage(each, photographs[each], np.ones((4, 5), np.uint8)) for each in names]
+                   for name, names in shown.items()}  # fmt: skip
+        samples = SupportSamples(support, {name: label for label, name in enumerate(support, 1)})
+        parts = turns(samples)
+        for ids in parts:
+            for name, names in shown.items():
+                assert len(names) == 1 or {f'{name}/{each}' for each in names} - ids
+            # what a training leaves out, it sees in no class
+            out = {image_id[-1] for image_id in ids}
+            assert ids == {image_id for image_id in samples.ids if image_id[-1] in out}
+        return parts
+
+    assert left_out(a='AB', b='CDE') == [{'a/A', 'b/C'}, {'a/B', 'b/D'}, {'b/E'}]
+    assert left_out(a='ABC', b='BC') == [{'a/A'}, {'a/B', 'b/B'}, {'a/C', 'b/C'}]
+    assert left_out(a='A', b='AB') == [{'b/B'}]  # nothing would be left of a without A
+    assert left_out(a='A') == []
+    many = left_out(a='ABCDEFGHI', b='HI')
+    assert len(many) == 5
+    assert set().union(*many) == {*(f'a/{each}' for each in 'ABCDEFGHI'), 'b/H', 'b/I'}
 
 
 @pytest.mark.parametrize('background', (True, False))

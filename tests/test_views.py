@@ -201,7 +201,7 @@ def test_pairs_of_kept_views_depend_on_seed_epoch_and_index_and_leave_support_im
     support, base = Kept(6), Kept(60)  # three base classes with 20 views each
 
     def epoch(number, seed=1, shot=4):
-        pairs = KeptPairs(support, base, 3, {'3', '4'}, shot, seed)
+        pairs = KeptPairs(support, base, num_base=3, per_class=20, support_ids={'3', '4'}, shot=shot, seed=seed)
         return [pairs[number, i] for i in range(len(pairs))]
 
     drawn = [[pair['base']['row'] for pair in epoch(number)] for number in range(3)]
@@ -211,5 +211,9 @@ def test_pairs_of_kept_views_depend_on_seed_epoch_and_index_and_leave_support_im
         assert not {row % 10 for row in rows} & {3, 4}
     assert len({pair['support']['row'] for number in range(9) for pair in epoch(number)}) == 6
     assert len(epoch(0, shot=30)) == 90  # more than there are: some are repeated
+    common = {'num_base': 3, 'per_class': 20, 'shot': 1, 'seed': 0}
     with pytest.raises(InputError, match='--base-views'):
-        KeptPairs(support, base, 3, {str(i) for i in range(10)}, 1, 0)
+        KeptPairs(support, base, **common, support_ids={str(i) for i in range(10)})
+    base.rows = {row: known for row, known in base.rows.items() if row not in (0, 59)}  # skipped
+    pairs = KeptPairs(support, base, **common, support_ids={'5'})
+    assert [len(rows) for rows in pairs.free] == [17, 18, 17]

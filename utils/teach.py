@@ -15,6 +15,7 @@ panels/*.png, the photographs with what the network says of them.
 import argparse
 import difflib
 import shlex
+import shutil
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,6 @@ from core import IGNORE_INDEX
 from core.errors import InputError, exits_cleanly, some
 from core.files import check_writable
 from core.ranks import world_size
-from core.signals import Stopped
 from dataset import FoldData
 from dataset.legend import Legend
 from dataset.own_classes import SupportImage, SupportSamples, extend_legend, read_support_folder
@@ -102,6 +102,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f'--out {args.out} is the folder of --restore-from; give another one')
     if not args.support and not args.forget:
         parser.error('give --support, --forget, or both')
+    if not args.data_dir and (args.memory_mb or args.train_list):
+        parser.error('--memory-mb and --train-list are about the base data of --data-dir, which is not given')
     return args
 
 
@@ -146,6 +148,8 @@ def read_lesson(args: argparse.Namespace, device: torch.device) -> Lesson:
     stay = {name: class_id for name, class_id in before.items() if name not in args.forget}
     if not stay and not args.support:
         raise InputError(f'without {some(args.forget)}, nothing is left but the base network; use its own checkpoint')
+    if args.memory and args.data_dir and not before:
+        raise InputError('--data-dir takes the place of --memory; give one of them')
     memory, size = None, tuple(checkpoint.config.get('base_size', cli.BASE_SIZE))
     if before or not args.data_dir:
         path = args.memory or Path(checkpoint.path).parent / NAME
@@ -217,8 +221,8 @@ def build_network(lesson: Lesson, seed: int) -> JointPOP:
 def train(args: argparse.Namespace, lesson: Lesson, keeper: FeatureKeeper) -> Teacher:
     """Teach what there is to learn; where classes are forgotten only, the others stay as they are."""
     labels = dict(zip(lesson.support, lesson.legend.novel_labels, strict=True))
-    args.steps = args.steps or STEPS * (1 + len(labels))
-    recipe = Recipe(args.steps, args.batch_size, args.learning_rate, seed=args.seed)
+    steps = args.steps or STEPS * (1 + len(labels))
+    recipe = Recipe(steps, args.batch_size, args.learning_rate, seed=args.seed)
     net, before = build_network(lesson, args.seed), list(taught_before(lesson.checkpoint))
     stay = [before.index(name) for name in lesson.taught_before]
     teacher = Teacher(
@@ -241,7 +245,9 @@ def base_miou(net: JointPOP, views: KeptFeatures, device: torch.device, dtype: t
 
 
 def save(args: argparse.Namespace, lesson: Lesson, net: JointPOP, network: str, base_miou: float):
-    """Write memory.pt, then best.pth, which needs it to be taught more."""
+    """Write memory.pt, then best.pth, which needs it to be taught more; what describes an earlier network goes."""
+    (args.out / 'teach.json').unlink(missing_ok=True)
+    shutil.rmtree(args.out / 'panels', ignore_errors=True)
     write_memory(args.out / NAME, Memory(network, lesson.base_views, lesson.support))
     counts = {name: len(images) for name, images in lesson.support.items()}
     theirs = lesson.checkpoint.config
@@ -308,14 +314,13 @@ def main(args: argparse.Namespace):
             print('photographs are left out in turn, to say what to expect; stopping this leaves best.pth as it is')
         try:
             classes = report(args, lesson, teacher)
-        except Stopped:
+        except KeyboardInterrupt:
             print(f'{args.out / "best.pth"} is complete; only what to expect of it is not known')
             raise
         write_teaching(args.out, {
-            'checkpoint': str(lesson.checkpoint.path), 'forgotten': args.forget, 'classes': classes,
-            'base_miou': {'before': before, 'after': after}, 'base_views': len(lesson.base_views.rows),
-            'steps': args.steps, 'views': args.views, 'seed': args.seed, 'precision': name_of(dtype),
-            'seconds': seconds,
+            'checkpoint': lesson.checkpoint.path, 'classes': classes, 'base_miou': {'before': before, 'after': after},
+            'base_views': len(lesson.base_views.rows), 'precision': name_of(dtype), 'seconds': seconds,
+            'settings': vars(args) | {'steps': teacher.recipe.steps},
         })  # fmt: skip
         print(f'\n{teaching_table(classes)}\n')
         for note in disappointments(classes, before - after):
