@@ -122,8 +122,7 @@ def restore_base(args: argparse.Namespace, data: FoldData, folder: RunFolder) ->
     base = build_network(args, data)
     config = from_flags.network_config(args, data)
     earlier = None
-    # 'head' is all that stage 2 adds: the rest of what it saves is the base network
-    if folder.any_path() and args.train != 'decoder':
+    if folder.any_path() and base.keeps_base:  # then a checkpoint of stage 2 holds the base network
         earlier = read_checkpoint(folder.any_path())
     elif args.start_epoch:
         earlier = start_epoch_checkpoint(args, args.random_seed[0])

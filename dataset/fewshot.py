@@ -19,8 +19,8 @@ def draw_support(class_lists: dict[int, list[str]], shot: int, seed: int) -> lis
         seed: seed of Python's random generator.
 
     Returns:
-        K image ids per class, in the order of `class_lists`. No image supports two classes. A class with fewer than K
-        images gives all of them, then random repeats.
+        K image ids per class, in the order of `class_lists`. A class with fewer than K images gives all of them, then
+        random repeats, as published; no other image supports two classes.
 
     Raises:
         InputError: a class has no image, or fewer than K that do not support another class.

@@ -36,6 +36,11 @@ class FineTuned(Network):
         if num_novel:
             self.classifier_n = nn.Conv2d(decoder.out_channels, num_novel, 1, bias=False)
 
+    @property
+    def keeps_base(self) -> bool:
+        """Whether stage 2 leaves the decoder as it is."""
+        return self.options['train'] != 'decoder'
+
     def forward(self, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Logits [B, 1 + Kb + Kn, h, w]; in the training of stage 1 also those of the auxiliary head."""
         if not (self.training and self.auxiliary):

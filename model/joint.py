@@ -17,11 +17,6 @@ LEAST_STD = 0.1  # the standard deviation of no channel counts as less than this
 EVIDENCE = 0.1  # of discriminant analysis: the share of its margins that counts
 
 
-def best_options(shot: int) -> dict[str, str]:
-    """Options of `JointPOP` that gave the best results with so many images of a class (docs/extend.md)."""
-    return {'discriminants': 'added' if shot == 1 else 'none'}
-
-
 class JointPOP(JointSpace):
     """POP whose novel classes also see what the backbone knows, and which leaves the background as stage 1 learned it.
 
@@ -52,6 +47,11 @@ class JointPOP(JointSpace):
         **JointSpace.OPTIONS,
     })  # fmt: skip
     STAGE_2_PREFIXES = (*POP.STAGE_2_PREFIXES, *JointSpace.STAGE_2_PREFIXES, 'backbone_mean', 'backbone_std')
+
+    @classmethod
+    def best_options(cls, shot: int) -> dict[str, str]:
+        """With one image of a class, the discriminants; docs/extend.md has the results."""
+        return {'discriminants': 'added' if shot == 1 else 'none'}
 
     def add_novel(self) -> None:
         """Add prototypes and phi_n in the joint space."""

@@ -99,11 +99,22 @@ class Network(nn.Module):
         return {name: options.get(name, next(iter(choices))) for name, choices in cls.OPTIONS.items()}
 
     @classmethod
+    def best_options(cls, shot: int) -> dict[str, str]:
+        """Those of `OPTIONS` that gave the best results with so many support images of a class, where they differ from
+        the default ones: what `--recipe best` chooses."""
+        return {}
+
+    @classmethod
     def described(cls, options: Mapping[str, str] | None = None) -> str:
         """`title`, with the choices that differ from the default ones."""
         default, chosen = cls.choose(), cls.choose(options)
         different = [f'{name} {choice}' for name, choice in chosen.items() if choice != default[name]]
         return f'{cls.title} ({", ".join(different)})' if different else cls.title
+
+    @property
+    def keeps_base(self) -> bool:
+        """Whether stage 2 leaves all that stage 1 learned as it is."""
+        return True
 
     @property
     def first_label(self) -> int:
@@ -164,7 +175,7 @@ class Network(nn.Module):
         """
         return maps
 
-    def classify(self, maps: Maps, constants=None) -> torch.Tensor:
+    def classify(self, maps: Maps, constants: object = None) -> torch.Tensor:
         """Head.
 
         Args:
@@ -176,8 +187,8 @@ class Network(nn.Module):
         """
         raise NotImplementedError
 
-    def constants(self):
-        """What `classify` needs that does not depend on the image."""
+    def constants(self) -> object:
+        """What `classify` needs that does not depend on the image; None: nothing."""
         return None
 
     def prototypes(self) -> tuple[torch.Tensor, ...]:
@@ -193,7 +204,7 @@ class Network(nn.Module):
         """Before stage 1: add what only stage 1 has, such as an auxiliary head."""
 
     def base_losses(
-        self, outputs, masks: torch.Tensor, *, pixel_weight: float | None = None, micro_batches: int = 1
+        self, outputs: object, masks: torch.Tensor, *, pixel_weight: float | None = None, micro_batches: int = 1
     ) -> dict[str, torch.Tensor]:
         """Terms of stage 1's objective, whose sum is minimised: cross-entropy.
 

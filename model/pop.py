@@ -182,18 +182,18 @@ class POP(Network):
         self.classifier_n.load_state_dict(state)
 
 
-def vectors(maps):
+def vectors(maps: torch.Tensor) -> torch.Tensor:
     """Maps [B, C, h, w] as vectors [B h w, C], float32 (float64 stays); no copy where channels are last in memory."""
     return single(maps).permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def as_map(vectors, like):
+def as_map(vectors: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Vectors [B h w, K] as a map [B, K, h, w] of the batch and size of `like`."""
     batch, _, height, width = like.shape
     return vectors.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
-def score(mlp, vectors):
+def score(mlp: nn.Sequential, vectors: torch.Tensor) -> torch.Tensor:
     """phi of vectors [N, C]: [N].
 
     Its 1x1 convolutions are applied as matrix products: these stay in float32 on GPUs, where cuDNN would round a

@@ -91,9 +91,14 @@ class Results:
         return ', '.join(names)
 
     @property
+    def stage(self) -> int:
+        """2 where the network has novel classes, else 1."""
+        return 2 if self.legend.novel_labels else 1
+
+    @property
     def title(self) -> str:
         shots = 'support images chosen by hand' if self.shot is None else f'{self.shot}-shot'
-        shots = shots if self.legend.novel_labels else 'base classes only'
+        shots = shots if self.stage == 2 else 'base classes only'
         return f'{self.dataset} fold {self.fold}, {shots}, weights "{self.weights}"'
 
     def columns(self) -> dict[str, list[float]]:
@@ -124,8 +129,8 @@ class Results:
             file.write(self.tables())
         columns = self.columns()
         summary = {
-            'dataset': self.dataset, 'fold': self.fold, 'shot': self.shot if self.legend.novel_labels else None,
-            'model': self.model, 'options': dict(self.options),
+            'dataset': self.dataset, 'fold': self.fold, 'stage': self.stage,
+            'shot': self.shot if self.stage == 2 else None, 'model': self.model, 'options': dict(self.options),
             'weights': self.weights, 'precision': self.precision, 'seeds': self.seeds,
             'mean': {key: float(np.mean(values)) for key, values in columns.items()},
             'std': {key: float(np.std(values)) for key, values in columns.items()},

@@ -41,16 +41,21 @@ def read_results(folders: Iterable[Path], out: Path) -> list[dict]:
     contents = {path: parse_json(path.read_bytes(), path) for path in paths}
     before = {}  # base model, data set, fold -> mIoU of base classes after stage 1
     for content in contents.values():
-        (result, *_) = content['seeds'].values()
-        if result['novel'] is None:  # of stage 1
+        if _stage(content) == 1:
+            (result, *_) = content['seeds'].values()
             key = content.get('model', DEFAULT_MODEL), content['dataset'], content['fold']
             before[key] = result['base_without_background']
     rows = []
     for path, content in contents.items():
-        model, shot = content.get('model', DEFAULT_MODEL), content['shot']
+        if _stage(content) == 1:
+            continue
+        if content['shot'] is None:
+            print(f'note: {path} is in no table: its classes have different numbers of support images')
+            continue
+        model = content.get('model', DEFAULT_MODEL)
         place = {key: content[key] for key in ('dataset', 'fold', 'shot')}
         base_model = MODELS[model].BASE_MODEL or model
-        for seed, result in content['seeds'].items() if shot is not None else ():
+        for seed, result in content['seeds'].items():
             means = {key: float('nan') if result[key] is None else result[key] for key in SUMMARY}
             known = before.get((base_model, place['dataset'], place['fold']))
             forgotten = float('nan') if known is None else known - means['base_without_background']
@@ -62,6 +67,11 @@ def read_results(folders: Iterable[Path], out: Path) -> list[dict]:
                 'checkpoint': Path(result['checkpoint']).name, 'run': os.path.relpath(path.parent, out),
             })  # fmt: skip
     return rows
+
+
+def _stage(content):
+    """Of what stage a results.json is; those of earlier versions do not say."""
+    return content.get('stage') or (1 if content['shot'] is None else 2)
 
 
 def write_tables(out: Path, rows: Sequence[dict], folds: Sequence[int]):

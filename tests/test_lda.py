@@ -99,7 +99,7 @@ def test_batches_do_not_matter_and_unseen_classes_do_not_disturb():
 
 def test_base_views_without_a_base_class_are_refused():
     net = network()
-    with pytest.raises(InputError, match='no pixel of a base class.*--base-views'):
+    with pytest.raises(InputError, match=r'no pixel of a base class.*--base-views'):
         net.start_from_supports([seen(net, draw((0, 3, 4), 4), 4)], [seen(net, draw((0, 255), 3), 3)])
 
 

@@ -211,6 +211,23 @@ def test_tables_name_evaluations_that_left_images_out(tmp_path):
             Step('name', 'test', ('command',), tmp_path / 'run').done()
 
 
+def test_what_is_forgotten_is_told_by_stage_and_results_without_a_shot_are_named(tmp_path, capsys):
+    def write(name, stage, shot, base, novel):
+        means = dict.fromkeys(SUMMARY, 50.0) | {'base_without_background': base, 'novel': novel}
+        content = {'dataset': 'shapes', 'fold': 0, 'stage': stage, 'shot': shot,
+                   'seeds': {'1': {'checkpoint': 'best.pth', **means}}}  # fmt: skip
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'results.json').write_text(json.dumps(content))
+        return tmp_path / name
+
+    base = write('base', 1, None, 60.0, None)
+    few = write('few', 2, 1, 50.0, None)  # no image shows a novel class
+    chosen = write('chosen', 2, None, 50.0, 10.0)
+    (row,) = read_results([base, few, chosen], tmp_path)
+    assert row['run'] == 'few' and row['forgotten'] == 10
+    assert 'chosen/results.json is in no table' in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_a_killed_sweep_resumes_and_skips_what_is_done(shapes, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv('OMP_NUM_THREADS', '1')

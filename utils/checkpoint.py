@@ -16,13 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core.errors import InputError, exits_cleanly, some
-from engine.checkpoint import Checkpoint, read_checkpoint, resolve_checkpoint, save_checkpoint, write_weights
+from engine.checkpoint import Checkpoint, read_checkpoint, resolve_checkpoint, write_weights
 from engine.metrics import SUMMARY
 from model import MODELS, find_backbone
 from report.tables import markdown_table
 from utils.cli import make_parser
-
-__all__ = ['main', 'parse_args', 'save_checkpoint']  # save_checkpoint: code for earlier versions imports it from here
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

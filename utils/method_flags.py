@@ -8,7 +8,7 @@ from core.errors import InputError
 from core.ranks import is_main, world_size
 from dataset.supports import read_supports
 from model import MODELS
-from model.joint import best_options
+from utils.data_flags import check_folds
 
 # of the training, which some methods do not need
 TRAINING_FLAGS = (
@@ -50,13 +50,12 @@ def finish_recipe(args: argparse.Namespace):
     """Set what a recipe leaves to other flags. Raises InputError for a support list that cannot be read."""
     args.num_epoch = args.num_epoch or max(PAIRS // args.shot, 1)  # of SHOT pairs for each base class
     args.val_every = args.val_every or args.num_epoch
-    if args.model == 'pspnet_joint':
-        images = args.shot
-        if args.support_list:  # then --shot counts base images only
-            novel = {c: args.dataset.classes[c] for c in args.dataset.novel_ids(args.fold)}
-            images = max(map(len, read_supports(args.support_list, novel).values()))
-        for name, choice in best_options(images).items():
-            setattr(args, name, getattr(args, name) or choice)
+    images = args.shot
+    if args.support_list:  # then --shot counts base images only
+        novel = {c: args.dataset.classes[c] for c in args.dataset.novel_ids(args.fold)}
+        images = max(map(len, read_supports(args.support_list, novel).values()))
+    for name, choice in MODELS[args.model].best_options(images).items():
+        setattr(args, name, getattr(args, name) or choice)
 
 
 def add_method_flags(parser: argparse.ArgumentParser):
@@ -82,6 +81,7 @@ def check_method_flags(parser: argparse.ArgumentParser, args: argparse.Namespace
     if args.recipe and not method.TRAINS_NOVEL:
         parser.error(f'--recipe {args.recipe} says how to train; --model {args.model} trains nothing')
     names = dict.fromkeys(name for other in MODELS.values() for name in other.OPTIONS)
+    check_folds(parser, args.dataset, [args.fold])  # a recipe looks at the fold's classes
     try:
         if args.recipe:
             finish_recipe(args)

@@ -50,7 +50,6 @@ from engine.precision import name_of, precision
 from engine.teaching import Recipe, Teacher
 from engine.weights import SUFFIXES
 from model import JointPOP, build_model
-from model.joint import best_options
 from report.teaching import draw_panel, teaching_table, write_teaching
 from utils import cli, from_flags
 
@@ -208,7 +207,7 @@ def build_network(lesson: Lesson, seed: int) -> JointPOP:
     """The network to train, untrained."""
     config = lesson.checkpoint.config
     # where classes are forgotten only, the network stays of its kind
-    options = best_options(max(map(len, lesson.support.values()))) if lesson.new else config.get('options')
+    options = JointPOP.best_options(max(map(len, lesson.support.values()))) if lesson.new else config.get('options')
     torch.manual_seed(seed)
     net = build_model(
         config['backbone'], lesson.base.num_base, len(lesson.support), config['os'], TAUGHT_MODEL, options
