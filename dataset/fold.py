@@ -18,7 +18,7 @@ from dataset.legend import Legend
 from dataset.lists import FoldLists, ensure_class_lists, read_ids
 from dataset.segmentation import SegmentationDataset
 from dataset.spec import DatasetSpec
-from dataset.supports import read_supports
+from dataset.support_list import read_supports
 from dataset.transforms import Augmentation
 
 

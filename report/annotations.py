@@ -10,7 +10,7 @@ from core.files import atomic_write
 from dataset.annotations.regions import find_regions, polygon_of
 from dataset.legend import Legend
 from engine.distributed import all_gather, on_main
-from report.tensorboard import label_array
+from report.arrays import label_array
 
 
 class CocoWriter:

@@ -7,8 +7,8 @@ import torch
 
 from core import IGNORE_INDEX
 from dataset.legend import Legend
+from report.arrays import similarity
 from report.plotting import Figure, Patch, plain_text
-from report.tensorboard import similarity
 
 ERRORS = {  # what can be wrong with a pixel, and its colour in error maps (also for colour-blind readers)
     'correct': (224, 224, 224),

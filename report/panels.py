@@ -15,9 +15,9 @@ from dataset.masks import save_palette_png
 from engine.distributed import all_gather, on_main
 from engine.inference import Segmenter
 from engine.metrics import confusion_matrix, iou_per_class
+from report.arrays import label_array
 from report.figures import color_classes, panel_figure
 from report.plotting import save_figure
-from report.tensorboard import label_array
 
 
 def save_labels(path: Path, labels: np.ndarray, legend: Legend):

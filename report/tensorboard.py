@@ -8,20 +8,10 @@ from collections.abc import Callable, Sequence
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from dataset.legend import Legend
-
-
-def similarity(prototypes: Sequence[torch.Tensor]) -> np.ndarray:
-    """Cosine similarities of all prototypes, float32 [K, K].
-
-    Args:
-        prototypes: [Kb, C], and [Kn, C] if there are novel classes.
-    """
-    s = F.normalize(torch.cat([p.detach().float() for p in prototypes]), dim=1)
-    return (s @ s.T).cpu().numpy()
+from report.arrays import label_array, similarity
 
 
 def similarity_picture(prototypes: Sequence[torch.Tensor], side: int = 320) -> np.ndarray:
@@ -31,11 +21,6 @@ def similarity_picture(prototypes: Sequence[torch.Tensor], side: int = 320) -> n
     colors = (255 * np.stack([red, np.minimum(red, blue), blue], axis=2)).astype(np.uint8)
     cell = -(-side // len(matrix))
     return colors.repeat(cell, axis=0).repeat(cell, axis=1)
-
-
-def label_array(labels: torch.Tensor) -> np.ndarray:
-    """Labels below 256 as uint8 on the CPU."""
-    return labels.byte().cpu().numpy()
 
 
 class ValidationPanel:

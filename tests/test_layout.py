@@ -33,6 +33,22 @@ def test_functions_have_at_most_60_lines():
     assert not long
 
 
+def test_the_steps_in_the_design_name_functions_of_their_files():
+    text = (ROOT / 'docs/design.md').read_text()
+    rows = re.findall(
+        r'^\| (?:→ )?`([\w/]+\.py)` \| ([^|]+) \|', text[text.index('## A step of stage 1') :], re.MULTILINE
+    )
+    assert len(rows) > 12
+    missing = []
+    for file, functions in rows:
+        code = (ROOT / file).read_text()
+        for part in re.findall(r'`\.?([\w.]+)`', functions.split('→')[0].split(' of ')[0]):
+            missing += [
+                f'{file}: {name}' for name in part.split('.') if not re.search(rf'\b(def|class) {name}\b', code)
+            ]
+    assert not missing
+
+
 def anchors(path):
     """The anchors of a page's headings, by the rule of GitHub."""
     text = re.sub(r'^```.*?^```', '', path.read_text(), flags=re.MULTILINE | re.DOTALL)

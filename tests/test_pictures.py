@@ -12,11 +12,12 @@ from conftest import ROOT, TINY
 from PIL import Image
 
 from dataset.legend import Legend, colors_of, voc_palette
+from report.arrays import similarity
 from report.curves import curves_figure, read_metrics
 from report.figures import ERRORS, confusion_figure, error_map, iou_figure, support_figure
 from report.panels import ImageScores, PanelWriter, choose_examples
 from report.plotting import save_figure
-from report.tensorboard import ValidationPanel, similarity, similarity_picture
+from report.tensorboard import ValidationPanel, similarity_picture
 from utils import plot
 
 LEGEND = Legend(('background', 'cat', 'dog', 'new'), (0, 8, 12, 3), num_base=2, palette='voc')

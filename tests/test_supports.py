@@ -12,7 +12,7 @@ from conftest import TINY, TINY_TRAINING
 from core.errors import InputError
 from dataset import DATASETS, Augmentation, FoldData, SegmentationDataset
 from dataset.fewshot import draw_base
-from dataset.supports import read_supports
+from dataset.support_list import read_supports
 from engine.supports import Supports
 from model import build_model
 

@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 from core.errors import InputError
 from core.ranks import is_main, world_size
-from dataset.supports import read_supports
+from dataset.support_list import read_supports
 from model import MODELS
 from utils.data_flags import check_folds
 
@@ -15,7 +15,7 @@ TRAINING_FLAGS = (
     'input_size', 'scale_range', 'batch_size', 'learning_rate', 'momentum', 'weight_decay', 'power', 'num_epoch',
     'start_epoch', 'fix_lr', 'accumulate', 'update_base', 'update_epoch', 'views', 'base_views', 'val_every',
 )  # fmt: skip
-VIEW_FLAGS = ('input_size', 'scale_range', 'base_views')  # what base views are
+BASE_VIEW_FLAGS = ('input_size', 'scale_range', 'base_views')  # what base views are
 PAIRS = 80  # of a support and a base view for each base class, in all epochs
 
 
@@ -98,7 +98,7 @@ def check_method_flags(parser: argparse.ArgumentParser, args: argparse.Namespace
 
 def forget_training_flags(parser: argparse.ArgumentParser, args: argparse.Namespace):
     """Set the flags of the training back to their defaults; those that were given are named in a note."""
-    used = VIEW_FLAGS if MODELS[args.model].USES_BASE_VIEWS else ()
+    used = BASE_VIEW_FLAGS if MODELS[args.model].USES_BASE_VIEWS else ()
     defaults = {name: parser.get_default(name) for name in TRAINING_FLAGS if name not in used}
     given = [f'--{name.replace("_", "-")}' for name, value in defaults.items() if getattr(args, name) != value]
     if given and is_main():
