@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -117,6 +118,19 @@ def test_teaches_again_and_again_and_forgets(teach, run_script, shapes, remember
     assert code == 1 and 'nothing is left but the base network' in output
     code, output, _ = teach(third, 'fourth', '--forget', 'scooter')
     assert code == 1 and 'was taught lamp' in output
+
+
+def test_stopped_while_photographs_are_left_out_the_network_is_complete(
+    teach, remembered, photographs, tmp_path, monkeypatch
+):
+    (tmp_path / 'out/panels').mkdir(parents=True)
+    for name in ('best.pth', 'teach.json', 'panels/cat.png'):  # of an earlier network
+        (tmp_path / 'out' / name).write_text('')
+    monkeypatch.setattr(teaching.Teacher, 'left_out', lambda teacher: signal.raise_signal(signal.SIGINT))
+    code, output, folder = teach(remembered, 'out', '--support', photographs, '--overwrite')
+    assert code == 130 and f'{folder / "best.pth"} is complete; only what to expect' in output, output
+    assert {path.name for path in folder.rglob('*')} == {'best.pth', 'memory.pt'}
+    assert checkpoint(folder)['config']['taught'] == {'bin': 1, 'scooter': 3}
 
 
 def test_of_one_photograph_each_discriminants_count(teach, remembered, photographs, tmp_path):
