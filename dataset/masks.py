@@ -66,24 +66,28 @@ def open_png(path: str | Path) -> tuple[Image.Image, Picture]:
     return mask, picture
 
 
-def read_binary_mask(path: str | Path) -> np.ndarray:
-    """Where a mask of one class shows it: bool [H, W], True for pixels of any value, or colour, but zero and black.
+def read_binary_mask(path: str | Path) -> tuple[np.ndarray, list[int]]:
+    """Where a mask of one class shows it: any value, or colour, but zero and black.
 
     Args:
         path: a PNG file of any kind; of palettes, the colours count, and what is transparent is none of the class.
+
+    Returns:
+        bool [H, W]; and the values but zero of a mask of one channel.
 
     Raises:
         InputError: the file is missing, is no PNG, or cannot be decoded.
     """
     mask, _ = _open_any_png(path)
+    present = [value for value in np.unique(mask).tolist() if value] if len(mask.getbands()) == 1 else []
     if mask.mode == 'P':
         mask = mask.convert('RGBA' if 'transparency' in mask.info else 'RGB')
     values = np.array(mask)
     if values.ndim == 2:
-        return values != 0
+        return values != 0, present
     shown = values[..., -1] != 0 if mask.mode in ('LA', 'RGBA') else True
     channels = values[..., :-1] if mask.mode in ('LA', 'RGBA') else values
-    return (channels != 0).any(axis=2) & shown
+    return (channels != 0).any(axis=2) & shown, present
 
 
 def _open_any_png(path):

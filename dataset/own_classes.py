@@ -9,6 +9,7 @@ Or photographs whose masks show several classes: a folder with a card, `dataset.
 """
 
 import dataclasses
+import difflib
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from dataset.spec import MAX_CLASSES
 from dataset.transforms import resize_to_fit
 
 MASK_ENDING = '_mask'
+MOST_COVERED, MOST_OF_BORDER = 0.9, 0.75  # by a class; more is unusual, and usual for a mask that is inverted
+FEW_VALUES = 20  # of a mask that may show several classes
 LAYOUT = 'expected FOLDER/CLASS/IMG.jpg with its mask FOLDER/CLASS/IMG.png, one sub-folder per class, named after it'
 
 
@@ -43,11 +46,13 @@ class SupportImage:
         image: RGB uint8 [H, W, 3].
         mask: uint8 [H, W], 1 where it shows the class, 255 where another class that is taught or nothing known, 0
             elsewhere.
+        values: those of its file but zero, where they are known.
     """
 
     name: str
     image: np.ndarray
     mask: np.ndarray
+    values: Sequence[int] = ()
 
 
 def find_support(folder: Path) -> tuple[dict[str, list[tuple[Path, Path]]], list[str]]:
@@ -105,9 +110,12 @@ def _find_pairs(folder):
     for stem, path in photographs.items():
         mask = masks.get(stem + MASK_ENDING) or pngs.get(stem)
         if mask is None:
+            lossy = ''
+            if stem.endswith(MASK_ENDING):
+                lossy = '. If it is a mask itself: masks must be PNG files, as other formats change their values'
             raise InputError(
                 f'photograph {path} has no mask; expected {folder / stem}.png or {folder / stem}{MASK_ENDING}.png, '
-                'with any value but zero where it shows the class'
+                f'with any value but zero where it shows the class{lossy}'
             )
         partners[mask] = path
         pairs.append((path, mask))
@@ -128,7 +136,7 @@ def read_support(photograph: Path, mask: Path, size: tuple[int, int]) -> Support
         InputError: a file cannot be read, their sizes differ, or the mask shows everything, or nothing, also after the
             resizing.
     """
-    image, shown = read_image(photograph), read_binary_mask(mask)
+    image, (shown, values) = read_image(photograph), read_binary_mask(mask)
     check_same_size(photograph, image.shape[1::-1], mask, shown.shape[::-1])
     if not shown.any():
         raise InputError(
@@ -146,7 +154,7 @@ def read_support(photograph: Path, mask: Path, size: tuple[int, int]) -> Support
             f"mask {mask} shows the class with {int(shown.sum())} pixels, of which none is left at the network's size "
             f'of {size[0]}x{size[1]}. Cut out a part of the photograph and of its mask.'
         )
-    return SupportImage(printable(photograph.name), image, fitted)
+    return SupportImage(printable(photograph.name), image, fitted, values)
 
 
 def read_support_folder(folder: Path, size: tuple[int, int]) -> tuple[dict[str, list[SupportImage]], list[str]]:
@@ -210,6 +218,24 @@ def read_described_support(folder: Path, size: tuple[int, int]) -> tuple[dict[st
             'min_pixels, or name the classes to teach: novel: [...]'
         )
     return support, left_out
+
+
+def doubts(support: dict[str, list[SupportImage]], known: Collection[str]) -> list[str]:
+    """What looks like a mistake in new classes, class name -> images; `known` are the names in the data set."""
+    notes = []
+    for name, images in support.items():
+        if name not in known and (similar := difflib.get_close_matches(name, known, 1, 0.8)):
+            notes.append(f'{name!r} is a class of its own; the data set has {similar[0]!r}')
+        for image in images:
+            mask, which = image.mask == 1, f'the mask of {name}/{image.name}'
+            border = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
+            if mask.mean() > MOST_COVERED:
+                notes.append(f'{which} covers {mask.mean():.0%} of the photograph: is it inverted?')
+            elif border.mean() > MOST_OF_BORDER:
+                notes.append(f"{which} covers {border.mean():.0%} of the photograph's border: is it inverted?")
+            if 1 < len(image.values) <= FEW_VALUES:  # more are the soft border of one class
+                notes.append(f'{which} has the values {some(map(str, image.values))}; all of them count as {name}')
+    return notes
 
 
 class SupportSamples:

@@ -15,6 +15,7 @@ from dataset.masks import read_binary_mask, read_mask
 from dataset.own_classes import (
     SupportImage,
     SupportSamples,
+    doubts,
     find_support,
     read_support,
     support_positions,
@@ -250,10 +251,17 @@ def test_what_looks_like_a_mistake_is_said():
     image = np.zeros((10, 10, 3), np.uint8)
     small, large = np.zeros((10, 10), np.uint8), np.ones((10, 10), np.uint8)
     small[0], large[0, 0] = 1, 0
-    support = {'dotted dics': [SupportImage('a.jpg', image, small)], 'lamp': [SupportImage('b.jpg', image, large)]}
-    assert teach_command.doubts(support, ['dotted disc', 'lamp']) == [
+    around = np.ones((10, 10), np.uint8)
+    around[2:8, 2:8] = 0
+    support = {
+        'dotted dics': [SupportImage('a.jpg', image, small, [1, 15, 255])],
+        'lamp': [SupportImage('b.jpg', image, large, [7]), SupportImage('c.jpg', image, around, range(1, 200))],
+    }
+    assert doubts(support, ['dotted disc', 'lamp']) == [
         "'dotted dics' is a class of its own; the data set has 'dotted disc'",
+        'the mask of dotted dics/a.jpg has the values 1, 15, 255; all of them count as dotted dics',
         'the mask of lamp/b.jpg covers 99% of the photograph: is it inverted?',
+        "the mask of lamp/c.jpg covers 100% of the photograph's border: is it inverted?",
     ]
     classes = {'a': {'new': True, 'trained_iou': 3.0}, 'b': {'new': True, 'trained_iou': 60.0}}
     assert [note.split()[0] for note in teach_command.disappointments(classes, 0.5)] == ['a']
@@ -273,11 +281,13 @@ def test_masks_of_any_kind(tmp_path):
         Image.fromarray(grey * 9).convert('LA'),
     ):  # fmt: skip
         picture.save(path)
-        assert np.array_equal(read_binary_mask(path), shown), picture.mode
+        assert np.array_equal(read_binary_mask(path)[0], shown), picture.mode
     reordered = Image.fromarray(1 - grey)
     reordered.putpalette([250, 250, 250, 0, 0, 0])
     reordered.save(path)
-    assert np.array_equal(read_binary_mask(path), shown)
+    assert np.array_equal(read_binary_mask(path)[0], shown)
+    Image.fromarray(grey * np.arange(6, dtype=np.uint8)).save(path)
+    assert read_binary_mask(path)[1] == [2, 3, 4]
 
 
 def test_photographs_are_read_as_they_are_displayed(tmp_path):

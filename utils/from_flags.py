@@ -103,12 +103,15 @@ def fill_network(args: argparse.Namespace, checkpoint: Checkpoint | None):
     """
     known = {**checkpoint.config, 'model': checkpoint.model} if checkpoint else {}
     default = {
-        'model': DEFAULT_MODEL, **cli.DEFAULT_NETWORK, 'base_size': cli.BASE_SIZE, 'input_size': cli.BASE_SIZE,
-        'scale_range': args.dataset.scale_range,
+        'model': DEFAULT_MODEL, **cli.DEFAULT_NETWORK, 'base_size': cli.BASE_SIZE,
+        'input_size': known.get('base_size', cli.BASE_SIZE), 'scale_range': args.dataset.scale_range,
     }  # fmt: skip
     for name in missing_network_flags(args):
         value = known.get(name, default[name])
         setattr(args, name, tuple(value) if isinstance(value, list) else value)
+        if name == 'scale_range' and checkpoint and checkpoint.config and name not in known and is_main():
+            flag = f'--scale-range {value[0]:g},{value[1]:g}'
+            print(f'note: {checkpoint.path} does not say how its training images were scaled; assuming {flag}')
 
 
 def missing_network_flags(args: argparse.Namespace) -> list[str]:

@@ -1,7 +1,8 @@
 """Teach a trained network classes of your own from a few photographs.
 
     python -m utils.teach --restore-from runs/voc_base --support my_photos --out runs/scooter
-    python -m utils.teach --restore-from runs/scooter --support more_photos --out runs/scooter_and_bin --forget scooter
+    python -m utils.teach --restore-from runs/scooter --support more_photos --out runs/scooter_and_bin
+    python -m utils.teach --restore-from runs/scooter_and_bin --forget scooter --out runs/bin
 
 --support has a folder for each class, named after it: my_photos/scooter/IMG_1.jpg with its mask IMG_1.png, in which
 any pixel that is not zero is the class; or it holds a card, dataset.yaml, of masks that show several classes. The base
@@ -13,11 +14,10 @@ panels/*.png, the photographs with what the network says of them.
 """
 
 import argparse
-import difflib
 import shlex
 import shutil
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from core.files import check_writable
 from core.ranks import world_size
 from dataset import FoldData
 from dataset.legend import Legend
-from dataset.own_classes import SupportImage, SupportSamples, extend_legend, read_support_folder
+from dataset.own_classes import SupportImage, SupportSamples, doubts, extend_legend, read_support_folder
 from engine.checkpoint import Checkpoint, read_checkpoint, resolve_checkpoint, save_checkpoint
 from engine.described import described_data_set, described_network, taught_classes
 from engine.distributed import process_group
@@ -55,7 +55,6 @@ from utils import cli, from_flags
 
 TAUGHT_MODEL = 'pspnet_joint'  # row of `model.MODELS` of `JointPOP`
 STEPS = 150
-MOST_COVERED = 0.9  # of a photograph by its class; more is unusual, and usual for a mask that is inverted
 LEAST_IOU, MOST_LOST = 25, 5  # a class below this IoU on its own photographs was not learned; points of base mIoU
 
 
@@ -143,7 +142,9 @@ def read_lesson(args: argparse.Namespace, device: torch.device) -> Lesson:
     base, legend = described_network(checkpoint, base_only=True)
     base = teachable(base)
     if unknown := [name for name in args.forget if name not in before]:
-        raise InputError(f'--forget {some(unknown)}: {checkpoint.path} was taught {some(before) or "no class"}')
+        raise InputError(
+            f'--forget {some(unknown)}: {checkpoint.path} was taught {some(before) or "no class"}; base classes stay'
+        )
     stay = {name: class_id for name, class_id in before.items() if name not in args.forget}
     if not stay and not args.support:
         raise InputError(f'without {some(args.forget)}, nothing is left but the base network; use its own checkpoint')
@@ -171,19 +172,6 @@ def read_lesson(args: argparse.Namespace, device: torch.device) -> Lesson:
         support={name: memory.support[name] for name in stay} | found, new=list(found), size=size,
         base_views=None if data else memory.base, data=data,
     )  # fmt: skip
-
-
-def doubts(support: dict[str, list[SupportImage]], known: Collection[str]) -> list[str]:
-    """What looks like a mistake in new classes, class name -> images; `known` are the names in the data set."""
-    notes = []
-    for name, images in support.items():
-        if name not in known and (similar := difflib.get_close_matches(name, known, 1, 0.8)):
-            notes.append(f'{name!r} is a class of its own; the data set has {similar[0]!r}')
-        for image in images:
-            covered = (image.mask == 1).mean()
-            if covered > MOST_COVERED:
-                notes.append(f'the mask of {name}/{image.name} covers {covered:.0%} of the photograph: is it inverted?')
-    return notes
 
 
 def taught_before(checkpoint: Checkpoint) -> dict[str, int]:
