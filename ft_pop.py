@@ -307,7 +307,7 @@ def main(args: argparse.Namespace):
         run = Run(folder, vars(args), notes)
         novel = some([args.dataset.classes[c] for c in data.novel_ids], 5)
         about = f'{args.shot}-shot, novel classes {novel}; {len(val_set or ())} validation images'
-        run.logger.info(f'{about}; computing in {name_of(dtype)}')
+        run.logger.info(f'{about}; {from_flags.sizes(args)}; computing in {name_of(dtype)}')
         keeper = feature_keeper(args, base, frozen, device, dtype, run)
         val_batches = keeper.keep(val_set, 'validation', args.base_size) if val_set else None
         pool = None

@@ -157,7 +157,8 @@ def main(args: argparse.Namespace):
         run = Run(folder, vars(args), notes)
         run.logger.info(
             f'{len(train_set)} training and {len(val_set or ())} validation images, {len(data.base_ids)} base classes: '
-            f'{some([args.dataset.classes[c] for c in data.base_ids], 5)}; computing in {name_of(dtype)}'
+            f'{some([args.dataset.classes[c] for c in data.base_ids], 5)}; {from_flags.sizes(args)}; computing in '
+            f'{name_of(dtype)}'
         )
         legend = data.legend.cut(net.num_logits)
         stage = BaseStage(

@@ -10,11 +10,11 @@ from core.errors import InputError
 from dataset.segmentation import SegmentationDataset
 
 
-def draw_support(class_lists: dict[int, list[str]], shot: int, seed: int) -> list[str]:
+def draw_support(class_lists: dict[int | str, list[str]], shot: int, seed: int) -> list[str]:
     """Draw support images. A seed of the published code gives the images that the published code draws.
 
     Args:
-        class_lists: novel class id -> ids of the images that can support the class; ascending class ids.
+        class_lists: novel class, by id or name -> ids of the images that can support the class; ascending class ids.
         shot: K, support images per class.
         seed: seed of Python's random generator.
 
@@ -39,7 +39,7 @@ def draw_support(class_lists: dict[int, list[str]], shot: int, seed: int) -> lis
     return support
 
 
-def support_shortage(class_lists: dict[int, list[str]], shot: int, tries: int = 10) -> str:
+def support_shortage(class_lists: dict[int | str, list[str]], shot: int, tries: int = 10) -> str:
     """Why no support images can be drawn with any of the first seeds; '' where they can."""
     for seed in range(tries):
         try:
@@ -95,12 +95,17 @@ def _draw_unused(class_id, ids, shot, taken, rng):
 
 
 def draw_base(
-    class_lists: dict[int, list[str]], shot: int, support: Collection[str], seed: int, epoch: int, repeats: bool = False
+    class_lists: dict[int | str, list[str]],
+    shot: int,
+    support: Collection[str],
+    seed: int,
+    epoch: int,
+    repeats: bool = False,
 ) -> list[str]:
     """Draw the base images of an epoch.
 
     Args:
-        class_lists: base class id -> ids of the images that show enough of the class.
+        class_lists: base class, by id or name -> ids of the images that show enough of the class.
         shot: images per base class.
         support: ids of the support images, which are not drawn.
         seed, epoch: determine the draw.
@@ -121,13 +126,15 @@ def draw_base(
             rng.shuffle(drawn)
             return drawn
     raise InputError(
-        f'base class {short}: {shot} base images per epoch asked for; it has {len(class_lists[short])}, of which '
-        f'{len(free[short])} are not support images, and other classes need some of these. '
+        f'base class {short}: an epoch of stage 2 needs {shot} of its images; it has {len(class_lists[short])}, '
+        f'{len(free[short])} beside support images, of which other classes need some. '
         'Use fewer shots, a lower min_pixels, more training images, or --repeat-base-images.'
     )
 
 
-def base_shortage(class_lists: dict[int, list[str]], shot: int, support: Collection[str] = (), seed: int = 0) -> str:
+def base_shortage(
+    class_lists: dict[int | str, list[str]], shot: int, support: Collection[str] = (), seed: int = 0
+) -> str:
     """Why stage 2 cannot draw base images beside these support images, as it does at its start; '' where it can."""
     try:
         draw_base(class_lists, shot, support, seed, epoch=0)

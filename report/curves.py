@@ -11,6 +11,7 @@ from report.plotting import Figure, colormaps
 
 LOSSES = {'ce': 'cross-entropy', 'orth': 'orthogonality'}
 MEANS = {'base': '-', 'novel': '--', 'total': ':'}  # line styles
+FEW = 10  # points that are marked
 SMOOTHED = 40  # points of a loss curve; each is a mean over neighbouring steps
 
 
@@ -53,7 +54,8 @@ def curves_figure(runs: Mapping[str, Sequence[dict]]) -> Figure:
         for key, axis in zip(LOSSES, axes, strict=False):
             points = [(r['step'], r[key]) for r in training if r.get(key) is not None]
             if points:
-                axis.plot(*_smoothed(points), color=color, label=name if key == 'ce' else None)
+                marker = '.' if len(points) < FEW else ''  # of one point, a line shows nothing
+                axis.plot(*_smoothed(points), color=color, marker=marker, label=name if key == 'ce' else None)
         validations = [record for record in records if record['kind'] == 'val']
         # without novel classes, total equals base
         present = MEANS if any(record.get('novel') is not None for record in validations) else ('base',)

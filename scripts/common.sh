@@ -34,11 +34,12 @@ launch() {
 data_flags() {
     need DATA_PATH "the folder of the data set"
     source "$ROOT/scripts/setup_env.sh" requirements.txt # after the settings: it may have to install
-    shared=(
-        --dataset "$1" --data-dir "$DATA_PATH" --fold "${FOLD:-0}"
-        --model "${MODEL:-pspnet_pop}" --backbone "${BACKBONE:-resnet50v2}" --os "${OS:-8}"
-        --base-size "${BASE_SIZE:-473,473}"
-    )
+    shared=(--dataset "$1" --data-dir "$DATA_PATH" --fold "${FOLD:-0}")
+    # after stage 1, what is not set is that of the checkpoint
+    if [ -n "${MODEL:-}" ]; then shared+=(--model "$MODEL"); fi
+    if [ -n "${BACKBONE:-}" ]; then shared+=(--backbone "$BACKBONE"); fi
+    if [ -n "${OS:-}" ]; then shared+=(--os "$OS"); fi
+    if [ -n "${BASE_SIZE:-}" ]; then shared+=(--base-size "$BASE_SIZE"); fi
     if [ -n "${BS_TEST:-}" ]; then shared+=(--test-batch-size "$BS_TEST"); fi
     if [ -n "${WORKERS:-}" ]; then shared+=(--num-workers "$WORKERS"); fi
     if [ -n "${TRAIN_LIST:-}" ]; then shared+=(--train-list "$TRAIN_LIST"); fi
@@ -67,9 +68,10 @@ novel_stage() {
     local lists=(--dataset "$dataset" --data-dir "$DATA_PATH" --fold "${FOLD:-0}" --shot "${SHOT:-1}" --seed ${seeds//,/ })
     if [ -n "${TRAIN_LIST:-}" ]; then lists+=(--train-list "$TRAIN_LIST"); fi
     PYTHONPATH=$ROOT python -m utils.gen_fs_list "${lists[@]}"
+    if [ -n "${INPUT_SIZE:-}" ]; then shared+=(--input-size "$INPUT_SIZE"); fi
     # shellcheck disable=SC2086 # the recipe is a list of flags
     launch ft_pop.py "${shared[@]}" --restore-from "$RESTORE_PATH" --shot "${SHOT:-1}" \
-        --input-size "${INPUT_SIZE:-473,473}" --learning-rate "${LR:-1e-3}" --weight-decay "${WD:-1e-4}" \
+        --learning-rate "${LR:-1e-3}" --weight-decay "${WD:-1e-4}" \
         --batch-size "${BS:-1}" --num-epoch "${EPOCHS:-500}" \
         --random-seed "$seeds" $RECIPE "$@"
 }

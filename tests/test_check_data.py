@@ -191,7 +191,7 @@ def test_base_classes_with_too_few_images_are_errors_for_shots_that_are_named(ch
     shutil.rmtree(folder / 'list' / 'fold0', ignore_errors=True)  # of all images
     train_list.write_text('\n'.join(train_list.read_text().split()[:60]) + '\n')
     code, output = check('--fold', 0, '--shot', 20)
-    assert code == 1 and 'error  fold 0, 20-shot' in output and '20 base images' in output, output
+    assert code == 1 and 'error  fold 0, 20-shot' in output and 'needs 20 of its images' in output, output
     code, output = check('--fold', 0)
     assert code == 0 and 'note   fold 0, 10-shot' in output and '0 errors' in output, output
 

@@ -56,7 +56,7 @@ def test_base_draw_has_every_class_no_repeats_and_no_support():
         assert all(len(set(drawn) & set(ids)) >= 2 for ids in lists.values())
         assert drawn == draw_base(lists, 2, {'a', 'j'}, seed, epoch=0)
     assert len({tuple(draw_base(lists, 2, (), 0, epoch)) for epoch in range(10)}) > 5
-    with pytest.raises(InputError, match='base class 1: 5 base images per epoch asked for; it has 4'):
+    with pytest.raises(InputError, match='base class 1: an epoch of stage 2 needs 5 of its images; it has 4'):
         draw_base(lists, 5, (), 0, 0)
 
 

@@ -187,6 +187,31 @@ def test_methods_share_data_supports_and_where_they_can_the_base_network(tmp_pat
             assert ('1e-2' in step.command) is (model == 'pspnet_capl')
 
 
+def test_base_networks_that_are_there_are_not_trained(tmp_path, capsys):
+    flags = [*command(tmp_path, tmp_path), '--model', 'pspnet_pop', 'pspnet_lda', 'pspnet_capl']
+    base = f'{tmp_path}/there/fold{{fold}}_{{model}}'
+    at = flags.index('--base-flags')
+    kept = flags[:at] + flags[at + 2 :]
+    steps = sweep.plan(sweep.parse_args([*kept, '--base', base]))
+    assert not any(step.script == 'train_base' for step in steps)
+    starts = {step.command[step.command.index('--restore-from') + 1] for step in steps if step.script == 'ft_pop'}
+    assert starts == {f'{tmp_path}/there/fold0_pspnet_{name}' for name in ('pop', 'capl')}
+    evaluated = [step for step in steps if step.script == 'test' and step.folder.name == 'base']
+    assert len(evaluated) == 2 and all('--save-path' in step.command and not step.after for step in evaluated)
+    # a method without training has the same weights twice
+    count = {name: sum(step.script == 'test' and f'_pspnet_{name}' in str(step.folder) for step in steps)
+             for name in ('lda', 'capl')}  # fmt: skip
+    assert count == {'lda': 1, 'capl': 1 + 1}
+    for other, message in (
+        ((*kept, '--base', 'one'), 'is one network, but there are 2 of model'),
+        ((*kept, '--base', '{model}{x}'), 'can stand in braces'),
+        ((*kept, '--base', base, '--base-flags=--fix-bn'), 'of a training that --base takes the place of'),
+    ):
+        with pytest.raises(SystemExit):
+            sweep.parse_args(other)
+        assert message in capsys.readouterr().err
+
+
 def test_tables_name_evaluations_that_left_images_out(tmp_path):
     result = {'checkpoint': 'best_1.pth', **dict.fromkeys(SUMMARY, 50.0)}
     seeds = {

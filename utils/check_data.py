@@ -246,15 +246,16 @@ def check_draws(
         severity: of a failed draw.
     """
 
-    def usable(classes):
-        return {c: [ids[i] for i in np.flatnonzero(pixels[:, c] >= spec.min_pixels)] for c in classes}
+    def usable(classes):  # by name, for the messages: a draw of base images does not depend on the keys
+        return {spec.classes[c]: [ids[i] for i in np.flatnonzero(pixels[:, c] >= spec.min_pixels)] for c in classes}
 
     base, novel = usable(spec.base_ids(fold)), usable(spec.novel_ids(fold))
     findings = []
     for shot in shots if all([*base.values(), *novel.values()]) else ():  # `check_classes` finds empty classes
         for shortage in (base_shortage(base, shot), support_shortage(novel, shot)):
             if shortage:
-                findings.append(Finding(severity, f'fold {fold}, {shot}-shot', shortage))
+                text = shortage if severity == 'error' else f'{shortage} (An error with --shot {shot}.)'
+                findings.append(Finding(severity, f'fold {fold}, {shot}-shot', text))
     return findings
 
 

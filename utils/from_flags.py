@@ -114,6 +114,15 @@ def fill_network(args: argparse.Namespace, checkpoint: Checkpoint | None):
             print(f'note: {checkpoint.path} does not say how its training images were scaled; assuming {flag}')
 
 
+def sizes(args: argparse.Namespace) -> str:
+    """At which sizes a run sees images, for its log."""
+    (low, high), crop, fitted = args.scale_range, args.input_size, args.base_size
+    return (
+        f'crops of {crop[0]}x{crop[1]} from images resized by {low:g} to {high:g}, validation at '
+        f'{fitted[0]}x{fitted[1]}'
+    )  # fmt: skip
+
+
 def missing_network_flags(args: argparse.Namespace) -> list[str]:
     """Those of `NETWORK_FLAGS` that a script has, but was not given."""
     return [name for name in NETWORK_FLAGS if getattr(args, name, '') is None]

@@ -53,8 +53,8 @@ def main(args: argparse.Namespace):
             c: data.read_list(data.lists.novel_class(c), 'use --data-dir to make it', allow_empty=True)
             for c in spec.novel_ids(fold)
         }
-        paths = {c: data.lists.base_class(c) for c in spec.base_ids(fold)}
-        base_lists = {c: data.read_list(path, allow_empty=True) for c, path in paths.items() if path.is_file()}
+        paths = {spec.classes[c]: data.lists.base_class(c) for c in spec.base_ids(fold)}
+        base_lists = {name: data.read_list(path, allow_empty=True) for name, path in paths.items() if path.is_file()}
         for shot in args.shot:
             if few := [f'{spec.classes[c]} ({len(ids)})' for c, ids in class_lists.items() if 0 < len(ids) < shot]:
                 print(f'note: fold {fold} has fewer than {shot} images of {some(few)}; the support lists repeat them')

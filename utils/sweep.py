@@ -2,11 +2,13 @@
 
     python -m utils.sweep --data voc=VOC2012 --shot 1 5 10 --seed 123 234 345 --out runs/voc \\
         --base-flags="--restore-from resnet50_v2.pth" --novel-flags="--fix-lr --update-base"
-    python -m utils.sweep --model pspnet_pop pspnet_ft pspnet_capl --data voc=VOC2012 --out runs/methods ...
+    python -m utils.sweep --model pspnet_pop pspnet_lda pspnet_joint --model-flags="pspnet_joint=--recipe best" \\
+        --data voc=VOC2012 --out runs/methods --base "runs/voc/voc_fold{fold}/base"
 
-One base network is trained for each method and fold. Stage 2 starts from it for each shot, with all seeds in one run.
-All methods have the same support images. Run the same command again to resume: commands that are done are skipped, and
-interrupted runs resume. --flags, --base-flags etc. are passed on to the scripts.
+One base network is trained for each method and fold, unless --base names those that are there already. Stage 2 starts
+from it for each shot, with all seeds in one run. All methods have the same support images. Run the same command again
+to resume: commands that are done are skipped, and interrupted runs resume. --flags, --base-flags etc. are passed on to
+the scripts.
 
 Writes the runs to OUT/DATASET_foldF/base and OUT/DATASET_foldF/Kshot (OUT/DATASET_foldF_MODEL/... for other methods
 than POP), each with console.txt (output) and sweep.json (commands that are done). Writes after each evaluation
@@ -18,7 +20,7 @@ seed, with its run's folder).
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -55,6 +57,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--nproc', type=positive, default=1, metavar='N',
         help="processes of train_base.py and test.py (default: 1); stage 2, with its batch of 1, always has one",
+    )  # fmt: skip
+    parser.add_argument(
+        '--base', metavar='RUN',
+        help='base networks that are there already, instead of training them: a folder or checkpoint, with {dataset}, '
+        '{fold} and {model} for what it depends on, e.g. runs/{dataset}_fold{fold}_base',
     )  # fmt: skip
     parser.add_argument('--train-list', help='train list of all commands; for one data set only')
     for name, whose in (
@@ -109,12 +116,36 @@ def check_grid(parser: argparse.ArgumentParser, args: argparse.Namespace):
     args.model_base_flags = flags_of(parser, args, 'model', str, 'model-base')
     of_all = (args.novel_flags, *args.shot_flags.values(), args.model_flags.get(DEFAULT_MODEL, []))
     if any(word.startswith('--rec') for words in of_all for word in words):
-        parser.error(f'--recipe sets the method; give it to one other than {DEFAULT_MODEL}: --model-flags "MODEL=..."')
+        parser.error(
+            f'--recipe sets the method; give it to one other than {DEFAULT_MODEL}: --model {DEFAULT_MODEL} '
+            'pspnet_joint --model-flags="pspnet_joint=--recipe best"'
+        )
     for model, words in args.model_base_flags.items():
         if words and MODELS[model].BASE_MODEL:
             parser.error(f'--model-base-flags: {model} starts from the base networks of {MODELS[model].BASE_MODEL}')
+    if args.base:
+        check_base(parser, args)
     if args.train_list and len(args.data) > 1:
         parser.error('--train-list can be given for one data set only')
+
+
+def check_base(parser: argparse.ArgumentParser, args: argparse.Namespace):
+    """Refuse a --base that is one network for several, or that flags of the training go with."""
+    several = {'dataset': args.data, 'fold': args.fold, 'model': {base_model_of(model) for model in args.model}}
+    for name, values in several.items():
+        if len(values) > 1 and f'{{{name}}}' not in args.base:
+            parser.error(f'--base {args.base} is one network, but there are {len(values)} of {name}; put {{{name}}} in')
+    if args.base_flags or any(args.model_base_flags.values()):
+        parser.error('--base-flags and --model-base-flags are of a training that --base takes the place of')
+    try:
+        args.base.format(dataset='', fold=0, model='')
+    except (KeyError, IndexError, ValueError):
+        parser.error(f'--base {args.base}: only {{dataset}}, {{fold}} and {{model}} can stand in braces')
+
+
+def base_model_of(model: str) -> str:
+    """The method whose base networks a method starts from."""
+    return MODELS[model].BASE_MODEL or model
 
 
 def flags_of(
@@ -144,64 +175,94 @@ def plan(args: argparse.Namespace) -> list[Step]:
     for dataset, flags in args.data.items():
         for fold in args.fold:
             train_list = ['--train-list', args.train_list] if args.train_list else []
-            steps += plan_fold(args, args.out / f'{dataset}_fold{fold}', [*flags, *train_list, '--fold', fold])
+            there = args.base and partial(args.base.format, dataset=dataset, fold=fold)
+            data = [*flags, *train_list, '--fold', fold]
+            of_fold = FoldPlan(args, args.out / f'{dataset}_fold{fold}', data, there)
+            for model in args.model:
+                of_fold.add_method(model)
+            steps += of_fold.steps
     return steps
 
 
-def plan_fold(args: argparse.Namespace, place: Path, data: list) -> list[Step]:
-    """Plan a fold: `place` is the folder of its runs, `data` the flags that say which data it has."""
-    python = [sys.executable]
-    launch = [*python, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', args.nproc]
-    together = launch if args.nproc > 1 else python
-    steps, trained, listed = [], {}, {}  # base model -> training of stage 1; shot -> lists, which all methods share
+class FoldPlan:
+    """Plans a fold, method by method.
 
-    def add(title, script, folder, after, *command):
-        steps.append(Step(f'{folder.relative_to(args.out)}, {title}', script, tuple(map(str, command)), folder, after))
-        return steps[-1]
+    Args:
+        args: the grid.
+        place: folder of the fold's runs.
+        data: flags that say which data it has.
+        there: gives the base network of a `model`; None: it is trained.
 
-    def of(model):
+    Attributes:
+        steps: planned so far, each after those that it builds on.
+    """
+
+    def __init__(self, args: argparse.Namespace, place: Path, data: list, there: Callable[..., str] | None):
+        self.args, self.place, self.data, self.there = args, place, data, there
+        launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', args.nproc]
+        self.together = launch if args.nproc > 1 else [sys.executable]
+        self.steps = []
+        self._bases = {}  # base model -> its network, and the steps that it takes
+        self._lists = {}  # shot -> lists, which all methods share
+
+    def _add(self, title, script, folder, after, *command):
+        name = f'{folder.relative_to(self.args.out)}, {title}'
+        self.steps.append(Step(name, script, tuple(map(str, command)), folder, tuple(after)))
+        return self.steps[-1]
+
+    def _of(self, model):
         """Folder and flags of a model; named only where it is not the default, so that older commands stay the same."""
         if model == DEFAULT_MODEL:
-            return place, [*data, *args.flags]
-        return place.with_name(f'{place.name}_{model}'), [*data, '--model', model, *args.flags]
+            return self.place, [*self.data, *self.args.flags]
+        place = self.place.with_name(f'{self.place.name}_{model}')
+        return place, [*self.data, '--model', model, *self.args.flags]
 
-    for model in args.model:
-        base_model = MODELS[model].BASE_MODEL or model
-        folder, flags = of(base_model)
-        base = folder / 'base'
-        if base_model not in trained:
-            trained[base_model] = add(
-                'training', 'train_base', base, (), *together, ROOT / 'train_base.py', *flags,
-                *args.training_flags, '--snapshot-dir', base, *args.base_flags,
-                *args.model_base_flags.get(base_model, []),
+    def _base(self, model):
+        """Plan a base network and its evaluation, once; returns the network, and the steps that it takes."""
+        if model not in self._bases:
+            args, (folder, flags) = self.args, self._of(model)
+            folder /= 'base'
+            network, own, after = folder, [], []
+            if self.there:
+                network, own = self.there(model=model), ['--save-path', folder]
+            else:
+                after = [self._add(
+                    'training', 'train_base', folder, (), *self.together, ROOT / 'train_base.py', *flags,
+                    *args.training_flags, '--snapshot-dir', folder, *args.base_flags,
+                    *args.model_base_flags.get(model, []),
+                )]  # fmt: skip
+            self._add(
+                'evaluation', 'test', folder, after, *self.together, ROOT / 'test.py', *flags, '--restore-from',
+                network, *own, *args.test_flags,
             )  # fmt: skip
-            add(
-                'evaluation', 'test', base, (trained[base_model],), *together, ROOT / 'test.py', *flags,
-                '--restore-from', base, *args.test_flags,
-            )  # fmt: skip
-        folder, flags = of(model)
+            self._bases[model] = network, after
+        return self._bases[model]
+
+    def add_method(self, model: str):
+        """Plan a method: the base network, and for each shot lists, stage 2 and evaluations."""
+        args, (base, after), (folder, flags) = self.args, self._base(base_model_of(model)), self._of(model)
         for shot in args.shot:
             runs = folder / f'{shot}shot'
             draws = ['--shot', shot, '--random-seed', ','.join(map(str, args.seed))]
-            if shot not in listed:
-                listed[shot] = add(
-                    'lists', 'gen_fs_list', runs, (trained[base_model],), *python, '-m', 'utils.gen_fs_list', *data,
+            if shot not in self._lists:
+                self._lists[shot] = self._add(
+                    'lists', 'gen_fs_list', runs, after, sys.executable, '-m', 'utils.gen_fs_list', *self.data,
                     '--shot', shot, '--seed', *args.seed,
                 )  # fmt: skip
-            taught = add(
-                'training', 'ft_pop', runs, (trained[base_model], listed[shot]), *python, ROOT / 'ft_pop.py', *flags,
+            taught = self._add(
+                'training', 'ft_pop', runs, [*after, self._lists[shot]], sys.executable, ROOT / 'ft_pop.py', *flags,
                 *args.training_flags, *draws, '--restore-from', base, '--snapshot-dir', runs,
                 *args.novel_flags, *args.shot_flags[shot], *args.model_flags[model],
             )  # fmt: skip
-            for select in args.select:
+            # without training, both have the same weights
+            for select in args.select if MODELS[model].TRAINS_NOVEL else args.select[:1]:
                 results, own = runs, []
                 if select != 'best':
                     results, own = runs / select, ['--select', select, '--save-path', runs / select]
-                add(
-                    'evaluation', 'test', results, (taught,), *together, ROOT / 'test.py', *flags, *draws,
+                self._add(
+                    'evaluation', 'test', results, [taught], *self.together, ROOT / 'test.py', *flags, *draws,
                     '--restore-from', runs, *own, *args.test_flags,
                 )  # fmt: skip
-    return steps
 
 
 def update_tables(steps: list[Step], out: Path, folds: list[int]):
