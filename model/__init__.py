@@ -12,7 +12,13 @@ from model.network import Head, Network
 from model.pop import POP
 from model.psp import PSP
 
-MODELS = {'pspnet_pop': POP, 'pspnet_joint': JointPOP, 'pspnet_lda': LDA, 'pspnet_ft': FineTuned, 'pspnet_capl': CAPL}
+MODELS = {
+    'pspnet_pop': POP,
+    'pspnet_joint': JointPOP,
+    'pspnet_lda': LDA,
+    'pspnet_ft': FineTuned,
+    'pspnet_capl': CAPL,
+}
 
 
 def build_model(

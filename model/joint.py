@@ -50,7 +50,7 @@ class JointPOP(JointSpace):
 
     @classmethod
     def best_options(cls, shot: int) -> dict[str, str]:
-        """With one image of a class, the discriminants; docs/extend.md has the results."""
+        """With one image of a class, the discriminants; docs/methods.md has the results."""
         return {'discriminants': 'added' if shot == 1 else 'none'}
 
     def add_novel(self) -> None:

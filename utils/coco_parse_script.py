@@ -94,6 +94,7 @@ def make_split(split: str, instances: InstancesFile, photographs: dict[str, Path
 @exits_cleanly
 def main(args: argparse.Namespace):
     checked = {split: check_split(split, args) for split in args.split}
+    print(f'masks go to {args.mask_root or args.coco_root}, lists to {args.list_dir}', flush=True)
     for split, (instances, photographs) in checked.items():
         make_split(split, instances, photographs, args)
 
