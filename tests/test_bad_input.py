@@ -218,7 +218,7 @@ def test_checkpoints_of_something_else(run_script, shapes, base_run, few_shot_ru
 
     expect(run('--restore-from', few_shot_run), 1, 'means several files', 'best_123.pth')
     expect(run('--restore-from', few_shot_run / 'best_123.pth'), 1, 'novel classes already', 'stage 1')
-    expect(run('--backbone', 'mobilenet_v2'), 1, 'backbone is resnet18, expected mobilenet_v2')
+    expect(run('--backbone', 'resnet18'), 1, 'backbone is mobilenet_v2, expected resnet18')
     code, output = run_script('test.py', *TINY, '--data-dir', shapes, '--restore-from', base_run, '--fold', 1)
     expect((code, output, False), 1, 'fold is 0, expected 1')
     code, output = run_script('test.py', *TINY, '--data-dir', shapes, '--restore-from', few_shot_run, '--shot', 5)
@@ -253,7 +253,7 @@ def test_no_imagenet_weights_for_the_deep_stem(train, shapes):
 def test_a_download_that_fails(train, shapes, monkeypatch, tmp_path):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     monkeypatch.setenv('https_proxy', 'http://127.0.0.1:9')  # no server listens there
-    expect(train(shapes, '--restore-from', 'imagenet'), 1, 'cannot download', 'resnet18', '--restore-from')
+    expect(train(shapes, '--restore-from', 'imagenet'), 1, 'cannot download', 'mobilenet_v2', '--restore-from')
 
 
 def test_too_few_images_for_a_batch(train, shapes):

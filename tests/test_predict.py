@@ -48,8 +48,8 @@ def segment(run_script, checkpoint, folder, to, *flags):
 def untrained(tmp_path):
     """A checkpoint of an untrained network, which predicts many classes."""
     torch.manual_seed(0)
-    net = build_model('resnet18', 15, 5, 32)
-    network = {'backbone': 'resnet18', 'os': 32, 'base_size': [65, 65]}
+    net = build_model('mobilenet_v2', 15, 5, 32)
+    network = {'backbone': 'mobilenet_v2', 'os': 32, 'base_size': [65, 65]}
     config = {'dataset': 'shapes', 'fold': 0, 'shot': 1, 'seed': 123} | network
     save_checkpoint(tmp_path / 'net.pth', net, config, 1, {})
     return tmp_path / 'net.pth'

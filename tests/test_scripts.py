@@ -47,7 +47,7 @@ def test_stage_1_writes_the_documented_files(base_run):
     best = torch.load(base_run / 'best.pth', weights_only=True)
     assert best['metrics']['base'] == max(record['base'] for record in validations)
     assert best['config'] == {
-        'dataset': 'shapes', 'fold': 0, 'model': 'pspnet_pop', 'backbone': 'resnet18', 'os': 32, 'base_size': [65, 65],
+        'dataset': 'shapes', 'fold': 0, 'model': 'pspnet_pop', 'backbone': 'mobilenet_v2', 'os': 32, 'base_size': [65, 65],
         'classes': DATASETS['shapes'].legend(0).classes, 'card': DATASETS['shapes'].described(),
         'input_size': [65, 65], 'scale_range': [0.9, 1.1],
     }  # fmt: skip
@@ -300,7 +300,7 @@ def test_few_shot_lists_are_kept_or_refused_if_they_belong_to_other_data(run_scr
     listed = base.read_text()
     base.write_text(mine)  # so that every image of a base class is a support image
     code, output = generate()
-    assert code == 0 and 'note: ft_pop.py will refuse this draw: base class 6' in output, output
+    assert code == 0 and 'note: ft_pop.py will refuse this draw: base class dotted disc' in output, output
     base.write_text(listed)
     other = (tmp_path / 'list/fold0/fold0_1shot_seed345.txt').read_text().split()
     assert len(other) == len(set(other)) == 5

@@ -12,7 +12,7 @@ from dataset import DATASETS
 from dataset.lists import write_ids
 
 SMALL = {
-    'BACKBONE': 'resnet18', 'OS': '32', 'INPUT_SIZE': '65,65', 'BASE_SIZE': '65,65', 'EPOCHS': '1', 'WORKERS': '0',
+    'BACKBONE': 'mobilenet_v2', 'OS': '32', 'INPUT_SIZE': '65,65', 'BASE_SIZE': '65,65', 'EPOCHS': '1', 'WORKERS': '0',
     'BS_TEST': '4', 'SEED': '123', 'OMP_NUM_THREADS': '1',
 }  # fmt: skip
 

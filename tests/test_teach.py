@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 
 import numpy as np
 import pytest
@@ -127,7 +126,11 @@ def test_stopped_while_photographs_are_left_out_the_network_is_complete(
     (tmp_path / 'out/panels').mkdir(parents=True)
     for name in ('best.pth', 'teach.json', 'panels/cat.png'):  # of an earlier network
         (tmp_path / 'out' / name).write_text('')
-    monkeypatch.setattr(teaching.Teacher, 'left_out', lambda teacher: signal.raise_signal(signal.SIGINT))
+
+    def stopped(teacher):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(teaching.Teacher, 'left_out', stopped)
     code, output, folder = teach(remembered, 'out', '--support', photographs, '--overwrite')
     assert code == 130 and f'{folder / "best.pth"} is complete; only what to expect' in output, output
     assert {path.name for path in folder.rglob('*')} == {'best.pth', 'memory.pt'}
