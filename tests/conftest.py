@@ -73,6 +73,7 @@ def run_process(*command, env=None, cwd=ROOT, timeout=240):
 
 # the cheapest network and sizes that still go through everything
 TINY = ('--dataset', 'shapes', '--backbone', 'mobilenet_v2', '--os', 32, '--base-size', '65,65', '--num-workers', 0)
+TINY_RESNET = (*TINY, '--backbone', 'resnet18')  # with random weights, it tells more labels apart
 TINY_TRAINING = ('--input-size', '65,65', '--print-frequency', 1)
 
 

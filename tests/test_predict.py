@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY_RESNET
 from PIL import Image
 
 from core.errors import InputError
@@ -48,8 +48,8 @@ def segment(run_script, checkpoint, folder, to, *flags):
 def untrained(tmp_path):
     """A checkpoint of an untrained network, which predicts many classes."""
     torch.manual_seed(0)
-    net = build_model('mobilenet_v2', 15, 5, 32)
-    network = {'backbone': 'mobilenet_v2', 'os': 32, 'base_size': [65, 65]}
+    net = build_model('resnet18', 15, 5, 32)
+    network = {'backbone': 'resnet18', 'os': 32, 'base_size': [65, 65]}
     config = {'dataset': 'shapes', 'fold': 0, 'shot': 1, 'seed': 123} | network
     save_checkpoint(tmp_path / 'net.pth', net, config, 1, {})
     return tmp_path / 'net.pth'
@@ -62,7 +62,7 @@ def test_segments_as_the_evaluation_does(run_script, shapes, untrained, photogra
     names = {f'{i}{suffix}' for i in (first, second) for suffix in ('.png', '_overlay.jpg')} | {'legend.svg'}
     assert {path.name for path in (tmp_path / 'out').iterdir()} == names
     code, output = run_script(
-        'test.py', *TINY, '--data-dir', shapes, '--restore-from', untrained, '--save', '--save-path', tmp_path
+        'test.py', *TINY_RESNET, '--data-dir', shapes, '--restore-from', untrained, '--save', '--save-path', tmp_path
     )
     assert code == 0, output
     for image_id in (first, second):
@@ -92,7 +92,7 @@ def test_any_name_is_carried_through(run_script, shapes, untrained, tmp_path):
     for name in ('trainaug.txt', 'val.txt'):
         write_ids(tmp_path / 'data/list' / name, [*listed, 'damaged'])
     code, output = run_script(
-        'test.py', *TINY, '--data-dir', tmp_path / 'data', '--restore-from', untrained, '--save', '--overlay', 4,
+        'test.py', *TINY_RESNET, '--data-dir', tmp_path / 'data', '--restore-from', untrained, '--save', '--overlay', 4,
         '--save-path', tmp_path / 'caf\udce9', '--skip-bad-images',
     )  # fmt: skip
     assert code == 0 and 'caf\\udce9/overlay_123' in output, output

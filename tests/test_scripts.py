@@ -47,8 +47,8 @@ def test_stage_1_writes_the_documented_files(base_run):
     best = torch.load(base_run / 'best.pth', weights_only=True)
     assert best['metrics']['base'] == max(record['base'] for record in validations)
     assert best['config'] == {
-        'dataset': 'shapes', 'fold': 0, 'model': 'pspnet_pop', 'backbone': 'mobilenet_v2', 'os': 32, 'base_size': [65, 65],
-        'classes': DATASETS['shapes'].legend(0).classes, 'card': DATASETS['shapes'].described(),
+        'dataset': 'shapes', 'fold': 0, 'model': 'pspnet_pop', 'backbone': 'mobilenet_v2', 'os': 32,
+        'base_size': [65, 65], 'classes': DATASETS['shapes'].legend(0).classes, 'card': DATASETS['shapes'].described(),
         'input_size': [65, 65], 'scale_range': [0.9, 1.1],
     }  # fmt: skip
     training = records(base_run, 'train')
@@ -77,12 +77,11 @@ def test_stage_2_changes_only_the_novel_parts(base_run, few_shot_run):
 
 
 @pytest.mark.parametrize('precision', ((), ('--fp16',)))
-def test_every_script_runs_in_both_precisions(
-    run_script, shapes, base_run, few_shot_run, tmp_path, precision, monkeypatch
-):
+def test_every_script_runs_in_both_precisions(tiny, run_script, shapes, few_shot_run, tmp_path, precision, monkeypatch):
     monkeypatch.setattr(precisions, 'computes_in_bfloat16', lambda: True)
     # smaller still: bfloat16 is slow on processors without instructions for it
-    train = (*TINY, *TINY_TRAINING, '--input-size', '33,33', '--data-dir', shapes, '--num-epoch', 1, *precision)
+    data = (*TINY, '--backbone', tiny, '--data-dir', shapes, *precision)
+    train = (*data, *TINY_TRAINING, '--input-size', '33,33', '--num-epoch', 1)
     code, output = run_script(
         'train_base.py', *train, '--restore-from', 'none', '--batch-size', 60, '--snapshot-dir', tmp_path / 'a',
         '--device', 'cpu', '--no-memory',
@@ -93,9 +92,7 @@ def test_every_script_runs_in_both_precisions(
         '--fix-lr', '--freeze-backbone', '--update-base', '--update-epoch', 2, '--val-every', 2, '--shot', 2,
     )  # fmt: skip
     assert code == 0 and 'total' in output
-    code, output = run_script(
-        'test.py', *TINY, '--data-dir', shapes, '--restore-from', tmp_path / 'b', '--shot', 2, *precision
-    )
+    code, output = run_script('test.py', *data, '--restore-from', tmp_path / 'b', '--shot', 2)
     assert code == 0 and 'seed 123' in output
     assert {'results.json', 'results.md', 'confusion_123.npy'} <= {path.name for path in (tmp_path / 'b').iterdir()}
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY
+from conftest import TINY_RESNET
 from PIL import Image
 from torch import nn
 
@@ -179,11 +179,11 @@ def test_regions_cover_the_labels_once():
 def checkpoint(tmp_path):
     """A checkpoint of an untrained network for the embedded data, trained at 0.9 to 1.3 times the original size."""
     torch.manual_seed(3)  # predicts many classes
-    net = build_model('mobilenet_v2', 15, 5, 32)
+    net = build_model('resnet18', 15, 5, 32)
     for mlp in (net.classifier, net.classifier_n):
         mlp[-1].weight.data *= 1000  # rounding decides nothing
     config = {
-        'dataset': 'shapes', 'fold': 0, 'shot': 1, 'seed': 123, 'backbone': 'mobilenet_v2', 'os': 32, 'base_size': [65, 65],
+        'dataset': 'shapes', 'fold': 0, 'shot': 1, 'seed': 123, 'backbone': 'resnet18', 'os': 32, 'base_size': [65, 65],
         'scale_range': [0.9, 1.3],
     }  # fmt: skip
     save_checkpoint(tmp_path / 'net.pth', net, config, 1, {})
@@ -206,7 +206,7 @@ def test_predictions_of_views_and_their_annotations(run_script, shapes, checkpoi
         code, output = run_script('utils/predict.py', *flags, '--save-path', tmp_path / name, *more)
         assert code == 0 and '2 of 2 images' in output, output
     code, output = run_script(
-        'test.py', *TINY, '--data-dir', shapes, '--restore-from', checkpoint, '--save', '--slide', '--flip',
+        'test.py', *TINY_RESNET, '--data-dir', shapes, '--restore-from', checkpoint, '--save', '--slide', '--flip',
         '--save-path', tmp_path, '--overlay', 1,
     )  # fmt: skip
     assert code == 0 and 'Views: windows at scale 1.1, mirrored too.' in output, output
