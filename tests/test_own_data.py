@@ -82,7 +82,7 @@ def test_from_a_card_to_segmented_photographs(street, run, run_script, tmp_path)
     output = run(
         'train_base.py', *unlabelled, *SMALL, '--batch-size', 6, '--restore-from', 'none', '--snapshot-dir', base
     )
-    assert '18 training and 0 validation images, 2 base classes: ' in output
+    assert 'of 18 training images show a base class; 0 validation images; 2 base classes: ' in output
     assert f'no validation list, so only the last checkpoint is kept: {base}/last.pth' in output
     assert (base / 'memory.pt').is_file() and not list(base.glob('best*'))
     assert read_ids(street / 'fold0/train_base_class0.txt') == read_ids(street / 'train.txt')  # beside the train list

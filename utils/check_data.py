@@ -219,15 +219,19 @@ def check_classes(
         shots: numbers of support images per class.
         chosen: class ids whose support images are chosen by hand.
     """
-    usable = (pixels >= spec.min_pixels).sum(axis=0)
+    usable, areas = (pixels >= spec.min_pixels).sum(axis=0), pixels.sum(axis=1)
+    read = areas[areas > 0]
+    share = f' ({spec.min_pixels / np.median(read):.1%} of the median image)' if len(read) else ''
+    least = f'{spec.min_pixels} pixels{share}'
+    unread = f'; {len(areas) - len(read)} images cannot be read and are not counted' if len(read) < len(areas) else ''
     findings, drawn = [], {c: name for c, name in spec.classes.items() if c not in chosen}
     if none := [name for c, name in drawn.items() if not usable[c]]:
-        text = f'no image shows >= {spec.min_pixels} pixels of {some(none, 8)}; add images, or lower min_pixels'
+        text = f'no image shows >= {least} of {some(none, 8)}; add images, or lower min_pixels{unread}'
         findings.append(Finding('error', 'classes', text))
     for shot in shots:
         few = [f'{name} ({usable[c]})' for c, name in drawn.items() if 0 < usable[c] < shot]
         if few:
-            text = f'{len(few)} classes have fewer than {shot} images with >= {spec.min_pixels} pixels: {some(few, 8)}'
+            text = f'{len(few)} classes have fewer than {shot} images with >= {least}: {some(few, 8)}{unread}'
             findings.append(Finding('note', f'{shot}-shot', text))
     return findings
 
