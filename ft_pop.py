@@ -203,16 +203,11 @@ def keep_base_views(
     return keeper.keep(views, 'base view', args.input_size, whole=True)
 
 
-def keep_views(
-    args: argparse.Namespace, pairs: FewShotDataset, seed: int, keeper: FeatureKeeper,
-    pool: KeptFeatures | FrozenFeatures,
-) -> dict[str, KeptFeatures]:  # fmt: skip
-    """Features of views of the support images, and the pool of base views: 'support' and 'base', as in a batch."""
-    views = support_views(pairs.support, args.views, seed)
-    kept = {'support': keeper.keep(views, 'support view', args.input_size, whole=True), 'base': pool}
-    if not all(isinstance(part, KeptFeatures) for part in kept.values()):
+def check_kept(features: KeptFeatures | FrozenFeatures) -> KeptFeatures:
+    """The features of views to train on; InputError where there was no room to keep them."""
+    if not isinstance(features, KeptFeatures):
         raise InputError('--views: there is no room to keep the features; raise --features-gb, or keep fewer views')
-    return kept
+    return features
 
 
 def train_seed(
@@ -240,7 +235,8 @@ def train_seed(
     counts = {args.dataset.classes[c]: len(ids) for c, ids in data.supports(args.shot, seed).items()}
     supports = Supports(whole, counts, keeper.frozen, device, keeper.dtype)
     if args.views:
-        kept = keep_views(args, pairs, seed, keeper, pool)
+        views = keeper.keep(support_views(support, args.views, seed), 'support view', args.input_size, whole=True)
+        kept = {'support': check_kept(views), 'base': pool}
         train_set = KeptPairs(
             **kept, num_base=len(data.base_ids), per_class=args.base_views, support_ids=support.image_ids,
             shot=args.shot, seed=seed,
@@ -313,6 +309,8 @@ def main(args: argparse.Namespace):
         pool = None
         if args.views or base.USES_BASE_VIEWS:
             pool = keep_base_views(args, train_sets[args.random_seed[0]], keeper)
+        if args.views:
+            check_kept(pool)
         rows = {}
         for seed, train_set in train_sets.items():
             results = train_seed(

@@ -219,10 +219,7 @@ def keep_or_write_ids(path: Path, ids: Sequence[str], overwrite: bool = False) -
     """
     if path.is_file() and not overwrite:
         same = [canonical(line) for line in read_lines(path)] == list(ids)
-        differs = (
-            f', which differs from the list that this data gives ({len(ids)} ids). For other data, write lists of '
-            'their own (--list-dir DIR, then --train-list DIR/... of the other commands), or --overwrite this one'
-        )
+        differs = f', which differs from the list that this data gives ({len(ids)} ids); --overwrite replaces it'
         return f'kept {path}' + ('' if same else differs)
     write_ids(path, ids)
     return f'wrote {path}, {len(ids)} ids'

@@ -73,21 +73,27 @@ def read_binary_mask(path: str | Path) -> tuple[np.ndarray, list[int]]:
         path: a PNG file of any kind; of palettes, the colours count, and what is transparent is none of the class.
 
     Returns:
-        bool [H, W]; and the values but zero of a mask of one channel.
+        bool [H, W]; and the values that show it, of a mask of one channel.
 
     Raises:
         InputError: the file is missing, is no PNG, or cannot be decoded.
     """
     mask, _ = _open_any_png(path)
-    present = [value for value in np.unique(mask).tolist() if value] if len(mask.getbands()) == 1 else []
+    indices = np.array(mask)
+    shown = _shows(mask)
+    return shown, np.unique(indices[shown]).tolist() if indices.ndim == 2 else []
+
+
+def _shows(mask):
+    """Where any mask is neither zero nor black nor transparent."""
     if mask.mode == 'P':
         mask = mask.convert('RGBA' if 'transparency' in mask.info else 'RGB')
     values = np.array(mask)
     if values.ndim == 2:
-        return values != 0, present
+        return values != 0
     shown = values[..., -1] != 0 if mask.mode in ('LA', 'RGBA') else True
     channels = values[..., :-1] if mask.mode in ('LA', 'RGBA') else values
-    return (channels != 0).any(axis=2) & shown, present
+    return (channels != 0).any(axis=2) & shown
 
 
 def _open_any_png(path):

@@ -215,8 +215,8 @@ class FeatureKeeper:
 
     def _used(self):
         """Bytes of the arrays in this process's memory. What an earlier seed kept may be gone."""
-        arrays = [array for reference in self._in_memory if (array := reference()) is not None]
-        return sum(array.nbytes for array in arrays)
+        self._in_memory = [reference for reference in self._in_memory if reference() is not None]
+        return sum(array.nbytes for reference in self._in_memory if (array := reference()) is not None)
 
     def _loader(self, dataset, rows, keep=False):
         return evaluation_loader(

@@ -11,6 +11,7 @@ says which ones a resumed run keeps; later ones are made again.
 
 import contextlib
 import hashlib
+import itertools
 import math
 import shutil
 from collections.abc import Sequence
@@ -42,6 +43,7 @@ FIXED_FLAGS = (
 )  # fmt: skip
 # Flags that runs of earlier versions do not name, with the value that these had in effect.
 LATER_FLAGS = {'views': 0, 'nested': False, 'support_labels': 'all', 'repeat_base_images': False}
+VALIDATION_LIST = 'content of validation list'
 CHECKPOINTS = ('last', 'previous', 'best')  # stage 2 appends the seed
 RUN_FILES = (
     'last*.pth', 'last*.damaged', 'previous*.pth', 'best*.pth', 'best*.replaced', 'epoch_*.pth', 'metrics.jsonl',
@@ -60,7 +62,7 @@ class SavedState:
         step: optimisation steps done.
         records: how many records of metrics.jsonl the checkpoint includes.
         reopened: a finished run trains on (--resume FILE).
-        has_best: where reopened, whether the folder has the best checkpoint of the epochs done.
+        has_best: the folder has the best checkpoint of the epochs done.
     """
 
     path: str
@@ -106,13 +108,16 @@ class RunFolder:
     def remove_earlier_run(self):
         """Delete the run that --overwrite replaces; call it after all checks have passed.
 
-        A best checkpoint that belongs to epochs which --resume FILE drops is renamed to `best.replaced`.
+        A best checkpoint that belongs to epochs which --resume FILE drops, or to another validation list, is renamed to
+        `best.replaced`.
         """
         barrier()  # every process has read what it starts from
         for path in self._to_remove:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         for path in self._to_replace:
-            path.replace(path.with_suffix('.replaced'))
+            numbers = itertools.chain([''], (f'{number}.' for number in itertools.count(2)))
+            names = (path.with_suffix(f'.{number}replaced') for number in numbers)
+            path.replace(next(name for name in names if not name.exists()))
         self._to_remove, self._to_replace = [], []
 
     def state(self, seed: int | None = None) -> dict | None:
@@ -123,8 +128,8 @@ class RunFolder:
         state = read_state(found.path)
         if found.reopened:
             state['training']['progress']['finished'] = False
-            if not found.has_best:
-                state['training']['progress'] |= {'best': None, 'best_epoch': state['epoch']}
+        if not found.has_best:
+            state['training']['progress'] |= {'best': None, 'best_epoch': state['epoch']}
         return state
 
     def holds(self, seed: int | None = None) -> bool:
@@ -167,6 +172,7 @@ class RunFolder:
         found = {seed: latest for seed in self.arguments if (latest := self._latest(seed))}
         for seed, latest in found.items():
             self._check_same(seed, latest)
+            latest.has_best = self.path('best', seed).is_file()
         return found
 
     def _check_stage(self):
@@ -214,14 +220,16 @@ class RunFolder:
         return found
 
     def _check_best(self, seed, state):
-        """Whether the best checkpoint is the one that a state knows; another one is to be replaced."""
-        path, progress = self.path('best', seed), state['training']['progress']
+        """Whether the best checkpoint is the one that a state knows, by the same list; another is to be replaced."""
+        path, training = self.path('best', seed), state['training']
         if not path.is_file():
             return False
-        with contextlib.suppress(InputError):  # a damaged one is replaced too
+        progress = training['progress']
+        with contextlib.suppress(InputError, KeyError, TypeError):  # a damaged or foreign one is replaced too
             best = read_content(path)
             # as text: what was not measured is NaN, which equals nothing
-            if str((best['epoch'], best['metrics'])) == str((progress['best_epoch'], progress['best'])):
+            known = str((best['epoch'], best['metrics'])) == str((progress['best_epoch'], progress['best']))
+            if known and not _differing(training['arguments'], self.arguments[seed], [VALIDATION_LIST]):
                 return True
         self._to_replace.append(path)
         return False
@@ -276,7 +284,7 @@ def _differing(earlier, now, names=None):
 
     Of the validation list also where one has none.
     """
-    earlier, now = ({'content of validation list': 'none'} | arguments for arguments in (LATER_FLAGS | earlier, now))
+    earlier, now = ({VALIDATION_LIST: 'none'} | arguments for arguments in (LATER_FLAGS | earlier, now))
     return [
         f'{name} was {earlier[name]}, is {now[name]}'
         for name in sorted({*earlier} & {*now} & {*(names or now)})

@@ -218,9 +218,9 @@ class Teacher:
     def left_out(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """As `segment`, of the photographs that can be left out, each by a network that was trained without it.
 
-        One training leaves out one photograph of each class that has several, and all photographs take turns; with
-        more than `TURNS` in a class, a training leaves out several of it. These trainings start untrained: an earlier
-        lesson may have seen what is left out.
+        One training leaves out one photograph of each class that has several, and photographs take turns (`turns`);
+        with more than `TURNS` in a class, a training leaves out several of it. These trainings start untrained: an
+        earlier lesson may have seen what is left out.
         """
         total, found, trained = 0, {}, novel_state(self.net)
         for ids in turns(self.samples):

@@ -169,7 +169,8 @@ class JointSpace(POP):
         if len(margins):
             # so many pixels have a smaller margin: these become novel
             wins = int(FALSE_ALARMS / (self.num_base + self.num_novel) * len(margins))
-            self.novel_offset.copy_(margins.kthvalue(1 + wins, dim=0).values.clamp(min=0))
+            # sorted, as kthvalue is faster, but refused on GPUs by --deterministic
+            self.novel_offset.copy_(margins.sort(dim=0).values[wins].clamp(min=0))
 
     def discriminant_margins(self, maps: Maps) -> torch.Tensor:
         """`Discriminants.margins` [B, Kn, h, w] of `finish_maps` in evaluation."""

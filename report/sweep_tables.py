@@ -71,7 +71,21 @@ def read_results(folders: Iterable[Path], out: Path) -> list[dict]:
 
 def _stage(content):
     """Of what stage a results.json is; those of earlier versions do not say."""
-    return content.get('stage') or (1 if content['shot'] is None else 2)
+    is_base = content['shot'] is None and all(result['novel'] is None for result in content['seeds'].values())
+    return content.get('stage') or (1 if is_base else 2)
+
+
+def with_weights(rows: Sequence[dict], weights: str) -> list[dict]:
+    """The rows of some weights; methods that train nothing have the same weights, evaluated once, under all names."""
+
+    def place(row):
+        return row['dataset'], row['model'], row['fold'], row['shot'], row['seed']
+
+    there = {place(row) for row in rows if row['weights'] == weights}
+    return [
+        row for row in rows
+        if row['weights'] == weights or (not MODELS[row['model']].TRAINS_NOVEL and place(row) not in there)
+    ]  # fmt: skip
 
 
 def write_tables(out: Path, rows: Sequence[dict], folds: Sequence[int]):
@@ -85,7 +99,7 @@ def write_tables(out: Path, rows: Sequence[dict], folds: Sequence[int]):
     markdown, latex = [], []
     for dataset in dict.fromkeys(row['dataset'] for row in rows):
         for weights in dict.fromkeys(row['weights'] for row in rows):
-            of_table = [row for row in rows if (row['dataset'], row['weights']) == (dataset, weights)]
+            of_table = [row for row in with_weights(rows, weights) if row['dataset'] == dataset]
             if not of_table:
                 continue
             seeds = ', '.join(map(str, sorted({row['seed'] for row in of_table})))

@@ -35,7 +35,7 @@ data_flags() {
     need DATA_PATH "the folder of the data set"
     source "$ROOT/scripts/setup_env.sh" requirements.txt # after the settings: it may have to install
     shared=(--dataset "$1" --data-dir "$DATA_PATH" --fold "${FOLD:-0}")
-    # after stage 1, what is not set is that of the checkpoint
+    # after stage 1, sizes and network are those of the checkpoint where they are not set
     if [ -n "${MODEL:-}" ]; then shared+=(--model "$MODEL"); fi
     if [ -n "${BACKBONE:-}" ]; then shared+=(--backbone "$BACKBONE"); fi
     if [ -n "${OS:-}" ]; then shared+=(--os "$OS"); fi

@@ -129,6 +129,13 @@ def test_the_best_checkpoint_of_epochs_that_are_dropped_is_replaced(whole, tmp_p
     progress = resumed.state()['training']['progress']
     assert progress['best'] is None and progress['best_epoch'] == progress['epoch'] == 2
     assert torch.load(run / 'best.replaced', weights_only=True)['epoch'] == 4 and not (run / 'best.pth').exists()
+    # stopped before it saved anything, it has no best either
+    earlier = RunFolder(run, {None: arguments | {'num_epoch': 2}})
+    assert earlier.state()['training']['progress']['best'] is None
+    for content in (b'damaged', torch.load(run / 'best.replaced', weights_only=True)['model']):
+        torch.save(content, run / 'best.pth')
+        RunFolder(run, {None: arguments}, str(run / 'last.pth')).remove_earlier_run()
+    assert {path.name for path in run.glob('best*')} == {'best.replaced', 'best.2.replaced', 'best.3.replaced'}
 
 
 def test_a_validation_list_that_was_not_there_is_named(whole, tmp_path):
@@ -138,7 +145,10 @@ def test_a_validation_list_that_was_not_there_is_named(whole, tmp_path):
     without = {name: value for name, value in arguments.items() if name != 'content of validation list'}
     with pytest.raises(InputError, match=r'content of validation list was .*, is none'):
         RunFolder(run, {None: without})
-    assert RunFolder(run, {None: without | {'num_epoch': 3}}, str(run / 'last.pth')).holds()
+    resumed = RunFolder(run, {None: without | {'num_epoch': 3}}, str(run / 'last.pth'))
+    resumed.remove_earlier_run()
+    # it was chosen on images that are not looked at any more
+    assert resumed.state()['training']['progress']['best'] is None and (run / 'best.replaced').is_file()
 
 
 def test_a_run_that_is_refused_changes_nothing(run_script, shapes, whole, tmp_path):

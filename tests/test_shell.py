@@ -11,10 +11,13 @@ from conftest import ROOT
 from dataset import DATASETS
 from dataset.lists import write_ids
 
-SMALL = {
-    'BACKBONE': 'mobilenet_v2', 'OS': '32', 'INPUT_SIZE': '65,65', 'BASE_SIZE': '65,65', 'EPOCHS': '1', 'WORKERS': '0',
-    'BS_TEST': '4', 'SEED': '123', 'OMP_NUM_THREADS': '1',
-}  # fmt: skip
+SMALL = {'EPOCHS': '1', 'WORKERS': '0', 'BS_TEST': '4', 'SEED': '123', 'OMP_NUM_THREADS': '1'}
+NETWORK = {
+    'BACKBONE': 'mobilenet_v2',
+    'OS': '32',
+    'INPUT_SIZE': '65,65',
+    'BASE_SIZE': '65,65',
+}  # later in the checkpoint
 
 
 def make_rectangles(folder, name, images):
@@ -58,10 +61,10 @@ def test_entry_points_run_one_after_the_other(tmp_path, name, base, novel, evalu
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    run(base, '--no-memory', RESTORE_PATH='none', SAVE_DIR='base', BS='20', NPROC=processes)
+    run(base, '--no-memory', RESTORE_PATH='none', SAVE_DIR='base', BS='20', NPROC=processes, **NETWORK)
     assert (tmp_path / 'base' / 'best.pth').is_file()
     output = run(novel, '--select', 'last', RESTORE_PATH='base', SAVE_DIR='shots')
-    assert 'seed 123, last (selected)' in output
+    assert 'seed 123, last (selected)' in output and 'crops of 65x65' in output and 'validation at 65x65' in output
     output = run(evaluate, '--select', 'last', RESTORE_PATH='shots')  # further flags are passed on
     assert 'weights "last"' in output and (tmp_path / 'shots' / 'confusion_123.npy').is_file()
 
@@ -106,7 +109,7 @@ def test_a_signal_to_an_entry_point_reaches_the_run(tmp_path):
     }  # fmt: skip
     process = subprocess.Popen(
         ['bash', str(ROOT / 'scripts/train_voc_fold0_base.sh'), '--print-frequency', '1'], cwd=tmp_path, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, **SMALL, **settings},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, **SMALL, **NETWORK, **settings},
     )  # fmt: skip
     said = ''
     for line in process.stdout:

@@ -16,7 +16,7 @@ from engine import commands
 from engine.commands import Step
 from engine.metrics import SUMMARY, summarize
 from model import MODELS
-from report.sweep_tables import paired_lines, read_results, table_lines, write_tables
+from report.sweep_tables import paired_lines, read_results, table_lines, with_weights, write_tables
 from report.tables import latex_table, markdown_table
 from utils import sweep
 
@@ -190,12 +190,17 @@ def test_methods_share_data_supports_and_where_they_can_the_base_network(tmp_pat
 def test_base_networks_that_are_there_are_not_trained(tmp_path, capsys):
     flags = [*command(tmp_path, tmp_path), '--model', 'pspnet_pop', 'pspnet_lda', 'pspnet_capl']
     base = f'{tmp_path}/there/fold{{fold}}_{{model}}'
+    with pytest.raises(InputError, match='fold0_pspnet_pop'):
+        sweep.plan(sweep.parse_args([*command(tmp_path, tmp_path)[:-4], '--base', base]))
+    for name in ('pop', 'capl'):
+        (tmp_path / f'there/fold0_pspnet_{name}').mkdir(parents=True)
+        (tmp_path / f'there/fold0_pspnet_{name}/best.pth').write_bytes(b'')
     at = flags.index('--base-flags')
     kept = flags[:at] + flags[at + 2 :]
     steps = sweep.plan(sweep.parse_args([*kept, '--base', base]))
     assert not any(step.script == 'train_base' for step in steps)
     starts = {step.command[step.command.index('--restore-from') + 1] for step in steps if step.script == 'ft_pop'}
-    assert starts == {f'{tmp_path}/there/fold0_pspnet_{name}' for name in ('pop', 'capl')}
+    assert starts == {f'{tmp_path}/there/fold0_pspnet_{name}/best.pth' for name in ('pop', 'capl')}
     evaluated = [step for step in steps if step.script == 'test' and step.folder.name == 'base']
     assert len(evaluated) == 2 and all('--save-path' in step.command and not step.after for step in evaluated)
     # a method without training has the same weights twice
@@ -250,6 +255,9 @@ def test_what_is_forgotten_is_told_by_stage_and_results_without_a_shot_are_named
     chosen = write('chosen', 2, None, 50.0, 10.0)
     (row,) = read_results([base, few, chosen], tmp_path)
     assert row['run'] == 'few' and row['forgotten'] == 10
+    assert [len(with_weights([row | {'model': name}], 'best')) for name in ('pspnet_pop', 'pspnet_lda')] == [
+        row['weights'] == 'best', 1
+    ]  # fmt: skip
     assert 'chosen/results.json is in no table' in capsys.readouterr().out
 
 

@@ -133,7 +133,7 @@ def test_stopped_while_photographs_are_left_out_the_network_is_complete(
     monkeypatch.setattr(teaching.Teacher, 'left_out', stopped)
     code, output, folder = teach(remembered, 'out', '--support', photographs, '--overwrite')
     assert code == 130 and f'{folder / "best.pth"} is complete; only what to expect' in output, output
-    assert {path.name for path in folder.rglob('*')} == {'best.pth', 'memory.pt'}
+    assert {path.name for path in folder.rglob('*') if path.is_file()} == {'best.pth', 'memory.pt'}
     assert checkpoint(folder)['config']['taught'] == {'bin': 1, 'scooter': 3}
 
 
@@ -291,6 +291,10 @@ def test_masks_of_any_kind(tmp_path):
     assert np.array_equal(read_binary_mask(path)[0], shown)
     Image.fromarray(grey * np.arange(6, dtype=np.uint8)).save(path)
     assert read_binary_mask(path)[1] == [2, 3, 4]
+    black = Image.fromarray(grey * np.arange(6, dtype=np.uint8))
+    black.putpalette([0, 0, 0] * 4 + [255, 255, 255])
+    black.save(path)
+    assert read_binary_mask(path)[1] == [4]  # what is black shows nothing
 
 
 def test_photographs_are_read_as_they_are_displayed(tmp_path):

@@ -19,6 +19,7 @@ from engine.optim import Optimization
 from engine.resume import RunFolder
 from engine.stage import Plan, Stage
 from engine.trainer import Trainer
+from model import MODELS
 from utils import cli
 from utils.data_flags import fill_data
 from utils.method_flags import method_options
@@ -104,23 +105,29 @@ def fill_network(args: argparse.Namespace, checkpoint: Checkpoint | None):
     known = {**checkpoint.config, 'model': checkpoint.model} if checkpoint else {}
     default = {
         'model': DEFAULT_MODEL, **cli.DEFAULT_NETWORK, 'base_size': cli.BASE_SIZE,
-        'input_size': known.get('base_size', cli.BASE_SIZE), 'scale_range': args.dataset.scale_range,
+        'scale_range': args.dataset.scale_range,
     }  # fmt: skip
-    for name in missing_network_flags(args):
+    missing = missing_network_flags(args)
+    for name in missing:
+        default['input_size'] = args.base_size
         value = known.get(name, default[name])
         setattr(args, name, tuple(value) if isinstance(value, list) else value)
-        if name == 'scale_range' and checkpoint and checkpoint.config and name not in known and is_main():
-            flag = f'--scale-range {value[0]:g},{value[1]:g}'
-            print(f'note: {checkpoint.path} does not say how its training images were scaled; assuming {flag}')
+    assumed = [name for name in ('input_size', 'scale_range') if name in missing and name not in known]
+    if assumed and checkpoint and checkpoint.config and crops(args) and is_main():
+        flags = (f'--{name.replace("_", "-")} {",".join(map(str, getattr(args, name)))}' for name in assumed)
+        print(f'note: {checkpoint.path} does not say the crops of its training; assuming {" ".join(flags)}')
+
+
+def crops(args: argparse.Namespace) -> bool:
+    """Whether a run sees crops of images: some methods look at whole ones only."""
+    return MODELS[args.model].TRAINS_NOVEL or MODELS[args.model].USES_BASE_VIEWS
 
 
 def sizes(args: argparse.Namespace) -> str:
     """At which sizes a run sees images, for its log."""
-    (low, high), crop, fitted = args.scale_range, args.input_size, args.base_size
-    return (
-        f'crops of {crop[0]}x{crop[1]} from images resized by {low:g} to {high:g}, validation at '
-        f'{fitted[0]}x{fitted[1]}'
-    )  # fmt: skip
+    (low, high), (height, width) = args.scale_range, args.input_size
+    cropped = f'crops of {height}x{width} from images resized by {low:g} to {high:g}, ' if crops(args) else ''
+    return f'{cropped}validation at {args.base_size[0]}x{args.base_size[1]}'
 
 
 def missing_network_flags(args: argparse.Namespace) -> list[str]:

@@ -28,6 +28,7 @@ from core import signals
 from core.errors import InputError, exits_cleanly
 from core.files import check_writable
 from dataset.classes import find_dataset
+from engine.checkpoint import resolve_checkpoint
 from engine.commands import ROOT, Step, run
 from engine.config import DEFAULT_MODEL
 from model import MODELS
@@ -139,7 +140,7 @@ def check_base(parser: argparse.ArgumentParser, args: argparse.Namespace):
         parser.error('--base-flags and --model-base-flags are of a training that --base takes the place of')
     try:
         args.base.format(dataset='', fold=0, model='')
-    except (KeyError, IndexError, ValueError):
+    except (AttributeError, KeyError, IndexError, ValueError):
         parser.error(f'--base {args.base}: only {{dataset}}, {{fold}} and {{model}} can stand in braces')
 
 
@@ -175,9 +176,9 @@ def plan(args: argparse.Namespace) -> list[Step]:
     for dataset, flags in args.data.items():
         for fold in args.fold:
             train_list = ['--train-list', args.train_list] if args.train_list else []
-            there = args.base and partial(args.base.format, dataset=dataset, fold=fold)
+            given_base = args.base and partial(args.base.format, dataset=dataset, fold=fold)
             data = [*flags, *train_list, '--fold', fold]
-            of_fold = FoldPlan(args, args.out / f'{dataset}_fold{fold}', data, there)
+            of_fold = FoldPlan(args, args.out / f'{dataset}_fold{fold}', data, given_base)
             for model in args.model:
                 of_fold.add_method(model)
             steps += of_fold.steps
@@ -191,14 +192,14 @@ class FoldPlan:
         args: the grid.
         place: folder of the fold's runs.
         data: flags that say which data it has.
-        there: gives the base network of a `model`; None: it is trained.
+        given_base: gives the base network of a `model`; None: it is trained.
 
     Attributes:
         steps: planned so far, each after those that it builds on.
     """
 
-    def __init__(self, args: argparse.Namespace, place: Path, data: list, there: Callable[..., str] | None):
-        self.args, self.place, self.data, self.there = args, place, data, there
+    def __init__(self, args: argparse.Namespace, place: Path, data: list, given_base: Callable[..., str] | None):
+        self.args, self.place, self.data, self.given_base = args, place, data, given_base
         launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', args.nproc]
         self.together = launch if args.nproc > 1 else [sys.executable]
         self.steps = []
@@ -223,8 +224,8 @@ class FoldPlan:
             args, (folder, flags) = self.args, self._of(model)
             folder /= 'base'
             network, own, after = folder, [], []
-            if self.there:
-                network, own = self.there(model=model), ['--save-path', folder]
+            if self.given_base:
+                network, own = resolve_checkpoint(self.given_base(model=model)), ['--save-path', folder]
             else:
                 after = [self._add(
                     'training', 'train_base', folder, (), *self.together, ROOT / 'train_base.py', *flags,
@@ -244,10 +245,11 @@ class FoldPlan:
         for shot in args.shot:
             runs = folder / f'{shot}shot'
             draws = ['--shot', shot, '--random-seed', ','.join(map(str, args.seed))]
-            if shot not in self._lists:
+            if shot not in self._lists:  # the first makes the class lists, from all masks
+                first = list(self._lists.values())[:1]
                 self._lists[shot] = self._add(
-                    'lists', 'gen_fs_list', runs, after, sys.executable, '-m', 'utils.gen_fs_list', *self.data,
-                    '--shot', shot, '--seed', *args.seed,
+                    'lists', 'gen_fs_list', runs, after or first, sys.executable, '-m', 'utils.gen_fs_list',
+                    *self.data, '--shot', shot, '--seed', *args.seed,
                 )  # fmt: skip
             taught = self._add(
                 'training', 'ft_pop', runs, [*after, self._lists[shot]], sys.executable, ROOT / 'ft_pop.py', *flags,

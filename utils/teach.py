@@ -15,7 +15,6 @@ panels/*.png, the photographs with what the network says of them.
 
 import argparse
 import shlex
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -233,8 +232,6 @@ def base_miou(net: JointPOP, views: KeptFeatures, device: torch.device, dtype: t
 
 def save(args: argparse.Namespace, lesson: Lesson, net: JointPOP, network: str, base_miou: float):
     """Write memory.pt, then best.pth, which needs it to be taught more; what describes an earlier network goes."""
-    (args.out / 'teach.json').unlink(missing_ok=True)
-    shutil.rmtree(args.out / 'panels', ignore_errors=True)
     write_memory(args.out / NAME, Memory(network, lesson.base_views, lesson.support))
     counts = {name: len(images) for name, images in lesson.support.items()}
     theirs = lesson.checkpoint.config
@@ -242,6 +239,8 @@ def save(args: argparse.Namespace, lesson: Lesson, net: JointPOP, network: str, 
     config |= {'model': TAUGHT_MODEL, 'options': net.options}
     config |= {'classes': lesson.legend.classes, 'base_size': list(lesson.size), 'taught': counts}
     save_checkpoint(args.out / 'best.pth', net, config, 0, {'base': base_miou})
+    for path in (args.out / 'teach.json', *(args.out / 'panels').glob('*.png')):
+        path.unlink(missing_ok=True)
 
 
 def report(args: argparse.Namespace, lesson: Lesson, teacher: Teacher) -> dict[str, dict]:
@@ -255,7 +254,8 @@ def report(args: argparse.Namespace, lesson: Lesson, teacher: Teacher) -> dict[s
         ids = [image_id for image_id in samples.ids if samples.label(image_id) == label]
         classes[name] = {
             'class_id': legend.class_ids[label], 'photographs': len(ids), 'new': name in lesson.new,
-            'left_out_iou': iou_per_class(left_out)[label] if set(ids) <= set(found) else None,
+            'left_out': len(set(ids) & set(found)),
+            'left_out_iou': iou_per_class(left_out)[label] if set(ids) & set(found) else None,
             'trained_iou': iou_per_class(trained)[label],
         }  # fmt: skip
         rows = [
@@ -322,9 +322,10 @@ def main(args: argparse.Namespace):
 
 
 def check_empty(out: Path, overwrite: bool):
-    """InputError where --out holds checkpoints, unless they are to be replaced."""
-    present = sorted(path.name for path in out.glob('*') if path.suffix in SUFFIXES)
-    if present and not (overwrite and set(present) <= {'best.pth', NAME}):
+    """InputError where --out holds checkpoints or results, unless they are to be replaced."""
+    written = {'best.pth', NAME, 'teach.json', 'panels'}
+    present = sorted(path.name for path in out.glob('*') if path.suffix in SUFFIXES or path.name in written)
+    if present and not (overwrite and set(present) <= written):
         raise InputError(
             f'--out {out} holds {some(present)} already; give another folder'
             + ('' if overwrite else ', or --overwrite to replace what utils.teach has written')
