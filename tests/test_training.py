@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import TINY_RESNET, TINY_TRAINING
 from torch import nn
 
 from core.errors import InputError, exits_cleanly
@@ -77,14 +78,22 @@ def test_an_overflow_in_the_first_step_leaves_momentum_clean():
     assert torch.equal(weights['overflow'], weights['plain']) and weights['plain'].isfinite().all()
 
 
-@pytest.mark.parametrize(('stage', 'seed'), (('stage_1', None), ('stage_2', 123)))
-def test_losses_follow_the_golden_curve(base_run, few_shot_run, stage, seed):
+def test_losses_follow_the_golden_curves(run_script, shapes, tmp_path):
     """Float32 losses of two short runs, written down before any of the steps was made faster."""
-    golden = json.loads((Path(__file__).parent / 'golden_losses.json').read_text())[stage]
-    lines = ((base_run if seed is None else few_shot_run) / 'metrics.jsonl').read_text().splitlines()
-    records = [r for r in map(json.loads, lines) if r['kind'] == 'train' and r.get('seed') == seed]
-    for term, curve in golden.items():
-        assert [record[term] for record in records] == pytest.approx(curve, abs=1e-4), term
+    run_script('utils/gen_fs_list.py', '--dataset', 'shapes', '--data-dir', shapes, '--shot', 1, '--seed', 123)
+    common = (*TINY_RESNET, *TINY_TRAINING, '--data-dir', shapes, '--num-epoch', 2)
+    base, novel = tmp_path / 'base', tmp_path / 'novel'
+    golden = json.loads((Path(__file__).parent / 'golden_losses.json').read_text())
+    for stage, folder, command in (
+        ('stage_1', base, ('train_base.py', '--restore-from', 'none', '--batch-size', 32, '--no-memory')),
+        ('stage_2', novel, ('ft_pop.py', '--restore-from', base, '--update-base')),
+    ):
+        code, output = run_script(*command, *common, '--snapshot-dir', folder)
+        assert code == 0, output
+        records = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+        for term, curve in golden[stage].items():
+            losses = [record[term] for record in records if record['kind'] == 'train']
+            assert losses == pytest.approx(curve, abs=1e-4), f'{stage} {term}'
 
 
 def test_parameter_groups_follow_the_recipe():
