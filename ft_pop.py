@@ -31,7 +31,7 @@ from engine.resume import RunFolder, digests, run_arguments
 from engine.run import Run
 from engine.stage import Stage
 from engine.supports import Supports
-from model import BACKBONES, MODELS, Head, Network, build_model
+from model import BACKBONES, MODELS, Head, Network, base_model, build_model
 from model.kernels import fuse
 from model.network import Labelled
 from report.tables import summary_table
@@ -136,7 +136,7 @@ def restore_base(args: argparse.Namespace, data: FoldData, folder: RunFolder) ->
             raise InputError(
                 f'{stage_1.path} has novel classes already; expected a checkpoint of stage 1 (train_base.py)'
             )
-        stage_1.load_into(base, config | {'model': base.BASE_MODEL or args.model})
+        stage_1.load_into(base, config | {'model': base_model(args.model)})
     return base
 
 
@@ -303,7 +303,8 @@ def main(args: argparse.Namespace):
         run = Run(folder, vars(args), notes)
         novel = some([args.dataset.classes[c] for c in data.novel_ids], 5)
         about = f'{args.shot}-shot, novel classes {novel}; {len(val_set or ())} validation images'
-        run.logger.info(f'{about}; {from_flags.sizes(args)}; computing in {name_of(dtype)}')
+        sizes = from_flags.sizes(args, crops=from_flags.novel_crops(args))
+        run.logger.info(f'{about}; {sizes}; computing in {name_of(dtype)}')
         keeper = feature_keeper(args, base, frozen, device, dtype, run)
         val_batches = keeper.keep(val_set, 'validation', args.base_size) if val_set else None
         pool = None

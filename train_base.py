@@ -155,9 +155,10 @@ def main(args: argparse.Namespace):
         if args.compile:
             compile_features(net)
         run = Run(folder, vars(args), notes)
+        novel = ' and no novel one' if args.filter_novel else ''
         run.logger.info(
-            f'{len(train_set)} of {len(data.ids("train"))} training images show a base class; {len(val_set or ())} '
-            f'validation images; {len(data.base_ids)} base classes: '
+            f'{len(train_set)} of {len(data.ids("train"))} training images show a base class{novel}; '
+            f'{len(val_set or ())} validation images; {len(data.base_ids)} base classes: '
             f'{some([args.dataset.classes[c] for c in data.base_ids], 5)}; {from_flags.sizes(args)}; computing in '
             f'{name_of(dtype)}'
         )

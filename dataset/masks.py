@@ -79,9 +79,8 @@ def read_binary_mask(path: str | Path) -> tuple[np.ndarray, list[int]]:
         InputError: the file is missing, is no PNG, or cannot be decoded.
     """
     mask, _ = _open_any_png(path)
-    indices = np.array(mask)
     shown = _shows(mask)
-    return shown, np.unique(indices[shown]).tolist() if indices.ndim == 2 else []
+    return shown, np.unique(np.array(mask)[shown]).tolist() if len(mask.getbands()) == 1 else []
 
 
 def _shows(mask):

@@ -135,7 +135,8 @@ class FeatureKeeper:
     batch_size: int | None = None
     num_workers: int = 0
     log: Callable[[str], None] = print
-    _in_memory: list[weakref.ref] = field(default_factory=list, init=False)  # arrays, as long as they are used
+    # arrays by `id`, as long as they are used: what an earlier seed kept may be gone
+    _in_memory: weakref.WeakValueDictionary = field(default_factory=weakref.WeakValueDictionary, init=False)
 
     def keep(
         self, dataset: Dataset, title: str, size: tuple[int, int], whole: bool = False
@@ -175,7 +176,7 @@ class FeatureKeeper:
             for array, (dtype, shape) in _with_rows(shapes, len(own)).items()
         }
         if place == 'memory':
-            self._in_memory += [weakref.ref(array) for array in arrays.values()]
+            self._in_memory.update({id(array): array for array in arrays.values()})
         rows = self._compute(dataset, own, arrays, {row: i for i, row in enumerate(own)}, title)
         return KeptFeatures(arrays, rows, range(len(own)), self.device)
 
@@ -195,7 +196,7 @@ class FeatureKeeper:
         room = {
             'gpu': torch.cuda.mem_get_info(self.device)[0] / 2 if self.device.type == 'cuda' else 0,
             'disk': self.store.room(name) if self.store and one_host else 0,
-            'memory': self.memory_gb * GB / local_world_size() - self._used(),
+            'memory': self.memory_gb * GB / local_world_size() - sum(a.nbytes for a in self._in_memory.values()),
         }
         places = room if self.place == 'auto' else (self.place,)
         needs = {'gpu': need, 'disk': need_on_disk, 'memory': need}
@@ -212,11 +213,6 @@ class FeatureKeeper:
             raise InputError(f'--features {self.place}: {shortage}. Raise the limit, keep fewer images, or use auto.')
         self.log(f'{shortage}: not kept, so they are computed again each time')
         return 'off'
-
-    def _used(self):
-        """Bytes of the arrays in this process's memory. What an earlier seed kept may be gone."""
-        self._in_memory = [reference for reference in self._in_memory if reference() is not None]
-        return sum(array.nbytes for reference in self._in_memory if (array := reference()) is not None)
 
     def _loader(self, dataset, rows, keep=False):
         return evaluation_loader(

@@ -11,7 +11,6 @@ says which ones a resumed run keeps; later ones are made again.
 
 import contextlib
 import hashlib
-import itertools
 import math
 import shutil
 from collections.abc import Sequence
@@ -58,7 +57,7 @@ class SavedState:
     Attributes:
         path: of the checkpoint.
         arguments: what the interrupted run depended on (`run_arguments`).
-        epoch: epochs done.
+        progress: as `trainer.Trainer` stores it.
         step: optimisation steps done.
         records: how many records of metrics.jsonl the checkpoint includes.
         reopened: a finished run trains on (--resume FILE).
@@ -67,7 +66,7 @@ class SavedState:
 
     path: str
     arguments: dict
-    epoch: int
+    progress: dict
     step: int
     records: int
     reopened: bool = False
@@ -77,8 +76,8 @@ class SavedState:
     def of(cls, path: Path | str, state: dict) -> 'SavedState':
         """Make it from a checkpoint that has been read (`checkpoint.read_state`)."""
         training = state['training']
-        epoch = training['progress']['epoch']
-        return cls(str(path), training['arguments'], epoch, training.get('step', 0), training.get('records', 0))
+        step, records = training.get('step', 0), training.get('records', 0)
+        return cls(str(path), training['arguments'], training['progress'], step, records)
 
 
 class RunFolder:
@@ -115,9 +114,10 @@ class RunFolder:
         for path in self._to_remove:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         for path in self._to_replace:
-            numbers = itertools.chain([''], (f'{number}.' for number in itertools.count(2)))
-            names = (path.with_suffix(f'.{number}replaced') for number in numbers)
-            path.replace(next(name for name in names if not name.exists()))
+            target, number = path.with_suffix('.replaced'), 2
+            while target.exists():  # nothing that was saved is lost
+                target, number = path.with_suffix(f'.{number}.replaced'), number + 1
+            path.replace(target)
         self._to_remove, self._to_replace = [], []
 
     def state(self, seed: int | None = None) -> dict | None:
@@ -154,7 +154,8 @@ class RunFolder:
         if seed not in self._found:
             return False
         found = self._found[seed]
-        return record['epoch'] <= found.epoch or (record['kind'] == 'train' and record['step'] <= found.step)
+        is_done = record['epoch'] <= found.progress['epoch']
+        return is_done or (record['kind'] == 'train' and record['step'] <= found.step)
 
     @property
     def records(self) -> dict[int | None, int]:
@@ -216,20 +217,19 @@ class RunFolder:
             found[seed].records = 0
             return found
         for other, latest in found.items():
-            latest.has_best = self._check_best(other, read_state(latest.path))
+            latest.has_best = self._check_best(other, latest)
         return found
 
-    def _check_best(self, seed, state):
+    def _check_best(self, seed, found):
         """Whether the best checkpoint is the one that a state knows, by the same list; another is to be replaced."""
-        path, training = self.path('best', seed), state['training']
+        path, progress = self.path('best', seed), found.progress
         if not path.is_file():
             return False
-        progress = training['progress']
         with contextlib.suppress(InputError, KeyError, TypeError):  # a damaged or foreign one is replaced too
             best = read_content(path)
             # as text: what was not measured is NaN, which equals nothing
             known = str((best['epoch'], best['metrics'])) == str((progress['best_epoch'], progress['best']))
-            if known and not _differing(training['arguments'], self.arguments[seed], [VALIDATION_LIST]):
+            if known and not _differing(found.arguments, self.arguments[seed], [VALIDATION_LIST]):
                 return True
         self._to_replace.append(path)
         return False

@@ -21,6 +21,11 @@ MODELS = {
 }
 
 
+def base_model(model: str) -> str:
+    """The row of `MODELS` whose networks of stage 1 a method starts from: its own, or `Network.BASE_MODEL`."""
+    return MODELS[model].BASE_MODEL or model
+
+
 def build_model(
     backbone: str,
     num_base: int,
@@ -62,6 +67,7 @@ __all__ = [
     'Head',
     'JointPOP',
     'Network',
+    'base_model',
     'build_backbone',
     'build_model',
     'find_backbone',

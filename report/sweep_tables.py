@@ -12,7 +12,7 @@ import numpy as np
 from core.files import atomic_write, parse_json
 from engine.config import DEFAULT_MODEL
 from engine.metrics import SUMMARY
-from model import MODELS
+from model import MODELS, base_model
 from report.tables import latex_table, markdown_table, mean_and_std
 
 COLUMNS = {key: SUMMARY[key] for key in ('base', 'novel', 'total', 'harmonic')} | {'forgotten': 'Forgotten'}
@@ -54,10 +54,9 @@ def read_results(folders: Iterable[Path], out: Path) -> list[dict]:
             continue
         model = content.get('model', DEFAULT_MODEL)
         place = {key: content[key] for key in ('dataset', 'fold', 'shot')}
-        base_model = MODELS[model].BASE_MODEL or model
         for seed, result in content['seeds'].items():
             means = {key: float('nan') if result[key] is None else result[key] for key in SUMMARY}
-            known = before.get((base_model, place['dataset'], place['fold']))
+            known = before.get((base_model(model), place['dataset'], place['fold']))
             forgotten = float('nan') if known is None else known - means['base_without_background']
             rows.append({
                 'model': model, 'method': MODELS[model].described(content.get('options')), **place,

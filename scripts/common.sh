@@ -30,20 +30,25 @@ launch() {
     fi
 }
 
+# if_set FLAG NAME: add a flag to the array $shared where its setting is set
+if_set() {
+    if [ -n "${!2:-}" ]; then shared+=("$1" "${!2}"); fi
+}
+
 # data_flags DATASET: flags that all three Python scripts share, into the array $shared
 data_flags() {
     need DATA_PATH "the folder of the data set"
     source "$ROOT/scripts/setup_env.sh" requirements.txt # after the settings: it may have to install
     shared=(--dataset "$1" --data-dir "$DATA_PATH" --fold "${FOLD:-0}")
     # after stage 1, sizes and network are those of the checkpoint where they are not set
-    if [ -n "${MODEL:-}" ]; then shared+=(--model "$MODEL"); fi
-    if [ -n "${BACKBONE:-}" ]; then shared+=(--backbone "$BACKBONE"); fi
-    if [ -n "${OS:-}" ]; then shared+=(--os "$OS"); fi
-    if [ -n "${BASE_SIZE:-}" ]; then shared+=(--base-size "$BASE_SIZE"); fi
-    if [ -n "${BS_TEST:-}" ]; then shared+=(--test-batch-size "$BS_TEST"); fi
-    if [ -n "${WORKERS:-}" ]; then shared+=(--num-workers "$WORKERS"); fi
-    if [ -n "${TRAIN_LIST:-}" ]; then shared+=(--train-list "$TRAIN_LIST"); fi
-    if [ -n "${VAL_LIST:-}" ]; then shared+=(--val-list "$VAL_LIST"); fi
+    if_set --model MODEL
+    if_set --backbone BACKBONE
+    if_set --os OS
+    if_set --base-size BASE_SIZE
+    if_set --test-batch-size BS_TEST
+    if_set --num-workers WORKERS
+    if_set --train-list TRAIN_LIST
+    if_set --val-list VAL_LIST
 }
 
 # base_stage DATASET BATCH FLAG...: stage 1 with the paper's recipe
@@ -68,7 +73,7 @@ novel_stage() {
     local lists=(--dataset "$dataset" --data-dir "$DATA_PATH" --fold "${FOLD:-0}" --shot "${SHOT:-1}" --seed ${seeds//,/ })
     if [ -n "${TRAIN_LIST:-}" ]; then lists+=(--train-list "$TRAIN_LIST"); fi
     PYTHONPATH=$ROOT python -m utils.gen_fs_list "${lists[@]}"
-    if [ -n "${INPUT_SIZE:-}" ]; then shared+=(--input-size "$INPUT_SIZE"); fi
+    if_set --input-size INPUT_SIZE
     # shellcheck disable=SC2086 # the recipe is a list of flags
     launch ft_pop.py "${shared[@]}" --restore-from "$RESTORE_PATH" --shot "${SHOT:-1}" \
         --learning-rate "${LR:-1e-3}" --weight-decay "${WD:-1e-4}" \
@@ -81,7 +86,7 @@ evaluation() {
     need RESTORE_PATH "the stage-2 folder, or FOLDER/best.pth for FOLDER/best_{seed}.pth"
     data_flags "$1"
     shift
-    if [ -n "${SAVE_DIR:-}" ]; then shared+=(--save-path "$SAVE_DIR"); fi
+    if_set --save-path SAVE_DIR
     launch test.py "${shared[@]}" --restore-from "$RESTORE_PATH" --shot "${SHOT:-1}" \
         --random-seed "${SEED:-123,234,345}" "$@"
 }

@@ -10,7 +10,7 @@ from conftest import ROOT, TINY, TINY_TRAINING, same_results
 import ft_pop
 from engine import precision
 from engine.trainer import Trainer
-from model import BACKBONES, MODELS
+from model import BACKBONES, MODELS, base_model
 
 
 @pytest.mark.parametrize('in_half', ((), ('--fp16',)))
@@ -26,7 +26,7 @@ from model import BACKBONES, MODELS
 def test_every_script_runs_and_interrupted_runs_resume_to_the_same_weights(
     tiny, run_script, shapes, tmp_path, monkeypatch, name, flags, in_half
 ):
-    base_name, registers = MODELS[name].BASE_MODEL or name, not MODELS[name].TRAINS_NOVEL
+    base_name, registers = base_model(name), not MODELS[name].TRAINS_NOVEL
     base_data = (*TINY, '--backbone', tiny, '--data-dir', shapes, *in_half, '--model', base_name)
     data = ('--dataset', 'shapes', '--base-size', '65,65', '--num-workers', 0, '--data-dir', shapes, *in_half)
     train = (*TINY_TRAINING, '--input-size', '33,33', '--num-epoch', 1, '--save-every-steps', 1)
@@ -48,7 +48,7 @@ def test_every_script_runs_and_interrupted_runs_resume_to_the_same_weights(
 
     for stage, part, names in ((stage_1, 'base', ('best', 'last')), (stage_2, 'novel', ('best_123', 'last_123'))):
         code, output = stage(whole)
-        assert code == 0, output
+        assert code == 0 and ('crops of 33x33' in output) is not (stage is stage_2 and name == 'pspnet_capl'), output
         with monkeypatch.context() as patch:
             patch.setattr(Trainer, 'step', ends_after(1, Trainer.step))
             if registers:

@@ -105,28 +105,27 @@ def fill_network(args: argparse.Namespace, checkpoint: Checkpoint | None):
     known = {**checkpoint.config, 'model': checkpoint.model} if checkpoint else {}
     default = {
         'model': DEFAULT_MODEL, **cli.DEFAULT_NETWORK, 'base_size': cli.BASE_SIZE,
-        'scale_range': args.dataset.scale_range,
+        'input_size': args.base_size or known.get('base_size', cli.BASE_SIZE), 'scale_range': args.dataset.scale_range,
     }  # fmt: skip
     missing = missing_network_flags(args)
     for name in missing:
-        default['input_size'] = args.base_size
         value = known.get(name, default[name])
         setattr(args, name, tuple(value) if isinstance(value, list) else value)
     assumed = [name for name in ('input_size', 'scale_range') if name in missing and name not in known]
-    if assumed and checkpoint and checkpoint.config and crops(args) and is_main():
+    if assumed and checkpoint and checkpoint.config and novel_crops(args) and is_main():
         flags = (f'--{name.replace("_", "-")} {",".join(map(str, getattr(args, name)))}' for name in assumed)
         print(f'note: {checkpoint.path} does not say the crops of its training; assuming {" ".join(flags)}')
 
 
-def crops(args: argparse.Namespace) -> bool:
-    """Whether a run sees crops of images: some methods look at whole ones only."""
+def novel_crops(args: argparse.Namespace) -> bool:
+    """Whether stage 2 sees crops of images: some methods look at whole ones only."""
     return MODELS[args.model].TRAINS_NOVEL or MODELS[args.model].USES_BASE_VIEWS
 
 
-def sizes(args: argparse.Namespace) -> str:
-    """At which sizes a run sees images, for its log."""
+def sizes(args: argparse.Namespace, crops: bool = True) -> str:
+    """At which sizes a run sees images, for its log; `crops`: it trains on crops of them."""
     (low, high), (height, width) = args.scale_range, args.input_size
-    cropped = f'crops of {height}x{width} from images resized by {low:g} to {high:g}, ' if crops(args) else ''
+    cropped = f'crops of {height}x{width} from images resized by {low:g} to {high:g}, ' if crops else ''
     return f'{cropped}validation at {args.base_size[0]}x{args.base_size[1]}'
 
 

@@ -31,7 +31,7 @@ from dataset.classes import find_dataset
 from engine.checkpoint import resolve_checkpoint
 from engine.commands import ROOT, Step, run
 from engine.config import DEFAULT_MODEL
-from model import MODELS
+from model import MODELS, base_model
 from report.sweep_tables import read_results, write_tables
 from utils.cli import add_seeds, make_parser, not_negative, positive
 from utils.data_flags import check_folds
@@ -132,7 +132,7 @@ def check_grid(parser: argparse.ArgumentParser, args: argparse.Namespace):
 
 def check_base(parser: argparse.ArgumentParser, args: argparse.Namespace):
     """Refuse a --base that is one network for several, or that flags of the training go with."""
-    several = {'dataset': args.data, 'fold': args.fold, 'model': {base_model_of(model) for model in args.model}}
+    several = {'dataset': args.data, 'fold': args.fold, 'model': {base_model(model) for model in args.model}}
     for name, values in several.items():
         if len(values) > 1 and f'{{{name}}}' not in args.base:
             parser.error(f'--base {args.base} is one network, but there are {len(values)} of {name}; put {{{name}}} in')
@@ -142,11 +142,6 @@ def check_base(parser: argparse.ArgumentParser, args: argparse.Namespace):
         args.base.format(dataset='', fold=0, model='')
     except (AttributeError, KeyError, IndexError, ValueError):
         parser.error(f'--base {args.base}: only {{dataset}}, {{fold}} and {{model}} can stand in braces')
-
-
-def base_model_of(model: str) -> str:
-    """The method whose base networks a method starts from."""
-    return MODELS[model].BASE_MODEL or model
 
 
 def flags_of(
@@ -241,7 +236,7 @@ class FoldPlan:
 
     def add_method(self, model: str):
         """Plan a method: the base network, and for each shot lists, stage 2 and evaluations."""
-        args, (base, after), (folder, flags) = self.args, self._base(base_model_of(model)), self._of(model)
+        args, (base, after), (folder, flags) = self.args, self._base(base_model(model)), self._of(model)
         for shot in args.shot:
             runs = folder / f'{shot}shot'
             draws = ['--shot', shot, '--random-seed', ','.join(map(str, args.seed))]

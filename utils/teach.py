@@ -252,10 +252,10 @@ def report(args: argparse.Namespace, lesson: Lesson, teacher: Teacher) -> dict[s
     classes = {}
     for name, label in zip(lesson.support, legend.novel_labels, strict=True):
         ids = [image_id for image_id in samples.ids if samples.label(image_id) == label]
+        out = set(ids) & set(found)
         classes[name] = {
             'class_id': legend.class_ids[label], 'photographs': len(ids), 'new': name in lesson.new,
-            'left_out': len(set(ids) & set(found)),
-            'left_out_iou': iou_per_class(left_out)[label] if set(ids) & set(found) else None,
+            'left_out': len(out), 'left_out_iou': iou_per_class(left_out)[label] if out else None,
             'trained_iou': iou_per_class(trained)[label],
         }  # fmt: skip
         rows = [
