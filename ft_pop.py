@@ -188,11 +188,19 @@ def build_novel(
 
 
 def few_shot_set(args: argparse.Namespace, data: FoldData, seed: int) -> FewShotDataset:
-    """Training data of a seed; InputError if its support or base images cannot be drawn."""
-    return data.few_shot_training(
+    """Training data of a seed; InputError if its support images, or base images to train on, cannot be drawn."""
+    train_set = data.few_shot_training(
         Augmentation(args.input_size, args.scale_range), args.shot, seed,
         redraw_every=args.update_epoch if args.update_base else 0,
     )  # fmt: skip
+    if draws_base_images(args):
+        train_set.base_images(epoch=0)
+    return train_set
+
+
+def draws_base_images(args: argparse.Namespace) -> bool:
+    """Whether epochs draw base images; others train on kept views, or not at all."""
+    return MODELS[args.model].TRAINS_NOVEL and not args.views
 
 
 def keep_base_views(
@@ -247,7 +255,7 @@ def train_seed(
             train_set, args.batch_size, seed, num_workers=0 if kept else args.num_workers, device=device,
             fill_last=True, micro_batches=args.accumulate,
         )  # fmt: skip
-    base_views = LabelledFeatures(pool, device, set(support.image_ids)) if base.USES_BASE_VIEWS else ()
+    base_views = LabelledFeatures(pool, device, set(support.image_ids)) if base.needs_base_views else ()
     torch.manual_seed(seed)  # only now: loaders draw too, and features may be there already
     net = build_novel(args, data, seed, base=base, supports=supports, base_views=base_views, folder=run.folder)
     panel = None
@@ -287,7 +295,8 @@ def main(args: argparse.Namespace):
         notes = main_first(data.prepare)
         # a shortage of images is an error before anything is computed
         train_sets = {seed: few_shot_set(args, data, seed) for seed in args.random_seed}
-        if short := {args.dataset.classes[c] for train_set in train_sets.values() for c in train_set.short_classes}:
+        drawn = train_sets.values() if draws_base_images(args) else ()
+        if short := {args.dataset.classes[c] for train_set in drawn for c in train_set.short_classes}:
             notes.append(f'base images of {some(sorted(short))} repeat: there are fewer than {args.shot} in an epoch')
         for seed in args.random_seed:
             if old := data.outdated_supports(args.shot, seed):
@@ -308,7 +317,7 @@ def main(args: argparse.Namespace):
         keeper = feature_keeper(args, base, frozen, device, dtype, run)
         val_batches = keeper.keep(val_set, 'validation', args.base_size) if val_set else None
         pool = None
-        if args.views or base.USES_BASE_VIEWS:
+        if args.views or base.needs_base_views:
             pool = keep_base_views(args, train_sets[args.random_seed[0]], keeper)
         if args.views:
             check_kept(pool)

@@ -29,7 +29,7 @@ def draw_support(class_lists: dict[int | str, list[str]], shot: int, seed: int) 
     taken, support = set(), []
     for class_id, ids in class_lists.items():
         if not ids:
-            raise InputError(f'novel class {class_id} has no image that shows enough of it, so it cannot be learned')
+            raise _no_image(class_id)
         if len(ids) < shot:
             drawn = ids + [ids[rng.randint(1, len(ids)) - 1] for _ in range(shot - len(ids))]
         else:
@@ -63,28 +63,30 @@ def draw_nested_support(class_lists: dict[int, list[str]], shot: int, seed: int)
     for turn in range(shot):
         for class_id, order in orders.items():
             if not order:
-                raise InputError(
-                    f'novel class {class_id} has no image that shows enough of it, so it cannot be learned'
-                )
+                raise _no_image(class_id)
             image_id = next((image_id for image_id in order if image_id not in taken), None)
             if image_id is None and set(order) - set(support[class_id]):
-                raise InputError(
-                    f'novel class {class_id}: {shot} support images asked for, but only {turn} of its {len(order)} '
-                    'images do not support another class. Use fewer shots, another seed, a lower min_pixels or more '
-                    'training images.'
-                )
+                raise _too_few(class_id, shot, turn, len(order))
             support[class_id].append(image_id or order[turn % len(order)])
             taken.add(image_id)
     return [image_id for ids in support.values() for image_id in ids]
 
 
+def _no_image(class_id):
+    return InputError(f'novel class {class_id} has no image that shows enough of it, so it cannot be learned')
+
+
+def _too_few(class_id, shot, free, images):
+    return InputError(
+        f'novel class {class_id}: {shot} support images asked for, but only {free} of its {images} images do not '
+        'support another class. Use fewer shots, another seed, a lower min_pixels or more training images.'
+    )
+
+
 def _draw_unused(class_id, ids, shot, taken, rng):
     unused = set(ids) - taken
     if len(unused) < shot:
-        raise InputError(
-            f'novel class {class_id}: {shot} support images asked for, but only {len(unused)} of its {len(ids)} images '
-            'do not support another class. Use fewer shots, another seed, a lower min_pixels or more training images.'
-        )
+        raise _too_few(class_id, shot, len(unused), len(ids))
     drawn = []
     while len(drawn) < shot:
         image_id = ids[rng.randint(1, len(ids)) - 1]
@@ -128,7 +130,7 @@ def draw_base(
     raise InputError(
         f'base class {short}: an epoch of stage 2 needs {shot} of its images; it has {len(class_lists[short])}, '
         f'{len(free[short])} beside support images, of which other classes need some. '
-        'Use fewer shots, a lower min_pixels, more training images, or --repeat-base-images.'
+        'Use fewer shots, a lower min_pixels, more training images, --repeat-base-images, or kept views (--views).'
     )
 
 
@@ -174,9 +176,6 @@ class FewShotDataset(Dataset):
         seed: seed of all random choices.
         redraw_every: number of epochs after which new base images are drawn; 0 keeps the first draw.
         repeats: as in `draw_base`.
-
-    Raises:
-        InputError: there are too few base images.
     """
 
     def __init__(
@@ -193,7 +192,6 @@ class FewShotDataset(Dataset):
         self.class_lists, self.shot, self.seed, self.redraw_every = class_lists, shot, seed, redraw_every
         self.position = {image_id: i for i, image_id in enumerate(base.image_ids)}
         self._drawn = None, None
-        self.base_images(epoch=0)  # reports too few images before training starts
 
     def __len__(self) -> int:
         return self.shot * len(self.class_lists)
@@ -205,7 +203,7 @@ class FewShotDataset(Dataset):
         return [c for c, ids in self.class_lists.items() if len(set(ids) - support) < self.shot]
 
     def base_images(self, epoch: int) -> list[str]:
-        """Ids of the base images of an epoch."""
+        """Ids of the base images of an epoch. Raises InputError where there are too few."""
         draw = epoch // self.redraw_every if self.redraw_every else 0
         if self._drawn[0] != draw:
             support = self.support.image_ids

@@ -36,7 +36,7 @@ class FoldData:
         skip_bad: an image that cannot be read is not an error, unless it is a support image.
         taught: class ids of the novel classes that a network has learned, in the order of its labels, where these are
             not those of the fold (`utils.teach`); the others count as background.
-        support_list: support images that were chosen by hand (`supports.read_supports`), in place of drawn ones.
+        support_list: support images that were chosen by hand (`support_list.read_supports`), in place of drawn ones.
         nested: the drawn support images of fewer shots are among those of more (`gen_fs_list --nested`).
         novel_only: supports label their novel classes only; the other pixels are unknown, and ignored.
         repeat_base: a base class with fewer images than are drawn in an epoch gives them several times.
@@ -235,7 +235,7 @@ class FoldData:
     def outdated_supports(self, shot: int, seed: int) -> list[str]:
         """Drawn support images that are not in the class lists any more, as after a change of min_pixels.
 
-        None where support images are chosen by hand, or class lists are missing.
+        Empty where support images are chosen by hand, or class lists are missing.
         """
         lists = {c: self.lists.novel_class(c) for c in self.novel_ids}
         if self.support_list or not all(path.is_file() for path in lists.values()):

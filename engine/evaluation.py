@@ -168,7 +168,7 @@ def _exchange_signals(finished):
 def visible_logits(
     net: Network,
     maps: dict[str, torch.Tensor],
-    constants,
+    constants: tuple[torch.Tensor, torch.Tensor] | None,
     canvas: tuple[int, int],
     shape: tuple[int, int],
     dtype: torch.dtype = torch.float32,
@@ -197,7 +197,7 @@ def visible_logits(
 
 
 def _shown(count: int, size: int, source: int) -> int:
-    """As `needed`, without those of weights that only rounding makes: they lie beyond the image."""
+    """As `needed`, without positions beyond the image, whose weights are 0 but for rounding."""
     return -(-(count - 1) * (source - 1) // max(size - 1, 1)) + 1
 
 

@@ -123,13 +123,22 @@ def write_memory(path: Path, memory: Memory):
     on_main(lambda: write_file(path, lambda file: torch.save(content, file)))
 
 
-def network_of(path: Path) -> str | None:
-    """Digest of the network whose memory a file is; None where it is no memory. Raises InputError if it is damaged."""
+def owner_of(path: Path) -> tuple[str | None, list[str]]:
+    """Digest of the network whose memory a file is, and the taught classes whose photographs it holds.
+
+    Returns:
+        (None, []) where it is no memory.
+
+    Raises:
+        InputError: the file is damaged.
+    """
     content = read_content(path)
-    return content.get('network') if isinstance(content, dict) else None
+    if not isinstance(content, dict) or 'network' not in content:
+        return None, []
+    return content['network'], list(content.get('support', ()))
 
 
-def read_memory(path: Path, net: JointPOP, network: str, device: torch.device) -> Memory:
+def read_memory(path: Path, net: JointPOP, network: str, device: torch.device, taught: bool = False) -> Memory:
     """Read a memory.
 
     Args:
@@ -137,11 +146,17 @@ def read_memory(path: Path, net: JointPOP, network: str, device: torch.device) -
         net: the base network, as `teachable`.
         network: its digest.
         device: of the maps that are taken from it.
+        taught: the network was taught before; then no command makes its memory again, as it holds what was taught.
 
     Raises:
         InputError: there is no such file, it is damaged, or of another network or version.
     """
+    remedy = 'Make it again: python -m utils.memory'
+    if taught:
+        remedy = 'It holds the photographs that were taught: copy it back, or teach the base network again, with them'
     if not path.is_file():
+        if taught:
+            raise InputError(f'there is no {path}, the memory of the taught network, as utils.teach wrote it. {remedy}')
         raise InputError(
             f'there is no {path}, the memory of the base network, which train_base.py writes at its end. Give '
             '--data-dir with its data, or make it with: python -m utils.memory --restore-from '
@@ -151,10 +166,7 @@ def read_memory(path: Path, net: JointPOP, network: str, device: torch.device) -
     if not isinstance(content, dict) or content.get('format') != 'pop-memory':
         raise InputError(f'{path} is no memory of a network; expected a file that utils.memory or train_base.py wrote')
     if content.get('version') != VERSION:
-        raise InputError(
-            f'{path} is of version {content.get("version")}; this code reads version {VERSION}. Make it again: '
-            'python -m utils.memory'
-        )
+        raise InputError(f'{path} is of version {content.get("version")}; this code reads version {VERSION}. {remedy}')
     if content['network'] != network:
         raise InputError(
             f'{path} is the memory of another network than this checkpoint: their weights differ. Give the checkpoint '

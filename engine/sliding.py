@@ -1,4 +1,4 @@
-"""Views of photographs: windows that slide over them, mirrored, at several scales (--slide --scale --flip --scales).
+"""Test-time augmentation and sliding windows (--slide --scale --flip --scales): several views of a photograph.
 
 A view shows the photograph resized by one factor, in one window or in several overlapping ones. The logits of a view's
 windows are blended: where windows overlap, they are averaged with weights that fall linearly toward a window's border.
@@ -62,7 +62,7 @@ class View:
 
 @dataclass(frozen=True)
 class Views:
-    """Which views of a photograph are segmented.
+    """Which views of a photograph are segmented: test-time augmentation.
 
     Attributes:
         scale: windows slide over the photograph resized by this factor; None: the photograph is resized to fit one.

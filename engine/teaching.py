@@ -25,7 +25,7 @@ TURNS = 5  # at most so many trainings leave photographs out
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingSettings:
     """How novel classes are trained.
 
     Attributes:
@@ -51,13 +51,13 @@ def novel_state(net: POP) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in net.state_dict().items() if name.startswith(net.STAGE_2_PREFIXES)}
 
 
-def learn(net: POP, support: KeptFeatures, base: KeptFeatures, recipe: Recipe, dtype: torch.dtype):
+def learn(net: POP, support: KeptFeatures, base: KeptFeatures, settings: TrainingSettings, dtype: torch.dtype):
     """Train the novel prototypes and phi_n of a network, in place.
 
     Args:
         net: with novel classes; all else stays as it is.
         support, base: views of the novel classes, and as many of each base class, in the order of the classes.
-        recipe: how.
+        settings: of the training.
         dtype: that convolutions run in.
 
     Raises:
@@ -68,14 +68,14 @@ def learn(net: POP, support: KeptFeatures, base: KeptFeatures, recipe: Recipe, d
     head, device = Head(net), net.base_emb.device
     count = len(base.masks) // net.num_base  # of each class
     pairs = KeptPairs(
-        support, base, num_base=net.num_base, per_class=count, support_ids=(), shot=count, seed=recipe.seed
+        support, base, num_base=net.num_base, per_class=count, support_ids=(), shot=count, seed=settings.seed
     )  # fmt: skip
-    loader = training_loader(pairs, recipe.batch_size, recipe.seed, num_workers=0, device=device, fill_last=True)
+    loader = training_loader(pairs, settings.batch_size, settings.seed, num_workers=0, device=device, fill_last=True)
     optimization = Optimization(
-        net, recipe.learning_rate, recipe.momentum, recipe.weight_decay, total_steps=recipe.steps,
-        power=recipe.power, fp16=dtype == torch.float16,
+        net, settings.learning_rate, settings.momentum, settings.weight_decay, total_steps=settings.steps,
+        power=settings.power, fp16=dtype == torch.float16,
     )  # fmt: skip
-    for step, batch in zip(range(recipe.steps), _epochs(loader), strict=False):
+    for step, batch in zip(range(settings.steps), _epochs(loader), strict=False):
         halves = [(support, batch['support']), (base, batch['base'])]
         maps = [kept.take(half['row']) for kept, half in halves]
         masks = torch.cat([half['mask'].to(device, non_blocking=True) for _, half in halves]).long()
@@ -84,7 +84,7 @@ def learn(net: POP, support: KeptFeatures, base: KeptFeatures, recipe: Recipe, d
         loss = sum(net.novel_losses(logits, masks).values())
         optimization.backward(loss)
         optimization.step()
-        if step % 50 == 0 or step + 1 == recipe.steps:
+        if step % 50 == 0 or step + 1 == settings.steps:
             if not math.isfinite(loss.item()):
                 raise InputError(f'the loss is {loss.item()} at step {step + 1}; lower --learning-rate')
             if optimization.scale_collapsed:
@@ -148,7 +148,7 @@ class Teacher:
         base_views: as many of each base class, in the order of the classes.
         keeper: gives the features.
         size: (H, W) of the views.
-        recipe: of the training.
+        settings: of the training.
         views: of each class.
         scale_range: of the views, relative to the size that fits.
     """
@@ -163,13 +163,13 @@ class Teacher:
         earlier: dict[str, torch.Tensor],
         keeper: FeatureKeeper,
         size: tuple[int, int],
-        recipe: Recipe,
+        settings: TrainingSettings,
         views: int,
         scale_range: tuple[float, float],
     ):
         self.net, self.base, self.samples, self.base_views = net, base, samples, base_views
         self.keeper, self.size, self.scale_range = keeper, size, scale_range
-        self.recipe, self.dtype, self.num_views = recipe, keeper.dtype, views
+        self.settings, self.dtype, self.num_views = settings, keeper.dtype, views
         whole = SegmentationDataset(samples.ids, samples, fit_size=size, resize_mask=True)
         self.photographs = keeper.keep(whole, 'photograph', size, whole=True)
         self.untrained, self.earlier = novel_state(net), earlier
@@ -179,7 +179,7 @@ class Teacher:
     def views(self) -> KeptFeatures:
         """Views of the photographs to train on, whose unlabelled pixels have labels of the base network."""
         augmented = SegmentationDataset(self.samples.ids, self.samples, Augmentation(self.size, self.scale_range))
-        drawn = DrawnViews(augmented, support_positions(self.samples, self.num_views), self.recipe.seed)
+        drawn = DrawnViews(augmented, support_positions(self.samples, self.num_views), self.settings.seed)
         views = self.keeper.keep(drawn, 'support view', self.size, whole=True)
         label_rest(views, self.base)
         return views
@@ -198,7 +198,7 @@ class Teacher:
         self.net.start_from_supports(LabelledFeatures(_others(self.photographs, without), device), base_views)
         # with the standardisation that earlier prototypes were trained with; discriminants were just fitted to all
         self._load({key: value for key, value in earlier.items() if not key.startswith('discriminants.')})
-        learn(self.net, _others(self.views, without), self.base_views, self.recipe, self.dtype)
+        learn(self.net, _others(self.views, without), self.base_views, self.settings, self.dtype)
         self.net.calibrate(base_views)
 
     def segment(self, ids: Collection[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:

@@ -13,6 +13,9 @@ from model.network import covered_mean
 from model.pop import vectors
 
 SHRINKAGE = 0.5  # of the covariance toward its diagonal
+# The standard deviation of no channel counts as less than this share of the mean one: a channel that is silent in one
+# set of images may speak up in another.
+LEAST_STD = 0.1
 
 
 class Discriminants(nn.Module):
@@ -41,7 +44,7 @@ class Discriminants(nn.Module):
         supports: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
     ) -> None:
         """Take covariance, frequencies and means of background and base classes from base views, the means of novel
-        classes from supports. A novel class counts as as frequent as a base class is on average.
+        classes from supports. The frequency of a novel class is the mean of those of the base classes.
 
         A class that the base views do not show is never likely.
 
@@ -70,14 +73,15 @@ class Discriminants(nn.Module):
         share = counts / counts.sum()
         means = torch.cat([means, self._novel_means(supports)])
         share = torch.cat([share, share[1:].mean().expand(len(means) - known)])
-        diagonal = covariance.diagonal().clamp(min=1e-6 * covariance.diagonal().mean())
+        std = covariance.diagonal().clamp(min=0).sqrt()
+        diagonal = std.clamp(min=LEAST_STD * std.mean()) ** 2
         shrunk = (1 - SHRINKAGE) * covariance + SHRINKAGE * diagonal.diag()
         weight = torch.linalg.solve(shrunk, means.T).T
         self.weight.copy_(weight)
         self.bias.copy_(share.log() - (weight * means).sum(dim=1) / 2)
 
     def _novel_means(self, supports):
-        """[Kn, D]. A class that is too small for a position has the mean of those that it is a part of."""
+        """[Kn, D]. A class too small for a position has the mean of those that it covers, weighted by coverage."""
         count = self.count - self.known
         counts, sums = self.weight.new_zeros(2, count), self.weight.new_zeros(2, *self.weight[self.known :].shape)
         for features, labels, masks in supports:

@@ -9,11 +9,11 @@ from types import MappingProxyType
 import torch
 import torch.nn.functional as F
 
+from model.discriminants import LEAST_STD
 from model.joint_space import JointSpace
 from model.network import Labelled, Maps
 from model.pop import POP, vectors
 
-LEAST_STD = 0.1  # the standard deviation of no channel counts as less than this share of the mean one
 EVIDENCE = 0.1  # of discriminant analysis: the share of its margins that counts
 
 

@@ -15,7 +15,7 @@ from model.network import Labelled, Maps, labels_at, single
 from model.pop import POP, as_map, score, vectors
 
 KEPT_STRIDE = 16  # of the backbone's features: they have many channels, and are kept
-FALSE_ALARMS = 0.04  # calibration lets each novel class win this / (Kb + Kn) of the pixels of base classes
+FALSE_POSITIVE_RATE = 0.04  # calibration lets each novel class win this / (Kb + Kn) of the pixels of base classes
 
 
 class JointSpace(POP):
@@ -75,6 +75,11 @@ class JointSpace(POP):
     def calibrates(self) -> bool:
         """Whether novel logits have offsets."""
         return self.num_novel > 0 and self.options['calibration'] == 'base'
+
+    @property
+    def needs_base_views(self) -> bool:
+        """Whether discriminants or calibration look at them."""
+        return self.has_discriminants or self.options['calibration'] == 'base'
 
     def maps(self, images: torch.Tensor) -> Maps:
         """POP's maps of images [B, 3, H, W], and where the options need them 'background' [B, 1, h, w], phi of the base
@@ -150,8 +155,8 @@ class JointSpace(POP):
     def calibrate(self, views: Iterable[Labelled]) -> None:
         """Raise the novel logits by offsets >= 0, from base images.
 
-        Each class may win `FALSE_ALARMS` / (Kb + Kn) of the pixels of base classes. Background does not count: base
-        images may show novel classes there. Without a pixel of a base class, the offsets are 0.
+        Each class may win `FALSE_POSITIVE_RATE` / (Kb + Kn) of the pixels of base classes. Background does not count:
+        base images may show novel classes there. Without a pixel of a base class, the offsets are 0.
         """
         if not self.calibrates:
             return
@@ -168,7 +173,7 @@ class JointSpace(POP):
         margins = torch.cat(margins)  # [N, Kn]
         if len(margins):
             # so many pixels have a smaller margin: these become novel
-            wins = int(FALSE_ALARMS / (self.num_base + self.num_novel) * len(margins))
+            wins = int(FALSE_POSITIVE_RATE / (self.num_base + self.num_novel) * len(margins))
             # sorted, as kthvalue is faster, but refused on GPUs by --deterministic
             self.novel_offset.copy_(margins.sort(dim=0).values[wins].clamp(min=0))
 

@@ -48,14 +48,14 @@ def curves_figure(runs: Mapping[str, Sequence[dict]]) -> Figure:
             axis.set_yscale('log')
     axes[2].set_title('validation mIoU in %')
     shown = set()
-    for i, (name, records) in enumerate(curves.items()):
+    for i, records in enumerate(curves.values()):
         color = colormaps['tab10'](i % 10)
         training = [record for record in records if record['kind'] == 'train']
         for key, axis in zip(LOSSES, axes, strict=False):
             points = [(r['step'], r[key]) for r in training if r.get(key) is not None]
             if points:
                 marker = '.' if len(points) < FEW else ''  # of one point, a line shows nothing
-                axis.plot(*_smoothed(points), color=color, marker=marker, label=name if key == 'ce' else None)
+                axis.plot(*_smoothed(points), color=color, marker=marker)
         validations = [record for record in records if record['kind'] == 'val']
         # without novel classes, total equals base
         present = MEANS if any(record.get('novel') is not None for record in validations) else ('base',)
@@ -70,7 +70,8 @@ def curves_figure(runs: Mapping[str, Sequence[dict]]) -> Figure:
     if shown:
         handles = [axes[2].plot([], [], MEANS[key], color='black', label=key)[0] for key in MEANS if key in shown]
         axes[2].legend(handles=handles)
-    figure.legend(handles=axes[0].get_lines(), loc='outside lower center', ncols=3, frameon=False)
+    runs = [axes[0].plot([], [], color=colormaps['tab10'](i % 10), label=name)[0] for i, name in enumerate(curves)]
+    figure.legend(handles=runs, loc='outside lower center', ncols=3, frameon=False)
     return figure
 
 

@@ -64,7 +64,7 @@ base_stage() {
 
 # novel_stage DATASET FLAG...: the few-shot lists where they are missing, then stage 2 with the paper's recipe
 novel_stage() {
-    case " $* " in *" --recipe"*) echo "these scripts pass the paper's recipe; for --recipe, run ft_pop.py itself" >&2; exit 2 ;; esac
+    case " $RECIPE $* " in *" --rec"*) echo "these scripts pass the paper's recipe; for --recipe, run ft_pop.py itself" >&2; exit 2 ;; esac
     need RESTORE_PATH "the stage-1 checkpoint or its folder"
     data_flags "$1"
     local dataset=$1 seeds=${SEED:-123,234,345}

@@ -13,7 +13,7 @@ from dataset import DATASETS
 from dataset.fewshot import support_shortage
 from dataset.formats import ORIENTATION_TAG
 from dataset.masks import read_mask, save_palette_png
-from utils.check_data import Examined, check_scales
+from utils.check_data import Examined, check_draws, check_scales
 
 
 @pytest.fixture
@@ -214,6 +214,10 @@ def test_draws_that_would_be_refused_are_found(shapes, run_script, tmp_path):
     assert code == 0, output
     assert not support_shortage({1: list('abc'), 2: list('def')}, 3)
     assert 'class 2: 2 support images asked for' in support_shortage({1: list('ab'), 2: list('ab')}, 2)
+    spec, pixels = DATASETS['shapes'], np.full((2, 256), 10**6)
+    for draws_support in (True, False):  # two images that show all classes
+        findings = check_draws(spec, 0, ['a', 'b'], pixels, [2], 'error', draws_support)
+        assert any('novel class' in finding.text for finding in findings) is draws_support
 
 
 def test_photographs_that_evaluation_shrinks_much_are_noted():

@@ -81,12 +81,11 @@ def test_memory_that_is_not_used_any_more_is_free_again(network, images, tmp_pat
     assert len(keeps.keep(images, 'of the next seed', SIZE).rows) == len(images)
 
 
-@pytest.mark.parametrize('place', ('memory', 'disk', 'off'))
+@pytest.mark.parametrize('place', ('memory', 'off'))
 def test_every_process_goes_through_what_is_kept_whole(network, images, tmp_path, monkeypatch, place):
     kept = keeper(network, tmp_path, place)
     for name, value in (('rank', 1), ('world_size', 2), ('local_world_size', 2)):
         monkeypatch.setattr(features, name, lambda value=value: value)
-    monkeypatch.setattr(kept, '_choose', lambda *_: 'memory' if place == 'disk' else place)
     ids = {whole: sorted(i for batch in kept.keep(images, 'view', SIZE, whole) for i in batch['id'])
            for whole in (True, False)}  # fmt: skip
     assert ids[True] == sorted(images.image_ids) and ids[False] == sorted(images.image_ids[1::2])

@@ -8,7 +8,8 @@ from torch import nn
 from engine.checkpoint import read_checkpoint, save_checkpoint
 from engine.features import LabelledFeatures
 from model import POP, Head, build_model, joint_space
-from model.joint import EVIDENCE, LEAST_STD, JointPOP
+from model.discriminants import LEAST_STD
+from model.joint import EVIDENCE, JointPOP
 from model.kernels import fuse
 from model.losses import orthogonality
 from model.network import Labelled, labels_at
@@ -123,6 +124,13 @@ def test_it_starts_as_pop_and_without_its_options_is_pop():
     assert torch.allclose(base[:, 1:], net(image)[:, 1:], atol=1e-12) and not torch.allclose(base, net(image))
 
 
+def test_base_views_are_needed_only_where_something_looks_at_them():
+    options = {'discriminants': 'none', 'calibration': 'none'}
+    assert not network(options).needs_base_views
+    assert all(network(options | {name: choice}).needs_base_views for name, choice in
+               (('discriminants', 'added'), ('calibration', 'base')))  # fmt: skip
+
+
 def test_the_backbone_is_standardised_by_all_positions_of_the_supports():
     net = network({})
     masks = torch.full((2, 12, 16), 255)  # whether they are labelled or not
@@ -158,7 +166,7 @@ def test_the_backbones_map_is_kept_at_a_stride_of_16():
 
 
 def test_novel_classes_win_as_many_pixels_of_base_images_as_calibration_allows(monkeypatch):
-    monkeypatch.setattr(joint_space, 'FALSE_ALARMS', 0.5)
+    monkeypatch.setattr(joint_space, 'FALSE_POSITIVE_RATE', 0.5)
     net, images = network({}, num_novel=3), torch.randn(2, 2, 6, 5, 4, dtype=torch.float64)
     net.classifier_n[4].weight.data.abs_().mul_(-0.01)  # novel logits are low
     masks = torch.randint(0, 4, (2, 2, 5, 4))
@@ -212,7 +220,7 @@ def test_labels_are_those_where_upsampling_puts_the_positions(size):
 
 
 def test_without_background_calibration_leaves_it_out(monkeypatch):
-    monkeypatch.setattr(joint_space, 'FALSE_ALARMS', 0.5)
+    monkeypatch.setattr(joint_space, 'FALSE_POSITIVE_RATE', 0.5)
     net, image = network({}), torch.randn(1, 6, 5, 4, dtype=torch.float64)
     net.classifier_n[4].weight.data.abs_().mul_(-0.01)
     net.background = False

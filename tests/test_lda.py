@@ -6,7 +6,7 @@ from test_joint import Backbone, decoder
 from torch.distributions import MultivariateNormal
 
 from core.errors import InputError
-from model.discriminants import SHRINKAGE
+from model.discriminants import SHRINKAGE, Discriminants
 from model.lda import LDA
 from model.network import Labelled
 
@@ -95,6 +95,19 @@ def test_batches_do_not_matter_and_unseen_classes_do_not_disturb():
     net.calibrate([seen(net, base, 3)])
     logits = net.eval()(images(draw((0, 1, 3, 4), 9), 9))
     assert logits.isfinite().all()
+
+
+def test_a_channel_that_is_silent_in_base_views_hides_no_class():
+    labels, shown = draw((0, 1, 2), 3, 20), draw((3,), 4, 20)
+    silent, now_and_then = images(labels, 3), images(shown, 4)
+    silent[:, 5], now_and_then[:, 5] = 0, 0
+    now_and_then[:, 5, 3, 3] = 1
+    discriminants = Discriminants(6, BASE, 1).double()
+    discriminants.fit([(silent, labels, labels)], [(now_and_then, shown, shown)])
+    new = images(draw((3,), 5), 5)
+    new[:, 5] = 0
+    scores = torch.einsum('kd,bdhw->bkhw', discriminants.weight, new) + discriminants.bias[:, None, None]
+    assert (discriminants.margins(scores) > 0).float().mean() > 0.7
 
 
 def test_base_views_without_a_base_class_are_refused():

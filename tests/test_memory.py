@@ -22,6 +22,8 @@ def test_a_memory_belongs_to_its_network(remembered, tmp_path):
     beyond = changed['arrays']['mask'].clone()
     beyond[0, 0] = 16
     assert memory_file.read_memory(remembered / 'memory.pt', net, network, torch.device('cpu')).support == {}
+    with pytest.raises(InputError, match='copy it back, or teach the base network again'):
+        memory_file.read_memory(tmp_path / 'none.pt', net, network, torch.device('cpu'), taught=True)
     for content, message in (
         (None, 'there is no .*utils.memory'),
         (whole[: len(whole) // 2], 'is damaged'),
@@ -81,3 +83,7 @@ def test_the_memory_of_another_network_is_not_replaced_by_accident(run_script, s
     assert (folder / 'memory.pt').read_bytes() == before
     code, output = run_script('utils/memory.py', '--restore-from', folder / 'last.pth', *flags, '--overwrite')
     assert code == 0 and (folder / 'memory.pt').read_bytes() != before, output
+    content = torch.load(folder / 'memory.pt', weights_only=True)
+    torch.save(content | {'support': {'scooter': []}}, folder / 'memory.pt')
+    code, output = run_script('utils/memory.py', '--restore-from', folder / 'last.pth', *flags)
+    assert code == 1 and 'photographs of scooter' in output and '--overwrite' in output, output

@@ -1,5 +1,6 @@
 """A data set of one's own, from its card to segmented photographs: any values in masks, photographs of any kind."""
 
+import argparse
 import json
 import re
 import shutil
@@ -10,8 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from core.errors import InputError
 from dataset.lists import read_ids
 from tests.conftest import TINY, TINY_TRAINING
+from utils.from_flags import described_data
 
 NETWORK, SMALL = TINY[2:], (*TINY_TRAINING, '--num-epoch', 1)
 COLORS = {0: (90, 90, 90), 7: (200, 60, 40), 11: (30, 160, 50)}
@@ -93,10 +96,13 @@ def test_from_a_card_to_segmented_photographs(street, run, run_script, tmp_path)
     check_results(street, few)
     check_predictions(street, run, few, tmp_path)
 
-    # another data set than that of the network
+    # another data set than that of the network, and other folds
     (tmp_path / 'dataset.yaml').write_text(CARD.replace('car', 'van'))
     code, output = run_script('utils/memory.py', '--restore-from', base, '--data-dir', tmp_path)
     assert code == 1 and 'Give the --data-dir that it was trained on' in output
+    config = {'dataset': 'street', 'fold': 1, 'classes': []}
+    with pytest.raises(InputError, match='was trained on fold 1 of'):
+        described_data(argparse.Namespace(data_dir=street), config)
     check_teaching(street, run, base, tmp_path)
 
     # stage 2 without evaluation images

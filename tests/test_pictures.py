@@ -163,6 +163,8 @@ def test_curves_of_runs(tmp_path, base_run, few_shot_run, capsys):
     figure = curves_figure(runs)
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert names == ['one', 'two, seed 123', 'two, seed 234']
+    untrained = {name: [each for each in records if each['kind'] == 'val'] for name, records in runs.items()}
+    assert [text.get_text() for text in curves_figure(untrained).legends[0].get_texts()] == names
     drawn = figure.axes[2].lines[0].get_ydata()
     assert list(drawn) == [record['base'] for record in runs['one'] if record['kind'] == 'val']
     for content in (None, b'', b'no json\n', b'\xff\xfe{\n', b'[1]\n', b'[' * 10**5):

@@ -127,5 +127,8 @@ def test_wrong_settings_and_arguments_are_refused_before_anything_is_done(tmp_pa
     script = ROOT / 'scripts/train_voc_fold0_base.sh'
     done = subprocess.run(['bash', str(script)], capture_output=True, text=True, env=env)
     assert done.returncode == 2 and 'NPROC is x; expected' in done.stderr
+    env |= {'NPROC': '1', 'RECIPE': '--recipe best'}
+    done = subprocess.run(['bash', str(ROOT / 'scripts/ft_voc.sh')], capture_output=True, text=True, env=env)
+    assert done.returncode == 2 and 'run ft_pop.py itself' in done.stderr
     done = subprocess.run(['bash', str(ROOT / 'scripts/demo.sh'), '--help'], capture_output=True, text=True)
     assert done.returncode == 2 and 'usage' in done.stderr

@@ -82,6 +82,20 @@ def test_base_images_repeat_in_whole_rounds_where_that_is_asked_for():
         draw_base({1: ['s']}, 2, {'s'}, 0, 0, repeats=True)
 
 
+def test_only_what_draws_base_images_needs_enough_of_them(run_script, shapes, base_run, tmp_path):
+    shot = 15  # more than images of some base classes
+    assert run_script('utils/gen_fs_list.py', '--dataset', 'shapes', '--data-dir', shapes, '--shot', shot)[0] == 0
+    flags = ('ft_pop.py', *TINY, *TINY_TRAINING, '--data-dir', shapes, '--restore-from', base_run, '--num-epoch', 1,
+             '--shot', shot, '--base-views', 3)  # fmt: skip
+    code, output = run_script(*flags, '--snapshot-dir', tmp_path / 'pop')
+    assert code == 1 and f'needs {shot} of its images' in output and '--views' in output, output
+    large = ('--batch-size', 75)
+    for name, *more in (('repeated', '--repeat-base-images', *large), ('kept', '--views', 1, *large),
+                        ('lda', '--model', 'pspnet_lda')):  # fmt: skip
+        code, output = run_script(*flags, '--snapshot-dir', tmp_path / name, *more)
+        assert code == 0 and (f'repeat: there are fewer than {shot}' in output) is (name == 'repeated'), output
+
+
 def test_stage_2_learns_from_chosen_supports(run_script, data, shapes, base_run, tmp_path):
     drawn = data.supports(2, 123)
     names = [data.spec.classes[c] for c in data.novel_ids]
@@ -91,10 +105,10 @@ def test_stage_2_learns_from_chosen_supports(run_script, data, shapes, base_run,
     flags = (
         'ft_pop.py', *TINY, *TINY_TRAINING, '--data-dir', shapes, '--restore-from', base_run, '--snapshot-dir', run,
         '--num-epoch', 1, '--batch-size', 5, '--shot', 12, '--support-list', path, '--support-labels', 'novel-only',
-        '--views', 2, '--base-views', 2, '--repeat-base-images', '--features', 'memory',
+        '--views', 2, '--base-views', 2, '--features', 'memory',
     )  # fmt: skip
     code, output = run_script(*flags)
-    assert code == 0 and 'base images of ' in output and 'repeat: there are fewer than 12' in output, output
+    assert code == 0, output
     assert f'support view features: {2 * sum(map(len, chosen.values()))} images' in output
     config = torch.load(run / 'last_123.pth', weights_only=True)['config']
     assert config['supports'] == [list(pair) for pair in chosen.items()]
@@ -107,8 +121,8 @@ def test_stage_2_learns_from_chosen_supports(run_script, data, shapes, base_run,
     flags = [tmp_path / 'moved.csv' if flag == path else flag for flag in flags]
     code, output = run_script(*flags)
     assert code == 0 and 'finished' in output, output  # the same list, somewhere else
-    (tmp_path / 'moved.csv').write_text(path.name and '\n'.join(f'{names[i]},{ids[0]}' for i, ids in
-                                                               enumerate(chosen.values())))  # fmt: skip
+    fewer = '\n'.join(f'{names[i]},{ids[0]}' for i, ids in enumerate(chosen.values()))
+    (tmp_path / 'moved.csv').write_text(fewer)
     code, output = run_script(*flags)
     assert code == 1 and 'content of support list was' in output, output
     code, output = run_script(*flags, '--random-seed', '1,2')

@@ -243,6 +243,17 @@ def test_mistakes_are_named(photographs, message, mistake):
                 read_support(*pair, (65, 65))
 
 
+def test_the_folder_of_the_network_is_not_written_to(tmp_path, capsys):
+    (tmp_path / 'base').mkdir()
+    for source, out in ((tmp_path / 'base', tmp_path / 'base'), (tmp_path / 'base/best.pth', tmp_path / 'base')):
+        with pytest.raises(SystemExit):
+            teach_command.parse_args(['--restore-from', str(source), '--out', str(out), '--support', 'photographs'])
+        assert 'is the folder of --restore-from' in capsys.readouterr().err
+    teach_command.parse_args(
+        ['--restore-from', str(tmp_path / 'base'), '--out', str(tmp_path), '--support', 'photographs']
+    )
+
+
 def test_nothing_is_written_where_something_is_wrong(photographs, teach, remembered):
     (photographs / 'bin').rename(photographs / 'Pinstriped Star')
     code, output, out = teach(remembered, 'out', '--support', photographs)

@@ -44,7 +44,7 @@ def test_augmentation_keeps_image_and_mask_together():
     assert len(sizes) > 5  # small factors pad, large ones fill
 
 
-def test_normalisation_is_imagenets(shapes):
+def test_normalisation_is_imagenets():
     view = Augmentation((8, 8), (1, 1))
     image = np.full((8, 8, 3), (255, 0, 128), np.uint8)
     pixels, _ = view(image, np.zeros((8, 8), np.uint8), np.random.default_rng(0))

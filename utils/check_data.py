@@ -237,7 +237,13 @@ def check_classes(
 
 
 def check_draws(
-    spec: DatasetSpec, fold: int, ids: Sequence[str], pixels: np.ndarray, shots: Sequence[int], severity: str
+    spec: DatasetSpec,
+    fold: int,
+    ids: Sequence[str],
+    pixels: np.ndarray,
+    shots: Sequence[int],
+    severity: str,
+    draws_support: bool = True,
 ) -> list[Finding]:
     """Draw base images as stage 2 does, and support images as gen_fs_list does, which refuse classes with too few.
 
@@ -248,12 +254,13 @@ def check_draws(
         pixels: number of pixels of each mask value in them, int64 [N, 256].
         shots: images per class.
         severity: of a failed draw.
+        draws_support: whether support images are drawn; otherwise they were chosen by hand.
     """
 
     def usable(classes):  # by name, for the messages: a draw of base images does not depend on the keys
         return {spec.classes[c]: [ids[i] for i in np.flatnonzero(pixels[:, c] >= spec.min_pixels)] for c in classes}
 
-    base, novel = usable(spec.base_ids(fold)), usable(spec.novel_ids(fold))
+    base, novel = usable(spec.base_ids(fold)), usable(spec.novel_ids(fold) if draws_support else ())
     findings = []
     for shot in shots if all([*base.values(), *novel.values()]) else ():  # `check_classes` finds empty classes
         for shortage in (base_shortage(base, shot), support_shortage(novel, shot)):
@@ -314,7 +321,7 @@ def main(args: argparse.Namespace):
         text = f'{len(shared)} ids are in both lists, so training would use evaluation images: {some(shared)}'
         findings.append(Finding('error', 'lists', text))
     readable = not any(severity == 'error' for severity, *_ in findings)
-    shots = args.shot or DEFAULT_SHOTS
+    shots, of_shots = args.shot or DEFAULT_SHOTS, 'error' if args.shot else 'note'
     findings += check_classes(spec, pixels, shots, spec.novel_ids(args.fold[0]) if args.support_list else ())
     seen = sum(result.pixels for result in val)  # 0 without a validation list
     if unseen := val and [name for c, name in spec.classes.items() if not seen[c]]:
@@ -322,9 +329,9 @@ def main(args: argparse.Namespace):
         findings.append(Finding('note', 'classes', text))
     if not spec.folds:
         text = 'none is novel, so there is only stage 1, with --fold -1; to name some: novel: [...]'
-        findings.append(Finding('error' if args.shot else 'note', 'classes', text))
+        findings.append(Finding(of_shots, 'classes', text))
     for fold in args.fold:
-        findings += check_draws(spec, fold, train_ids, pixels, shots, 'error' if args.shot else 'note')
+        findings += check_draws(spec, fold, train_ids, pixels, shots, of_shots, not args.support_list)
     if readable:  # the check of the lists reads the masks
         for fold in args.fold:
             lists = (args.data_dir, fold, args.train_list, args.val_list)

@@ -119,7 +119,9 @@ def add_data_flags(parser: argparse.ArgumentParser):
     """Which data: --dataset --data-dir --train-list --val-list --fold --base-size --num-workers ..."""
     group = parser.add_argument_group('data')
     add_dataset_flags(group)
-    group.add_argument('--val-list', type=Path, help='evaluation ids (default: those of the card)')
+    group.add_argument(
+        '--val-list', type=Path, help='evaluation ids (default: val.txt beside --train-list, or the list of the card)'
+    )
     group.add_argument('--fold', type=int, default=0, help='which classes are novel; -1: none (default: 0)')
     group.add_argument(
         '--filter-novel', action='store_true', help='leave out training images that contain novel classes'
@@ -176,13 +178,13 @@ def add_device_flags(group):
 
 
 def add_training_flags(parser: argparse.ArgumentParser, batch_size: int | None, num_epoch: int):
-    """The recipe, when a run saves and validates, and its folder. Defaults are the paper's."""
-    _add_recipe_flags(parser.add_argument_group('training'), batch_size, num_epoch)
+    """How a run trains, when it saves and validates, and its folder. Defaults are the paper's."""
+    _add_optimisation_flags(parser.add_argument_group('training'), batch_size, num_epoch)
     _add_run_flags(parser.add_argument_group('run'))
     _add_validation_flags(parser.add_argument_group('validation'))
 
 
-def _add_recipe_flags(group, batch_size, num_epoch):
+def _add_optimisation_flags(group, batch_size, num_epoch):
     group.add_argument(
         '--input-size', type=parse_size, default=BASE_SIZE, metavar='H,W',
         help='training crop (default: 473,473; in stage 2 that of stage 1)',
@@ -298,6 +300,12 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
     return args
 
 
+def folder_of(restore_from: str) -> Path:
+    """The folder of a checkpoint that is named by its path or by its folder, without symbolic links."""
+    path = Path(restore_from).resolve()
+    return path if path.is_dir() else path.parent
+
+
 def _check_training(parser, args):
     """Refuse training flags that do not fit together."""
     if args.start_epoch >= args.num_epoch:
@@ -306,9 +314,10 @@ def _check_training(parser, args):
         parser.error(f'--learning-rate: got {args.learning_rate}; expected a number > 0')
     if args.overwrite and args.resume == 'auto':
         parser.error('--overwrite needs --resume off or --resume FILE')
-    source = Path(args.restore_from)
-    if args.overwrite and args.snapshot_dir.resolve() in (source.resolve(), source.resolve().parent):
-        parser.error(f'--overwrite would remove what --restore-from {source} names; use another --snapshot-dir')
+    if args.overwrite and args.snapshot_dir.resolve() == folder_of(args.restore_from):
+        parser.error(
+            f'--overwrite would remove what --restore-from {args.restore_from} names; use another --snapshot-dir'
+        )
     unit = world_size() * args.accumulate
     if args.batch_size % unit:
         below, above = args.batch_size // unit * unit, (args.batch_size // unit + 1) * unit

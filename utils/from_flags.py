@@ -57,7 +57,13 @@ def described_data(args: argparse.Namespace, config: dict) -> FoldData:
     if spec is None:
         spec = find_dataset(str(args.data_dir))
         args.data_dir = spec.root
-    base = [[class_id, spec.classes[class_id]] for class_id in spec.base_ids(config['fold'])]
+    try:
+        base = [[class_id, spec.classes[class_id]] for class_id in spec.base_ids(config['fold'])]
+    except ValueError as error:
+        raise InputError(
+            f'{args.data_dir}: {error}; the network was trained on fold {config["fold"]} of {name!r}. Give the data, '
+            'and the card, that it was trained on.'
+        ) from error
     known = config.get('classes', base)[: len(base)]
     if spec.name != name or known != base:
         raise InputError(

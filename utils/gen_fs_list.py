@@ -70,7 +70,7 @@ def main(args: argparse.Namespace):
                     write_ids(path, draw(class_lists, shot, seed))
                     print(f'wrote {path}')
                 if reason := base_shortage(base_lists, shot, read_ids(path, allow_repeats=True), seed):
-                    print(f'note: ft_pop.py will refuse this draw: {reason}')
+                    print(f'note: ft_pop.py refuses this draw, unless it draws no base images: {reason}')
 
 
 def check_subset(path: Path, train_list: Path, train_ids: Collection[str]):

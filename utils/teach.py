@@ -46,7 +46,7 @@ from engine.memory import (
 )
 from engine.metrics import iou_per_class, summarize
 from engine.precision import name_of, precision
-from engine.teaching import Recipe, Teacher
+from engine.teaching import Teacher, TrainingSettings
 from engine.weights import SUFFIXES
 from model import JointPOP, build_model
 from report.teaching import draw_panel, teaching_table, write_teaching
@@ -94,8 +94,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if world_size() > 1:
         parser.error('it runs in one process; start it without torchrun')
-    source = Path(args.restore_from)
-    if args.out.resolve() in (source.resolve(), source.resolve().parent):
+    if args.out.resolve() == cli.folder_of(args.restore_from):
         parser.error(f'--out {args.out} is the folder of --restore-from; give another one')
     if not args.support and not args.forget:
         parser.error('give --support, --forget, or both')
@@ -152,7 +151,7 @@ def read_lesson(args: argparse.Namespace, device: torch.device) -> Lesson:
     memory, size = None, tuple(checkpoint.config.get('base_size', cli.BASE_SIZE))
     if before or not args.data_dir:
         path = args.memory or Path(checkpoint.path).parent / NAME
-        memory = read_memory(path, base, digest(base.state_dict()), device)
+        memory = read_memory(path, base, digest(base.state_dict()), device, taught=bool(before))
         if missing := [name for name in stay if name not in memory.support]:
             raise InputError(f'{path} has no photographs of {some(missing)}; --forget them, and teach them again')
     if not args.data_dir:
@@ -208,13 +207,13 @@ def train(args: argparse.Namespace, lesson: Lesson, keeper: FeatureKeeper) -> Te
     """Teach what there is to learn; where classes are forgotten only, the others stay as they are."""
     labels = dict(zip(lesson.support, lesson.legend.novel_labels, strict=True))
     steps = args.steps or STEPS * (1 + len(labels))
-    recipe = Recipe(steps, args.batch_size, args.learning_rate, seed=args.seed)
+    settings = TrainingSettings(steps, args.batch_size, args.learning_rate, seed=args.seed)
     net, before = build_network(lesson, args.seed), list(taught_before(lesson.checkpoint))
     stay = [before.index(name) for name in lesson.taught_before]
     teacher = Teacher(
         net, lesson.base, SupportSamples(lesson.support, labels), lesson.base_views,
         earlier=net.inherited(lesson.checkpoint.state, stay) if stay else {},
-        keeper=keeper, size=lesson.size, recipe=recipe,
+        keeper=keeper, size=lesson.size, settings=settings,
         views=args.views, scale_range=args.scale_range,
     )  # fmt: skip
     if lesson.new:
@@ -307,7 +306,7 @@ def main(args: argparse.Namespace):
         write_teaching(args.out, {
             'checkpoint': lesson.checkpoint.path, 'classes': classes, 'base_miou': {'before': before, 'after': after},
             'base_views': len(lesson.base_views.rows), 'precision': name_of(dtype), 'seconds': seconds,
-            'settings': vars(args) | {'steps': teacher.recipe.steps},
+            'settings': vars(args) | {'steps': teacher.settings.steps},
         })  # fmt: skip
         print(f'\n{teaching_table(classes)}\n')
         for note in disappointments(classes, before - after):

@@ -1,4 +1,4 @@
-"""Flags that say how photographs are shown to the network: --slide --scale --flip --scales."""
+"""Flags of sliding windows and test-time augmentation: --slide --scale --flip --scales."""
 
 import argparse
 import math
