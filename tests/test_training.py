@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import TINY_RESNET, TINY_TRAINING
 from torch import nn
 
@@ -78,8 +79,10 @@ def test_an_overflow_in_the_first_step_leaves_momentum_clean():
     assert torch.equal(weights['overflow'], weights['plain']) and weights['plain'].isfinite().all()
 
 
-def test_losses_follow_the_golden_curves(run_script, shapes, tmp_path):
-    """Float32 losses of two short runs, written down before any of the steps was made faster."""
+def test_losses_follow_the_golden_curves(run_script, shapes, tmp_path, monkeypatch):
+    """Float32 losses of two short runs, as the code before any of the steps was made faster computes them."""
+    # rounding decides to which side orthogonal prototypes are pushed apart: it is the sign of their products
+    monkeypatch.setattr(nn.init, 'orthogonal_', lambda s: s.data.copy_(F.normalize(torch.randn(s.shape), dim=1)))
     run_script('utils/gen_fs_list.py', '--dataset', 'shapes', '--data-dir', shapes, '--shot', 1, '--seed', 123)
     common = (*TINY_RESNET, *TINY_TRAINING, '--data-dir', shapes, '--num-epoch', 2)
     base, novel = tmp_path / 'base', tmp_path / 'novel'
@@ -93,7 +96,7 @@ def test_losses_follow_the_golden_curves(run_script, shapes, tmp_path):
         records = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
         for term, curve in golden[stage].items():
             losses = [record[term] for record in records if record['kind'] == 'train']
-            assert losses == pytest.approx(curve, abs=1e-4), f'{stage} {term}'
+            assert losses == pytest.approx(curve, abs=1e-5), f'{stage} {term}'
 
 
 def test_parameter_groups_follow_the_recipe():
