@@ -22,6 +22,7 @@ from core.errors import InputError, exits_cleanly, some
 from dataset import Augmentation, FewShotDataset, FoldData, SegmentationDataset
 from dataset.views import KeptPairs, base_views, support_views
 from engine.checkpoint import Checkpoint, read_checkpoint, resolve_checkpoint
+from engine.config import check_config
 from engine.distributed import main_first, wrap_ddp
 from engine.features import FeatureKeeper, FrozenFeatures, KeptFeatures, LabelledFeatures, join
 from engine.loaders import training_loader
@@ -40,7 +41,7 @@ from utils import cli, from_flags
 from utils.data_flags import add_support_flags
 from utils.feature_flags import add_feature_flags, feature_keeper
 from utils.from_flags import UNTRAINED
-from utils.method_flags import add_method_flags, add_recipe_flag, check_method_flags, method_options
+from utils.method_flags import add_method_flags, add_recipe_flag, check_method_flags, method_in_words, method_options
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -138,6 +139,13 @@ def restore_base(args: argparse.Namespace, data: FoldData, folder: RunFolder) ->
             )
         stage_1.load_into(base, config | {'model': base_model(args.model)})
     return base
+
+
+def check_base_network(args: argparse.Namespace, data: FoldData):
+    """Raise InputError if --restore-from is of other classes or another fold: lists for these would be made in vain."""
+    if args.restore_from not in UNTRAINED and not args.start_epoch:
+        base = read_checkpoint(resolve_checkpoint(args.restore_from))
+        check_config(base.path, base.config, from_flags.network_config(args, data) | {'model': base_model(args.model)})
 
 
 def network_source(args: argparse.Namespace) -> Checkpoint | None:
@@ -291,6 +299,7 @@ def main(args: argparse.Namespace):
     with from_flags.training_process(args) as device:
         from_flags.fill_network(args, network_source(args))
         data, dtype = from_flags.fold_data(args), precision(device, args.fp16)
+        check_base_network(args, data)
         data.check_support_lists(args.shot, args.random_seed)  # before class lists are made
         notes = main_first(data.prepare)
         # a shortage of images is an error before anything is computed
@@ -311,7 +320,9 @@ def main(args: argparse.Namespace):
             notes.append('--restore-from none: the base network is random and stays so')
         run = Run(folder, vars(args), notes)
         novel = some([args.dataset.classes[c] for c in data.novel_ids], 5)
-        about = f'{args.shot}-shot, novel classes {novel}; {len(val_set or ())} validation images'
+        about = (
+            f'{method_in_words(args)}; {args.shot}-shot, novel classes {novel}; {len(val_set or ())} validation images'
+        )
         sizes = from_flags.sizes(args, crops=from_flags.novel_crops(args))
         run.logger.info(f'{about}; {sizes}; computing in {name_of(dtype)}')
         keeper = feature_keeper(args, base, frozen, device, dtype, run)

@@ -28,7 +28,7 @@ from core.errors import InputError, exits_cleanly, some
 from core.files import atomic_write, check_writable
 from core.ranks import is_main
 from dataset import FoldData
-from engine.checkpoint import Checkpoint, read_checkpoint, resolve_checkpoint
+from engine.checkpoint import Checkpoint, of_seeds, read_checkpoint, resolve_checkpoint
 from engine.described import taught_classes
 from engine.distributed import main_first, process_group
 from engine.evaluation import Counted
@@ -189,6 +189,13 @@ def evaluate_seed(
     return seed_result(source, confusion, legend, images, len(val_set), args.base_size, str(views))
 
 
+def other_seeds(args: argparse.Namespace) -> str:
+    """All seeds of the folder that --restore-from names, with commas, where some were not evaluated; otherwise ''."""
+    files = of_seeds(Path(args.restore_from) / f'{args.select}.pth')
+    seeds = {int(path.stem.removeprefix(f'{args.select}_')) for path in files}
+    return ','.join(map(str, sorted(seeds))) if seeds - set(args.random_seed) else ''
+
+
 @exits_cleanly
 def main(args: argparse.Namespace):
     with process_group(args.device, args.timeout_minutes, args.deterministic) as device:
@@ -215,7 +222,9 @@ def main(args: argparse.Namespace):
                 model=args.model, options=first.config.get('options', {}) if first else {},
             )  # fmt: skip
             results.write(folder)  # before it is printed, as a pipe may be closed
-            print(f'\n{results.tables()}')
+            print(f'\n{results.tables()}\nresults: {folder / "results.md"}')
+            if others := other_seeds(args):
+                print(f'note: {source} also has networks of other seeds; give --random-seed {others} to evaluate all')
             if args.plots:
                 results.draw(folder / 'plots')
 

@@ -50,6 +50,7 @@ def make_shapes(data_dir: str | Path, seed: int = 0, train_images: int = TRAIN_I
 def ensure_shapes(data_dir: str | Path):
     """Make the data set with its default settings if it is missing."""
     if not DATASETS['shapes'].list_path('train', data_dir).is_file():
+        print(f'making the embedded data set in {data_dir}', flush=True)
         make_shapes(data_dir)
 
 

@@ -22,8 +22,10 @@ def check_config(path: Path | str, config: dict, expected: dict):
     """
     model = config.get('model', DEFAULT_MODEL)
     if config and model != expected.get('model', model):
+        wanted = expected['model']
         raise InputError(
-            f'{path} is a checkpoint of {model}, expected {expected["model"]}. Give --model {model}, or another file.'
+            f'{path} is a checkpoint of {model}, expected {wanted}. Give --model {model}, or a checkpoint of {wanted} '
+            f'(a base network of its own: train_base.py --model {wanted}).'
         )
     found, wanted = (_entries(each, model) for each in (config, expected))
     differing = [key for key, value in wanted.items() if key in found and found[key] != value]

@@ -187,7 +187,7 @@ def _first(rows):
 
 
 def mean_and_error(strata: Sequence[Sequence[float]]) -> str:
-    """Mean of the strata's means ± its standard error; '-' for the error where a stratum has one number.
+    """Mean of the strata's means ± its standard error; no error where a stratum has one number.
 
     Args:
         strata: independent draws in each; the strata themselves are fixed.
@@ -196,7 +196,7 @@ def mean_and_error(strata: Sequence[Sequence[float]]) -> str:
     if np.isnan(mean):
         return '-'
     if min(map(len, strata)) < 2:
-        return f'{mean:+.2f} ± -'
+        return f'{mean:+.2f}'
     error = math.sqrt(sum(np.var(values, ddof=1) / len(values) for values in strata)) / len(strata)
     return f'{mean:+.2f} ± {error:.2f}'
 

@@ -34,8 +34,10 @@ def class_table(ious: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def mean_and_std(values: Sequence[float]) -> str:
-    """'mean ± std' of numbers, (population) standard deviation; '-' if one of them is NaN."""
-    return '-' if np.isnan(values).any() else f'{np.mean(values):.2f} ± {np.std(values):.2f}'
+    """'mean ± std' of numbers, (population) standard deviation; the number if it is one, '-' if one of them is NaN."""
+    if np.isnan(values).any():
+        return '-'
+    return f'{np.mean(values):.2f}' + (f' ± {np.std(values):.2f}' if len(values) > 1 else '')
 
 
 def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -144,6 +144,7 @@ _setup_env() {
         if _complete "$env" "$file" || _fill "$base" "$env" "$file"; then done=1; fi
         exec 9>&-
         [ -n "$done" ] || return 1
+        echo "the environment is ready: $env"
     fi
     export PATH="$env/bin:$PATH"
 }

@@ -165,6 +165,14 @@ def test_stage_2_and_evaluation_take_sizes_from_the_checkpoint(run_script, shape
     assert (flags['base_size'], flags['input_size'], flags['os']) == ([65, 65], [65, 65], 32)
     code, output = run_script('test.py', *where, '--restore-from', tmp_path)
     assert code == 0 and 'Evaluated at 65x65 on 8 of 8' in output and 'note' not in output, output
+    assert f'results: {tmp_path / "results.md"}' in output
+    for kind in ('best', 'last'):
+        (tmp_path / f'{kind}_7.pth').hardlink_to(tmp_path / f'{kind}_123.pth')
+    assert 'give --random-seed 7,123 to evaluate all' in run_script('test.py', *where, '--restore-from', tmp_path)[1]
+    code, output = run_script(
+        'ft_pop.py', *where, '--restore-from', base_run, '--snapshot-dir', tmp_path / 'f', '--fold', 1
+    )
+    assert code == 1 and 'fold is 0, expected 1' in output, output  # not that its lists are missing
 
 
 def test_another_base_size_than_in_training_is_reported(run_script, shapes, base_run, tmp_path):

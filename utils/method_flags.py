@@ -109,3 +109,15 @@ def forget_training_flags(parser: argparse.ArgumentParser, args: argparse.Namesp
 def method_options(args: argparse.Namespace) -> dict[str, str]:
     """The options of --model, as `build_model` takes them; none where a script has no flags for them."""
     return {name: choice for name in MODELS[args.model].OPTIONS if (choice := getattr(args, name, None))}
+
+
+def method_in_words(args: argparse.Namespace) -> str:
+    """The method of ft_pop.py with its options, and how long it trains on what."""
+    method = MODELS[args.model]
+    words = f'{method.described(method_options(args))} (--model {args.model})'
+    if not method.TRAINS_NOVEL:
+        return f'{words}, without training'
+    kept = f' on {args.views} kept views of each support image' if args.views else ''
+    return (
+        f'{words}, {args.num_epoch} epochs in batches of {args.batch_size}{kept}, learning rate {args.learning_rate:g}'
+    )

@@ -140,7 +140,7 @@ def main(args: argparse.Namespace):
     if not (args.voc_root / images).is_dir():
         raise InputError(f'{args.voc_root} has no folder JPEGImages; expected VOCdevkit/VOC2012')
     val_source = args.voc_root / 'ImageSets' / 'Segmentation' / 'val.txt'
-    val = read_ids(val_source, '--voc-root must be the complete VOCdevkit/VOC2012')
+    val = read_ids(val_source, 'it names the images for evaluation; in VOCdevkit/VOC2012 it is there')
     if args.mask_root:
         link_photographs(args.voc_root / images, args.mask_root / images)
     if args.sbd_root:
