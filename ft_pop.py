@@ -117,44 +117,36 @@ class NovelStage(Stage):
         return gain >= 0 and (gain > 0.1 or metrics['novel'] >= best['novel'])
 
 
-def restore_base(args: argparse.Namespace, data: FoldData, folder: RunFolder) -> Network:
-    """The network that stage 2 starts from: of --restore-from, or the base parts of the stage-2 run to resume."""
-    torch.manual_seed(args.random_seed[0])
-    base = build_network(args, data)
-    config = from_flags.network_config(args, data)
-    earlier = None
-    if folder.any_path() and base.keeps_base:  # then a checkpoint of stage 2 holds the base network
-        earlier = read_checkpoint(folder.any_path())
-    elif args.start_epoch:
-        earlier = start_epoch_checkpoint(args, args.random_seed[0])
-    if earlier:
-        earlier.load_base_into(base, config)
-    elif args.restore_from == 'imagenet':
-        imagenet_checkpoint(args.backbone).load_backbone_into(base)
-    elif args.restore_from != 'none':
-        stage_1 = read_checkpoint(resolve_checkpoint(args.restore_from))
-        if stage_1.class_counts[1]:
-            raise InputError(
-                f'{stage_1.path} has novel classes already; expected a checkpoint of stage 1 (train_base.py)'
-            )
-        stage_1.load_into(base, config | {'model': base_model(args.model)})
-    return base
-
-
-def check_base_network(args: argparse.Namespace, data: FoldData):
-    """Raise InputError if --restore-from is of other classes or another fold: lists for these would be made in vain."""
-    if args.restore_from not in UNTRAINED and not args.start_epoch:
-        base = read_checkpoint(resolve_checkpoint(args.restore_from))
-        check_config(base.path, base.config, from_flags.network_config(args, data) | {'model': base_model(args.model)})
-
-
-def network_source(args: argparse.Namespace) -> Checkpoint | None:
-    """The checkpoint that says what flags of the network do not."""
-    if args.restore_from in UNTRAINED or not from_flags.missing_network_flags(args):
+def read_source(args: argparse.Namespace) -> Checkpoint | None:
+    """The checkpoint that --restore-from names, of stage 1 unless --start-epoch is given; None where it names none."""
+    if args.restore_from in UNTRAINED:
         return None
     if args.start_epoch:
         return start_epoch_checkpoint(args, args.random_seed[0])
-    return read_checkpoint(resolve_checkpoint(args.restore_from))
+    source = read_checkpoint(resolve_checkpoint(args.restore_from))
+    if source.class_counts[1]:
+        raise InputError(f'{source.path} has novel classes already; expected a checkpoint of stage 1 (train_base.py)')
+    return source
+
+
+def check_source(args: argparse.Namespace, data: FoldData, source: Checkpoint | None):
+    """Raise InputError if the source is of another method, of other classes or of another fold than the flags say."""
+    if source:
+        model = args.model if args.start_epoch else base_model(args.model)
+        check_config(source.path, source.config, from_flags.network_config(args, data) | {'model': model})
+
+
+def restore_base(args: argparse.Namespace, data: FoldData, folder: RunFolder, source: Checkpoint | None) -> Network:
+    """The network that stage 2 starts from: of --restore-from, or the base parts of the stage-2 run to resume."""
+    torch.manual_seed(args.random_seed[0])
+    base = build_network(args, data)
+    if folder.any_path() and base.keeps_base:  # then a checkpoint of stage 2 holds the base network
+        read_checkpoint(folder.any_path()).load_base_into(base, from_flags.network_config(args, data))
+    elif source:
+        source.load_base_into(base)
+    elif args.restore_from == 'imagenet':
+        imagenet_checkpoint(args.backbone).load_backbone_into(base)
+    return base
 
 
 def start_epoch_checkpoint(args: argparse.Namespace, seed: int) -> Checkpoint:
@@ -297,9 +289,10 @@ def arguments_of_seeds(args: argparse.Namespace, data: FoldData, dtype: torch.dt
 @partial(exits_cleanly, resumes=True)
 def main(args: argparse.Namespace):
     with from_flags.training_process(args) as device:
-        from_flags.fill_network(args, network_source(args))
+        source = read_source(args)
+        from_flags.fill_network(args, source)
         data, dtype = from_flags.fold_data(args), precision(device, args.fp16)
-        check_base_network(args, data)
+        check_source(args, data, source)  # before lists of another fold are asked for
         data.check_support_lists(args.shot, args.random_seed)  # before class lists are made
         notes = main_first(data.prepare)
         # a shortage of images is an error before anything is computed
@@ -312,7 +305,8 @@ def main(args: argparse.Namespace):
                 notes.append(f'supports of seed {seed}, {some(old)}, are not in the class lists any more')
         folder = from_flags.run_folder(args, data, arguments_of_seeds(args, data, dtype))
         val_set = data.validation(args.base_size, with_novel=True, limit=args.val_limit)
-        base = restore_base(args, data, folder).to(device, memory_format=torch.channels_last)
+        base = restore_base(args, data, folder, source).to(device, memory_format=torch.channels_last)
+        del source  # its weights are in the network
         frozen = fuse(base, dtype)
         if args.compile:
             compile_features(frozen, frozen=True)

@@ -207,7 +207,7 @@ def main(args: argparse.Namespace):
         refuse_one_file_for_several_seeds(args)
         main_first(data.ensure_images)
         source = Path(args.restore_from)
-        folder = args.save_path or (source if source.is_dir() else source.parent)
+        folder = args.save_path or cli.folder_of(source)
         check_writable(folder)
         dtype = precision(device, args.fp16)
         seeds = {

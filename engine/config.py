@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from core.errors import InputError, some
-from model import MODELS
+from model import MODELS, base_model
 
 MAY_DIFFER = ('classes', 'base_size', 'input_size', 'scale_range', 'card', 'supports')  # classes: compared by itself
 DEFAULT_MODEL = 'pspnet_pop'  # of checkpoints that do not name theirs
@@ -22,10 +22,9 @@ def check_config(path: Path | str, config: dict, expected: dict):
     """
     model = config.get('model', DEFAULT_MODEL)
     if config and model != expected.get('model', model):
-        wanted = expected['model']
         raise InputError(
-            f'{path} is a checkpoint of {model}, expected {wanted}. Give --model {model}, or a checkpoint of {wanted} '
-            f'(a base network of its own: train_base.py --model {wanted}).'
+            f'{path} is a checkpoint of {model}, expected {expected["model"]}. Give --model {model}, or a checkpoint '
+            f'of {expected["model"]} (its base networks: train_base.py --model {base_model(expected["model"])}).'
         )
     found, wanted = (_entries(each, model) for each in (config, expected))
     differing = [key for key, value in wanted.items() if key in found and found[key] != value]

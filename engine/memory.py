@@ -151,12 +151,12 @@ def read_memory(path: Path, net: JointPOP, network: str, device: torch.device, t
     Raises:
         InputError: there is no such file, it is damaged, or of another network or version.
     """
-    remedy = 'Make it again: python -m utils.memory'
+    remedy = 'Make it again with python -m utils.memory'
     if taught:
         remedy = 'It holds the photographs that were taught: copy it back, or teach the base network again, with them'
+    if taught and not path.is_file():
+        raise InputError(f'there is no {path}, the memory of the taught network, as utils.teach wrote it. {remedy}')
     if not path.is_file():
-        if taught:
-            raise InputError(f'there is no {path}, the memory of the taught network, as utils.teach wrote it. {remedy}')
         raise InputError(
             f'there is no {path}, the memory of the base network, which train_base.py writes at its end. Give '
             '--data-dir with its data, or make it with: python -m utils.memory --restore-from '
@@ -187,7 +187,7 @@ def read_memory(path: Path, net: JointPOP, network: str, device: torch.device, t
             for name, images in content['support'].items()
         }
     except (KeyError, ValueError, AttributeError, TypeError) as error:
-        raise InputError(f'{path} is damaged ({error}). Make it again with python -m utils.memory') from error
+        raise InputError(f'{path} is damaged ({error}). {remedy}') from error
     return Memory(network, KeptFeatures(arrays, rows, range(len(arrays['mask'])), device), support)
 
 

@@ -47,9 +47,10 @@ def curves_figure(runs: Mapping[str, Sequence[dict]]) -> Figure:
         if key == 'orth':
             axis.set_yscale('log')
     axes[2].set_title('validation mIoU in %')
-    shown = set()
-    for i, records in enumerate(curves.values()):
+    shown, names = set(), []
+    for i, (name, records) in enumerate(curves.items()):
         color = colormaps['tab10'](i % 10)
+        names += axes[0].plot([], [], color=color, label=name)  # also of a run without training
         training = [record for record in records if record['kind'] == 'train']
         for key, axis in zip(LOSSES, axes, strict=False):
             points = [(r['step'], r[key]) for r in training if r.get(key) is not None]
@@ -70,8 +71,7 @@ def curves_figure(runs: Mapping[str, Sequence[dict]]) -> Figure:
     if shown:
         handles = [axes[2].plot([], [], MEANS[key], color='black', label=key)[0] for key in MEANS if key in shown]
         axes[2].legend(handles=handles)
-    runs = [axes[0].plot([], [], color=colormaps['tab10'](i % 10), label=name)[0] for i, name in enumerate(curves)]
-    figure.legend(handles=runs, loc='outside lower center', ncols=3, frameon=False)
+    figure.legend(handles=names, loc='outside lower center', ncols=3, frameon=False)
     return figure
 
 

@@ -300,9 +300,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
     return args
 
 
-def folder_of(restore_from: str) -> Path:
-    """The folder of a checkpoint that is named by its path or by its folder, without symbolic links."""
-    path = Path(restore_from).resolve()
+def folder_of(path: Path) -> Path:
+    """The folder of a checkpoint that is named by its path or by its folder."""
     return path if path.is_dir() else path.parent
 
 
@@ -314,7 +313,7 @@ def _check_training(parser, args):
         parser.error(f'--learning-rate: got {args.learning_rate}; expected a number > 0')
     if args.overwrite and args.resume == 'auto':
         parser.error('--overwrite needs --resume off or --resume FILE')
-    if args.overwrite and args.snapshot_dir.resolve() == folder_of(args.restore_from):
+    if args.overwrite and args.snapshot_dir.resolve() == folder_of(Path(args.restore_from).resolve()):
         parser.error(
             f'--overwrite would remove what --restore-from {args.restore_from} names; use another --snapshot-dir'
         )

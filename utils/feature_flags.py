@@ -47,8 +47,7 @@ def feature_keeper(
     """What keeps the features of the frozen base network, in the folder of its checkpoint if that can be written to."""
     folder = args.snapshot_dir
     if args.restore_from not in UNTRAINED:
-        source = Path(args.restore_from)
-        beside = source if source.is_dir() else source.parent
+        beside = cli.folder_of(Path(args.restore_from))
         folder = beside if os.access(beside, os.W_OK) else folder
     return FeatureKeeper(
         frozen=frozen, network=digest(base.state_dict()), device=device, dtype=dtype, place=args.features,

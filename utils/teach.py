@@ -94,7 +94,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if world_size() > 1:
         parser.error('it runs in one process; start it without torchrun')
-    if args.out.resolve() == cli.folder_of(args.restore_from):
+    if args.out.resolve() == cli.folder_of(Path(args.restore_from).resolve()):
         parser.error(f'--out {args.out} is the folder of --restore-from; give another one')
     if not args.support and not args.forget:
         parser.error('give --support, --forget, or both')
