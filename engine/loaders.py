@@ -3,8 +3,10 @@
 import os
 import re
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator, Sequence
+from multiprocessing.connection import wait
 from multiprocessing.reduction import ForkingPickler
 
 import cv2
@@ -74,13 +76,27 @@ class Loader(DataLoader):
         try:
             yield from batches
         except Exception as error:
+            end = _end_of_a_process(batches) if _lost_its_process(error) else None
             if hasattr(batches, '_shutdown_workers'):  # now: after they were killed, queues would complain
                 batches._shutdown_workers()
-            if isinstance(error, (OSError, RuntimeError, EOFError)):
-                if _lost_its_process(error):
-                    raise InputError(ENDED.format(type(error).__name__)) from error
+            if end:
+                raise_advice(RuntimeError(end))
+            if isinstance(error, (OSError, RuntimeError)):
                 raise_advice(error)
             raise
+
+
+def _end_of_a_process(batches):
+    """How a loader process ended whose connection broke, in PyTorch's words, which `raise_advice` knows."""
+    processes = {process.sentinel: process for process in batches._workers}
+    try:
+        for ended in wait(processes, timeout=5):
+            processes[ended].join(1)
+            if (code := processes[ended].exitcode) and code < 0:
+                return f'DataLoader worker is killed by signal: {signal.strsignal(-code)}'
+    except RuntimeError as error:  # PyTorch's handler of SIGCHLD was faster
+        return str(error)
+    return 'DataLoader worker exited unexpectedly'
 
 
 def _lost_its_process(error):

@@ -106,10 +106,7 @@ class Views(Dataset):
 
 
 @pytest.mark.parametrize(('trouble', 'message'), (
-    (
-        lambda index: os.kill(os.getpid(), signal.SIGKILL) if index == 3 else None,
-        'ended .(killed by signal: Killed|Connection).*memory',
-    ),
+    (lambda index: os.kill(os.getpid(), signal.SIGKILL) if index == 3 else None, 'killed by signal: Killed.*memory'),
     (lambda index: os._exit(3) if index == 5 else None, 'loader process ended.*--num-workers'),
     (lambda index: os.kill(os.getpid(), signal.SIGBUS) if index == 0 else None, '/dev/shm is full'),
     (lambda index: time.sleep(4) if index == 2 else None, 'no loader process delivered a batch'),
@@ -123,13 +120,15 @@ def test_a_loader_process_that_fails_ends_the_run(monkeypatch, trouble, message)
 
 
 @pytest.mark.parametrize('error', (ConnectionResetError(104, 'reset'), EOFError(), FileNotFoundError(2, 'no socket')))
-def test_a_process_that_ends_while_it_hands_over_a_batch_is_named(monkeypatch, error):
-    def broken(loader):
+@pytest.mark.parametrize('cause', (signal.SIGKILL, signal.SIGBUS), ids=('killed', 'bus error'))
+def test_a_process_that_ends_while_it_hands_over_a_batch_is_named(monkeypatch, error, cause):
+    def broken(batches):
+        os.kill(batches._workers[0].pid, cause)
         raise error
-        yield
 
-    monkeypatch.setattr(torch.utils.data.DataLoader, '__iter__', broken)
-    with pytest.raises(InputError, match=r'loader process ended.*--num-workers'):
+    monkeypatch.setattr(torch.utils.data.dataloader._MultiProcessingDataLoaderIter, '_next_data', broken)
+    message = {signal.SIGKILL: 'killed by signal: Killed.*--num-workers', signal.SIGBUS: '/dev/shm is full'}[cause]
+    with pytest.raises(InputError, match=message), process_group('cpu'):
         read(Scenes())
 
 
