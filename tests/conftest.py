@@ -4,18 +4,16 @@ import fcntl
 import os
 import runpy
 import shutil
-import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from forked import ROOT, run_process
 from torch import nn
 
 from dataset.shapes import make_shapes
 
-ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / 'shared'
 
 
@@ -62,15 +60,6 @@ def imported(run_script, tmp_path):
     )  # fmt: skip
 
 
-def run_process(*command, env=None, cwd=ROOT, timeout=240):
-    """Run a command in a process of its own; returns (exit code, output)."""
-    done = subprocess.run(
-        [str(part) for part in command], cwd=cwd, timeout=timeout, capture_output=True, text=True,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', **(env or {})},
-    )  # fmt: skip
-    return done.returncode, done.stdout + done.stderr
-
-
 # the cheapest network and sizes that still go through everything
 TINY = ('--dataset', 'shapes', '--backbone', 'mobilenet_v2', '--os', 32, '--base-size', '65,65', '--num-workers', 0)
 TINY_RESNET = (*TINY, '--backbone', 'resnet18')  # with random weights, it tells more labels apart
@@ -105,7 +94,7 @@ def base_run(shapes, tmp_path_factory):
 
     def train(folder):
         code, output = run_process(
-            sys.executable, 'train_base.py', *TINY, *TINY_TRAINING, '--data-dir', shapes, '--restore-from', 'none',
+            'train_base.py', *TINY, *TINY_TRAINING, '--data-dir', shapes, '--restore-from', 'none',
             '--snapshot-dir', folder, '--num-epoch', 2, '--batch-size', 32, '--save-pred-every', 1,
         )  # fmt: skip
         assert code == 0, output
@@ -117,14 +106,14 @@ def base_run(shapes, tmp_path_factory):
 def few_shot_run(shapes, base_run, tmp_path_factory):
     """A snapshot folder of stage 2: one shot, two seeds, two epochs."""
     code, output = run_process(
-        sys.executable, '-m', 'utils.gen_fs_list', '--dataset', 'shapes', '--data-dir', shapes, '--shot', 1, 2,
+        '-m', 'utils.gen_fs_list', '--dataset', 'shapes', '--data-dir', shapes, '--shot', 1, 2,
         '--seed', 123, 234,
     )  # fmt: skip
     assert code == 0, output
 
     def train(folder):
         code, output = run_process(
-            sys.executable, 'ft_pop.py', *TINY, *TINY_TRAINING, '--data-dir', shapes, '--restore-from', base_run,
+            'ft_pop.py', *TINY, *TINY_TRAINING, '--data-dir', shapes, '--restore-from', base_run,
             '--snapshot-dir', folder, '--num-epoch', 2, '--random-seed', '123,234', '--update-base',
         )  # fmt: skip
         assert code == 0, output
@@ -165,14 +154,6 @@ def tiny(monkeypatch):
     return 'tiny'
 
 
-LAUNCH = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2')
-
-
-def launcher(processes):
-    """How a script is started in so many processes, one or two."""
-    return (sys.executable,) if processes == 1 else LAUNCH
-
-
 def stage_1(shapes, folder, *flags):
     """A command of stage 1 that saves within its two epochs."""
     return (
@@ -187,14 +168,6 @@ def stage_2(shapes, base_run, folder, *flags):
         'ft_pop.py', *TINY, *TINY_TRAINING, '--data-dir', shapes, '--restore-from', base_run, '--snapshot-dir',
         folder, '--num-epoch', 2, '--random-seed', '123,234', '--update-base', '--batch-size', 4, '--save-every-steps',
         7, *flags,
-    )  # fmt: skip
-
-
-def start(*command):
-    """Start a command in a process group of its own, whose output can be read."""
-    return subprocess.Popen(
-        [str(part) for part in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, 'OMP_NUM_THREADS': '1'}, start_new_session=True,
     )  # fmt: skip
 
 
@@ -216,7 +189,7 @@ def whole(shapes, tmp_path_factory):
         if processes not in folders:
 
             def train(folder):
-                code, output = run_process(*launcher(processes), *stage_1(shapes, folder))
+                code, output = run_process(*stage_1(shapes, folder), processes=processes)
                 assert code == 0, output
 
             folders[processes] = made_once(tmp_path_factory, f'whole_{processes}', train)

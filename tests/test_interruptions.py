@@ -3,13 +3,12 @@
 `chaos.py` tries more faults, and kills at random moments.
 """
 
-import os
 import signal
-import sys
 
 import pytest
 import torch
-from conftest import launcher, run_process, same_results, stage_1, stage_2, start
+from conftest import same_results, stage_1, stage_2
+from forked import Forked, run_process
 
 
 def kill_when_it_prints(process, text):
@@ -17,9 +16,8 @@ def kill_when_it_prints(process, text):
     for line in process.stdout:
         if text in line:
             break
-    os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
-    process.stdout.close()
 
 
 @pytest.mark.parametrize(
@@ -31,21 +29,21 @@ def kill_when_it_prints(process, text):
 )
 def test_a_killed_run_of_stage_1_resumes_to_the_same_weights(shapes, whole, tmp_path, processes, moments):
     for moment in moments:
-        kill_when_it_prints(start(*launcher(processes), *stage_1(shapes, tmp_path)), moment)
-    code, output = run_process(*launcher(processes), *stage_1(shapes, tmp_path))
+        kill_when_it_prints(Forked(*stage_1(shapes, tmp_path), processes=processes), moment)
+    code, output = run_process(*stage_1(shapes, tmp_path), processes=processes)
     assert code == 0 and 'resumed at epoch' in output, output
     same_results(whole(processes), tmp_path, ('best', 'last'))
 
 
 def test_a_killed_run_of_stage_2_resumes_to_the_same_weights(shapes, base_run, few_shot_run, tmp_path):
     whole, killed = tmp_path / 'whole', tmp_path / 'killed'
-    code, output = run_process(sys.executable, *stage_2(shapes, base_run, whole))
+    code, output = run_process(*stage_2(shapes, base_run, whole))
     assert code == 0, output
     # the second seed is added when the run is started again
     for seeds, moment in (('123', 'seed 123 epoch 1/2 step 4/'), ('123,234', 'seed 234 epoch 2/2 step 1/')):
-        process = start(sys.executable, *stage_2(shapes, base_run, killed, '--random-seed', seeds))
+        process = Forked(*stage_2(shapes, base_run, killed, '--random-seed', seeds))
         kill_when_it_prints(process, moment)
-    code, output = run_process(sys.executable, *stage_2(shapes, base_run, killed))
+    code, output = run_process(*stage_2(shapes, base_run, killed))
     assert code == 0 and 'seed 123 finished earlier' in output and 'seed 234 resumed' in output, output
     same_results(whole, killed, ('best_123', 'last_123', 'best_234', 'last_234'))
 
@@ -57,24 +55,23 @@ def test_training_on_kept_views_resumes_to_the_same_weights_wherever_they_are(
     views = ('--random-seed', 123, '--views', 3, '--base-views', 2, '--input-size', '97,65')
     whole, killed = tmp_path / 'whole', tmp_path / 'killed'
     in_memory = stage_2(shapes, base_run, whole, *views, '--features', 'memory')
-    code, output = run_process(*launcher(processes), *in_memory)
+    code, output = run_process(*in_memory, processes=processes)
     assert code == 0 and 'kept in memory' in output, output
     command = stage_2(shapes, base_run, killed, *views, '--features', 'disk')
-    kill_when_it_prints(start(*launcher(processes), *command), 'seed 123 epoch 2/2 step 1/')
-    code, output = run_process(*launcher(processes), *command)
+    kill_when_it_prints(Forked(*command, processes=processes), 'seed 123 epoch 2/2 step 1/')
+    code, output = run_process(*command, processes=processes)
     assert code == 0 and 'seed 123 resumed' in output and 'computed before: ' in output, output
     same_results(whole, killed, ('best_123', 'last_123'))
 
 
 @pytest.mark.parametrize(('number', 'code'), ((signal.SIGTERM, 143), (signal.SIGINT, 130)))
 def test_a_signal_saves_and_stops(shapes, tmp_path, number, code):
-    process = start(sys.executable, *stage_1(shapes, tmp_path, '--save-every-steps', 0))
+    process = Forked(*stage_1(shapes, tmp_path, '--save-every-steps', 0))
     for line in process.stdout:
         if 'epoch 1/2 step 2/' in line:
             process.send_signal(number)
             break
     rest = process.stdout.read()
     assert process.wait() == code and 'Traceback' not in rest and 'run the same command again to resume' in rest, rest
-    process.stdout.close()
     progress = torch.load(tmp_path / 'last.pth', weights_only=True)['training']['progress']
     assert progress['epoch'] == 0 and progress['step'] >= 2

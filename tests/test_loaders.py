@@ -4,6 +4,7 @@ import contextlib
 import os
 import resource
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -11,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import run_process
+from forked import ROOT, run_process
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -166,16 +167,18 @@ def test_a_file_that_cannot_be_read_ends_a_command_without_a_traceback(base_run,
     (tmp_path / 'photographs').mkdir()
     Image.fromarray(np.zeros((40, 40), np.uint16)).save(tmp_path / 'photographs/deep.png')
     code, output = run_process(
-        sys.executable, '-m', 'utils.predict', '--restore-from', base_run, '--images', tmp_path / 'photographs',
+        '-m', 'utils.predict', '--restore-from', base_run, '--images', tmp_path / 'photographs',
         '--save-path', tmp_path / 'out', '--num-workers', 1,
     )  # fmt: skip
     assert code == 1 and 'deep.png has 16-bit' in output and 'Traceback' not in output, output
 
 
 def test_a_closed_pipe_ends_a_command_quietly():
-    code, output = run_process(
-        'bash', '-c', f'{sys.executable} -m utils.check_data --help | head -1; echo ${{PIPESTATUS[0]}}; '
+    text = (
+        f'{sys.executable} -m utils.check_data --help | head -1; echo ${{PIPESTATUS[0]}}; '
         f'{sys.executable} -c "from core.errors import exits_cleanly\nexits_cleanly(lambda: [print(i) for i in '
-        'range(10**5)])()" | head -1; echo ${PIPESTATUS[0]}',
-    )  # fmt: skip
-    assert code == 0 and output.splitlines()[-2:] == ['0', '141'] and 'Error' not in output, output
+        'range(10**5)])()" | head -1; echo ${PIPESTATUS[0]}'
+    )
+    done = subprocess.run(['bash', '-c', text], cwd=ROOT, capture_output=True, text=True)
+    output = done.stdout + done.stderr
+    assert done.returncode == 0 and output.splitlines()[-2:] == ['0', '141'] and 'Error' not in output, output

@@ -5,15 +5,25 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from functools import partial
 
 import pytest
 import torch
-from conftest import LAUNCH, ROOT, run_process, same_results, stage_1, stage_2, start
+from conftest import same_results, stage_1, stage_2
+from forked import ROOT, run_process
 
 from core.errors import InputError
 from core.ranks import check_ranks
+
+
+def torchrun(*command):
+    """Start a script in two processes as the documentation does; its output can be read."""
+    launch = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', 2)
+    return subprocess.Popen(
+        list(map(str, launch + command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 @pytest.mark.parametrize('stage', (1, pytest.param(2, marks=pytest.mark.slow)))
@@ -33,7 +43,7 @@ def test_two_processes_and_micro_batches_follow_the_losses_of_one(
 
     one = curve(run_script, 'one')
     assert len(one) > 2 and len(set(one)) == len(one)
-    assert curve(partial(run_process, *LAUNCH), 'two') == pytest.approx(one, abs=1e-4)
+    assert curve(partial(run_process, processes=2), 'two') == pytest.approx(one, abs=1e-4)
     assert curve(run_script, 'micro_batches', '--accumulate', 2) == pytest.approx(one, abs=1e-4)
 
 
@@ -46,7 +56,7 @@ def test_two_processes_register_what_one_registers(run_script, shapes, base_run,
         checkpoint = torch.load(tmp_path / name / 'last_123.pth', weights_only=True)
         return checkpoint['model'], checkpoint['metrics']
 
-    (one, metrics), (two, others) = learned(run_script, 'one'), learned(partial(run_process, *LAUNCH), 'two')
+    (one, metrics), (two, others) = learned(run_script, 'one'), learned(partial(run_process, processes=2), 'two')
     assert all(torch.allclose(one[key], value, rtol=1e-3, atol=1e-4) for key, value in two.items())
     assert one['discriminants.weight'].abs().sum() > 0 and others['total'] == pytest.approx(metrics['total'], abs=0.1)
 
@@ -58,15 +68,15 @@ def test_an_error_of_one_process_ends_all_with_its_message(shapes, tmp_path):
     image.write_bytes(image.read_bytes()[:1000])  # the header is whole, so the lists are made
     began = time.monotonic()
     # the error arises in a loader process, which must end too
-    code, output = run_process(*LAUNCH, *stage_1(copy, tmp_path / 'run', '--num-workers', 1))
-    assert code == 1 and output.count(f'error: image {image} cannot be decoded') == 1, output
+    process = torchrun(*stage_1(copy, tmp_path / 'run', '--num-workers', 1))
+    output = process.communicate()[0]
+    assert process.returncode == 1 and output.count(f'error: image {image} cannot be decoded') == 1, output
     assert '[rank' not in output and time.monotonic() - began < 60, output
 
 
 @pytest.mark.slow
 def test_a_killed_process_is_restarted_and_the_run_resumes(shapes, whole, tmp_path):
-    launch = (*LAUNCH, '--max-restarts', 2)
-    process = start(*launch, *stage_1(shapes, tmp_path))
+    process = torchrun('--max-restarts', 2, *stage_1(shapes, tmp_path))
     for line in process.stdout:
         if 'epoch 2/2 step 1/' in line:
             # the processes that the launcher started
@@ -82,7 +92,7 @@ def test_a_killed_process_is_restarted_and_the_run_resumes(shapes, whole, tmp_pa
 @pytest.fixture(scope='module')
 def two_processes():
     """Exit code and output of `in_two_processes.py`."""
-    return run_process(*LAUNCH, 'tests/in_two_processes.py', env={'PYTHONPATH': str(ROOT)}, timeout=60)
+    return run_process('tests/in_two_processes.py', processes=2, timeout=60)
 
 
 def test_batch_statistics_of_two_processes_are_those_of_the_joined_batch(two_processes):

@@ -3,11 +3,11 @@
 import json
 import os
 import shutil
-import sys
 
 import pytest
 import torch
-from conftest import run_process, same_results, stage_1, stage_2
+from conftest import same_results, stage_1, stage_2
+from forked import run_process
 
 from core.errors import InputError
 from dataset import DATASETS
@@ -75,7 +75,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(shapes, whole,
     content = damaged((run / 'last.pth').read_bytes())
     (run / 'last.pth').write_bytes(content)
     if damage == 'truncated':
-        code, output = run_process(sys.executable, *stage_1(shapes, run))
+        code, output = run_process(*stage_1(shapes, run))
         assert code == 0, output
         same_results(whole(1), run, ('best', 'last'))
     else:
@@ -250,7 +250,7 @@ def test_a_run_without_a_readable_checkpoint_is_refused(tmp_path):
 
 def test_a_folder_is_used_by_one_run_at_a_time(shapes, tmp_path):
     with locked(tmp_path):
-        code, output = run_process(sys.executable, *stage_1(shapes, tmp_path))
+        code, output = run_process(*stage_1(shapes, tmp_path))
         assert code == 1 and f'in use by another run (process {os.getpid()}' in output, output
     with locked(tmp_path):
         pass

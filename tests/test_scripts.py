@@ -3,12 +3,12 @@
 import json
 import os
 import shutil
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, TINY_TRAINING, run_process
+from conftest import TINY, TINY_TRAINING
+from forked import run_process
 from PIL import Image
 
 from core import parallel
@@ -202,7 +202,7 @@ def test_a_stage_1_network_is_evaluated_on_base_classes(run_script, shapes, base
 def test_same_seed_gives_the_same_weights_with_any_number_of_workers(shapes, tmp_path):
     for name, workers in (('a', 0), ('b', 2)):
         code, output = run_process(
-            sys.executable, 'train_base.py', *TINY[:-1], workers, *TINY_TRAINING, '--data-dir', shapes,
+            'train_base.py', *TINY[:-1], workers, *TINY_TRAINING, '--data-dir', shapes,
             '--restore-from', 'none', '--snapshot-dir', tmp_path / name, '--num-epoch', 1, '--batch-size', 40,
             '--deterministic', '--no-memory',
         )  # fmt: skip
@@ -261,17 +261,16 @@ def test_filter_novel_trains_on_fewer_images(run_script, shapes, tmp_path):
 
 @pytest.mark.slow
 def test_several_processes_train_and_evaluate_together(run_script, shapes, base_run, few_shot_run, tmp_path):
-    launch = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node')
     code, output = run_process(
-        *launch, 2, 'ft_pop.py', *TINY, *TINY_TRAINING, '--data-dir', shapes, '--restore-from', base_run,
-        '--snapshot-dir', tmp_path / 'run', '--num-epoch', 1, '--batch-size', 4, '--shot', 2,
+        'ft_pop.py', *TINY, *TINY_TRAINING, '--data-dir', shapes, '--restore-from', base_run,
+        '--snapshot-dir', tmp_path / 'run', '--num-epoch', 1, '--batch-size', 4, '--shot', 2, processes=2,
     )  # fmt: skip
     assert code == 0, output
     single, together = tmp_path / 'one', tmp_path / 'three'
     flags = (*TINY, '--data-dir', shapes, '--restore-from', tmp_path / 'run', '--shot', 2)
     assert run_script('test.py', *flags, '--save-path', single)[0] == 0
     # 8 images: shares of 3, 3 and 2
-    code, output = run_process(*launch, 3, 'test.py', *flags, '--save-path', together, '--overlay', 2, '--plots')
+    code, output = run_process('test.py', *flags, '--save-path', together, '--overlay', 2, '--plots', processes=3)
     assert code == 0, output
     assert np.array_equal(np.load(single / 'confusion_123.npy'), np.load(together / 'confusion_123.npy'))
     assert len(list((together / 'overlay_123').iterdir())) == 2 and len(list((together / 'plots').iterdir())) == 4

@@ -2,14 +2,13 @@
 
 import csv
 import json
-import os
-import signal
 import sys
 import time
 
 import numpy as np
 import pytest
-from conftest import TINY, TINY_TRAINING, start
+from conftest import TINY, TINY_TRAINING
+from forked import Forked
 
 from core.errors import InputError
 from engine import commands
@@ -267,16 +266,15 @@ def test_a_killed_sweep_resumes_and_skips_what_is_done(shapes, tmp_path, capsys,
     monkeypatch.setattr(sweep.signals, 'listen', lambda: None)  # the handlers of this process stay
     out = tmp_path / 'out'
     flags = command(shapes, out, '--jobs', '2')
-    process = start(sys.executable, '-m', 'utils.sweep', *flags)
+    process = Forked('-m', 'utils.sweep', *flags)
     lines = []
     for line in process.stdout:
         lines.append(line)
         if 'base, training: done' in line:
             break
     time.sleep(2)
-    os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
-    process.stdout.close()
     done = sorted(out.glob('*/*/sweep.json'))
     assert done, lines
     before = {
