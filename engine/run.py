@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import shutil
 import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -78,14 +79,18 @@ class Run:
 def locked(folder: Path) -> Iterator[None]:
     """Keep other runs out of a snapshot folder until the block or the process ends.
 
+    A folder that is new, and in which nothing was written, is removed again.
+
     Raises:
         InputError: another process has locked it.
     """
     if not is_main():
         yield
         return
+    folder = Path(folder)
+    is_new = not folder.exists()
     check_writable(folder)
-    with open(Path(folder) / '.lock', 'a+') as file:
+    with open(folder / '.lock', 'a+') as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader processes do not inherit it
         except (BlockingIOError, PermissionError):
@@ -98,4 +103,8 @@ def locked(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f'process {os.getpid()} on {socket.gethostname()}')
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            if is_new and [path.name for path in folder.iterdir()] == ['.lock']:
+                shutil.rmtree(folder)
