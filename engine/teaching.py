@@ -8,6 +8,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from core.errors import InputError
 from dataset import Augmentation, SegmentationDataset
@@ -51,7 +52,10 @@ def novel_state(net: POP) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in net.state_dict().items() if name.startswith(net.STAGE_2_PREFIXES)}
 
 
-def learn(net: POP, support: KeptFeatures, base: KeptFeatures, settings: TrainingSettings, dtype: torch.dtype):
+def learn(
+    net: POP, support: KeptFeatures, base: KeptFeatures, settings: TrainingSettings, dtype: torch.dtype,
+    title: str = 'training',
+):  # fmt: skip
     """Train the novel prototypes and phi_n of a network, in place.
 
     Args:
@@ -59,6 +63,7 @@ def learn(net: POP, support: KeptFeatures, base: KeptFeatures, settings: Trainin
         support, base: views of the novel classes, and as many of each base class, in the order of the classes.
         settings: of the training.
         dtype: that convolutions run in.
+        title: of the progress bar.
 
     Raises:
         InputError: the loss is not finite, or its scale has collapsed.
@@ -75,7 +80,8 @@ def learn(net: POP, support: KeptFeatures, base: KeptFeatures, settings: Trainin
         net, settings.learning_rate, settings.momentum, settings.weight_decay, total_steps=settings.steps,
         power=settings.power, fp16=dtype == torch.float16,
     )  # fmt: skip
-    for step, batch in zip(range(settings.steps), _epochs(loader), strict=False):
+    steps = tqdm(range(settings.steps), title, leave=False, disable=None)
+    for step, batch in zip(steps, _epochs(loader), strict=False):
         halves = [(support, batch['support']), (base, batch['base'])]
         maps = [kept.take(half['row']) for kept, half in halves]
         masks = torch.cat([half['mask'].to(device, non_blocking=True) for _, half in halves]).long()
@@ -191,14 +197,14 @@ class Teacher:
         """Train all classes on all photographs, from where an earlier lesson left them."""
         self._train(self.earlier)
 
-    def _train(self, earlier, without=()):
+    def _train(self, earlier, without=(), title='training'):
         device = self.net.base_emb.device
         base_views = LabelledFeatures(self.base_views, device)
         self._load(self.untrained)
         self.net.start_from_supports(LabelledFeatures(_others(self.photographs, without), device), base_views)
         # with the standardisation that earlier prototypes were trained with; discriminants were just fitted to all
         self._load({key: value for key, value in earlier.items() if not key.startswith('discriminants.')})
-        learn(self.net, _others(self.views, without), self.base_views, self.settings, self.dtype)
+        learn(self.net, _others(self.views, without), self.base_views, self.settings, self.dtype, title)
         self.net.calibrate(base_views)
 
     def segment(self, ids: Collection[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -223,8 +229,9 @@ class Teacher:
         earlier lesson may have seen what is left out.
         """
         total, found, trained = 0, {}, novel_state(self.net)
-        for ids in turns(self.samples):
-            self._train({}, without=ids)
+        parts = turns(self.samples)
+        for turn, ids in enumerate(parts, start=1):
+            self._train({}, without=ids, title=f'left out {turn} of {len(parts)}')
             confusion, predictions = self.segment(ids)
             total, found = total + confusion, found | predictions
         self._load(trained)

@@ -4,7 +4,7 @@ import csv
 import io
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -87,13 +87,14 @@ def with_weights(rows: Sequence[dict], weights: str) -> list[dict]:
     ]  # fmt: skip
 
 
-def write_tables(out: Path, rows: Sequence[dict], folds: Sequence[int]):
+def write_tables(out: Path, rows: Sequence[dict], folds: Sequence[int], flags: Mapping[str, str] | None = None):
     """Write table.md, table.tex and table.csv.
 
     Args:
         out: folder that gets the tables.
         rows: from `read_results`, at least one; the first method is what the others are compared with.
         folds: all folds of the grid.
+        flags: how a method and shot is called -> the flags of its stage 2, listed below the tables.
     """
     markdown, latex = [], []
     for dataset in dict.fromkeys(row['dataset'] for row in rows):
@@ -116,6 +117,9 @@ def write_tables(out: Path, rows: Sequence[dict], folds: Sequence[int]):
                 markdown.append(f'{title}\n\n{markdown_table(header, lines)}\n')
                 latex.append(latex_table(title, header[:-1], [line[:-1] for line in lines]))
             markdown.append(f'{FORGOTTEN}\n{_fewer_images(of_table)}')
+    if flags:
+        markdown.append('Flags of ft_pop.py:\n')
+        markdown += [f'* {run}: {f"`{of_run}`" if of_run else "none"}' for run, of_run in flags.items()]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]))
     writer.writeheader()

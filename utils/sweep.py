@@ -262,11 +262,17 @@ class FoldPlan:
                 )  # fmt: skip
 
 
-def update_tables(steps: list[Step], out: Path, folds: list[int]):
+def update_tables(args: argparse.Namespace, steps: list[Step]):
     """Write the tables of the evaluations that are done, if any."""
     evaluated = [step.folder for step in steps if step.script == 'test' and step.done()]
-    if rows := read_results(evaluated, out):
-        write_tables(out, rows, folds)
+    flags = {
+        f'{model}, {shot}-shot': shlex.join(
+            [*args.training_flags, *args.novel_flags, *args.shot_flags[shot], *args.model_flags[model]]
+        )
+        for model in args.model for shot in args.shot
+    }  # fmt: skip
+    if rows := read_results(evaluated, args.out):
+        write_tables(args.out, rows, args.fold, flags)
 
 
 @partial(exits_cleanly, resumes=True)
@@ -280,12 +286,12 @@ def main(args: argparse.Namespace):
 
     def update(step):
         if step.script == 'test':
-            update_tables(steps, args.out, args.fold)
+            update_tables(args, steps)
 
     try:
         failed = run(left, args.jobs, update)
     finally:
-        update_tables(steps, args.out, args.fold)
+        update_tables(args, steps)
     if (args.out / 'table.md').is_file():
         print((args.out / 'table.md').read_text())
     if failed:
