@@ -255,7 +255,7 @@ def train_seed(
             train_set, args.batch_size, seed, num_workers=0 if kept else args.num_workers, device=device,
             fill_last=True, micro_batches=args.accumulate,
         )  # fmt: skip
-    base_views = LabelledFeatures(pool, device, set(support.image_ids)) if base.needs_base_views else ()
+    base_views = LabelledFeatures(pool, device, set(support.image_ids)) if base.uses_base_views(base.options) else ()
     torch.manual_seed(seed)  # only now: loaders draw too, and features may be there already
     net = build_novel(args, data, seed, base=base, supports=supports, base_views=base_views, folder=run.folder)
     panel = None
@@ -322,7 +322,7 @@ def main(args: argparse.Namespace):
         keeper = feature_keeper(args, base, frozen, device, dtype, run)
         val_batches = keeper.keep(val_set, 'validation', args.base_size) if val_set else None
         pool = None
-        if args.views or base.needs_base_views:
+        if args.views or base.uses_base_views(base.options):
             pool = keep_base_views(args, train_sets[args.random_seed[0]], keeper)
         if args.views:
             check_kept(pool)

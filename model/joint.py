@@ -71,11 +71,6 @@ class JointPOP(JointSpace):
         """Whether the background keeps the score of stage 1."""
         return self.options['background'] == 'base'
 
-    @property
-    def has_discriminants(self) -> bool:
-        """Whether discriminants count in evaluation."""
-        return self.options['discriminants'] == 'added'
-
     def project_backbone(self, x: torch.Tensor) -> Maps:
         """What logits need of the backbone's features x [N, extra], float32.
 

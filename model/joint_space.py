@@ -40,16 +40,21 @@ class JointSpace(POP):
     OPTIONS: Mapping[str, Mapping[str, str]] = MappingProxyType({
         'calibration': {'base': 'novel logits are raised as far as base images allow', 'none': 'not raised, as POP'},
     })  # fmt: skip
-    USES_BASE_VIEWS = True
     STAGE_2_PREFIXES = ('novel_offset', 'discriminants.')
 
     def __init__(self, backbone: nn.Module, decoder: nn.Module, num_base: int, num_novel: int = 0, **options) -> None:
         super().__init__(backbone, decoder, num_base, num_novel, **options)
         self.discriminants = None
-        if num_novel and self.has_discriminants:
+        if num_novel and _has_discriminants(self.options):
             self.discriminants = Discriminants(decoder.out_channels + self.extra, num_base, num_novel)
         if self.calibrates:
             self.register_buffer('novel_offset', torch.zeros(num_novel))
+
+    @classmethod
+    def uses_base_views(cls, options: Mapping[str, str] | None = None) -> bool:
+        """Whether discriminants or calibration look at them."""
+        chosen = cls.choose(options)
+        return _has_discriminants(chosen) or chosen['calibration'] == 'base'
 
     @property
     def extra(self) -> int:
@@ -67,19 +72,9 @@ class JointSpace(POP):
         return True
 
     @property
-    def has_discriminants(self) -> bool:
-        """Whether stage 2 adds discriminants."""
-        return True
-
-    @property
     def calibrates(self) -> bool:
         """Whether novel logits have offsets."""
         return self.num_novel > 0 and self.options['calibration'] == 'base'
-
-    @property
-    def needs_base_views(self) -> bool:
-        """Whether discriminants or calibration look at them."""
-        return self.has_discriminants or self.options['calibration'] == 'base'
 
     def maps(self, images: torch.Tensor) -> Maps:
         """POP's maps of images [B, 3, H, W], and where the options need them 'background' [B, 1, h, w], phi of the base
@@ -209,3 +204,8 @@ class JointSpace(POP):
     def coarse_labels(self, maps: Maps, masks: torch.Tensor) -> torch.Tensor:
         """Labels [B, h', w'] of masks [B, H, W] at the positions of `joint_features`."""
         return labels_at(masks, maps['residual'].shape[2:])[:, :: self.pool, :: self.pool]
+
+
+def _has_discriminants(options):
+    """Whether stage 2 adds discriminants: a method without this option always does."""
+    return options.get('discriminants', 'added') == 'added'

@@ -61,7 +61,6 @@ class Network(nn.Module):
         BASE_LEARNING_RATE: default of stage 1, of the backbone.
         BASE_MODEL: row of `model.MODELS` whose networks of stage 1 this method starts from; None: it has its own.
         BATCH_UNIT: number of images of which a batch of stage 1 must be a multiple.
-        USES_BASE_VIEWS: `start_from_supports` and `calibrate` can get base views (`needs_base_views`).
         TRAINS_NOVEL: stage 2 takes steps. False: `start_from_supports` is all that it does.
     """
 
@@ -74,7 +73,6 @@ class Network(nn.Module):
     BASE_LEARNING_RATE = 1e-3
     BASE_MODEL: str | None = None
     BATCH_UNIT = 1
-    USES_BASE_VIEWS = False
     TRAINS_NOVEL = True
 
     def __init__(self, backbone: nn.Module, decoder: nn.Module, num_base: int, num_novel: int = 0, **options) -> None:
@@ -111,15 +109,15 @@ class Network(nn.Module):
         different = [f'{name} {choice}' for name, choice in chosen.items() if choice != default[name]]
         return f'{cls.title} ({", ".join(different)})' if different else cls.title
 
+    @classmethod
+    def uses_base_views(cls, options: Mapping[str, str] | None = None) -> bool:
+        """Whether `start_from_supports` and `calibrate` get base views, with these options."""
+        return False
+
     @property
     def keeps_base(self) -> bool:
         """Whether stage 2 leaves all that stage 1 learned as it is."""
         return True
-
-    @property
-    def needs_base_views(self) -> bool:
-        """Whether stage 2 gives base views to `start_from_supports` and `calibrate`, with these options."""
-        return self.USES_BASE_VIEWS
 
     @property
     def first_label(self) -> int:
@@ -235,7 +233,7 @@ class Network(nn.Module):
         Args:
             supports: the support images of each novel class, a batch per class in the order of the labels. (For
                 `utils.teach`, a method must take them in any batches.)
-            base_views: where the network `needs_base_views`; those that show a support image have no labels.
+            base_views: where the method `uses_base_views`; those that show a support image have no labels.
         """
 
     def freeze_base(self) -> None:

@@ -22,7 +22,7 @@ def copy(shapes, tmp_path):
 
 @pytest.fixture
 def train(run_script, tmp_path):
-    """Run stage 1 with flags in addition to a working command line; returns (exit code, output, whether it left a folder)."""
+    """Run stage 1 with flags beside those that work; returns (exit code, output, whether it left a folder)."""
 
     def run(data_dir, *flags):
         code, output = run_script(

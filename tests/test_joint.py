@@ -126,8 +126,8 @@ def test_it_starts_as_pop_and_without_its_options_is_pop():
 
 def test_base_views_are_needed_only_where_something_looks_at_them():
     options = {'discriminants': 'none', 'calibration': 'none'}
-    assert not network(options).needs_base_views
-    assert all(network(options | {name: choice}).needs_base_views for name, choice in
+    assert not JointPOP.uses_base_views(options)
+    assert all(JointPOP.uses_base_views(options | {name: choice}) for name, choice in
                (('discriminants', 'added'), ('calibration', 'base')))  # fmt: skip
 
 

@@ -125,7 +125,8 @@ def fill_network(args: argparse.Namespace, checkpoint: Checkpoint | None):
 
 def novel_crops(args: argparse.Namespace) -> bool:
     """Whether stage 2 sees crops of images: some methods look at whole ones only."""
-    return MODELS[args.model].TRAINS_NOVEL or MODELS[args.model].USES_BASE_VIEWS
+    method = MODELS[args.model]
+    return method.TRAINS_NOVEL or method.uses_base_views(method_options(args))
 
 
 def sizes(args: argparse.Namespace, crops: bool = True) -> str:

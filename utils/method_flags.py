@@ -98,7 +98,7 @@ def check_method_flags(parser: argparse.ArgumentParser, args: argparse.Namespace
 
 def forget_training_flags(parser: argparse.ArgumentParser, args: argparse.Namespace):
     """Set the flags of the training back to their defaults; those that were given are named in a note."""
-    used = BASE_VIEW_FLAGS if MODELS[args.model].USES_BASE_VIEWS else ()
+    used = BASE_VIEW_FLAGS if MODELS[args.model].uses_base_views(method_options(args)) else ()
     defaults = {name: parser.get_default(name) for name in TRAINING_FLAGS if name not in used}
     given = [f'--{name.replace("_", "-")}' for name, value in defaults.items() if getattr(args, name) != value]
     if given and is_main():
