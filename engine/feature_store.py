@@ -80,7 +80,7 @@ class FeatureStore:
     def _sets(self):
         """Folders of complete sets, the least recently used first."""
         sets = {}
-        for path in self.folder.glob(f'*/{INDEX}'):
+        for path in self.folder.glob(f'[!.]*/{INDEX}'):  # not those that are being made
             with contextlib.suppress(FileNotFoundError):  # another run has just removed it
                 sets[path.parent] = path.parent.stat().st_mtime
         return sorted(sets, key=sets.get)

@@ -76,7 +76,7 @@ class Loader(DataLoader):
         try:
             yield from batches
         except Exception as error:
-            end = _end_of_a_process(batches) if _lost_its_process(error) else None
+            end = _end_of_a_process(batches._workers) if self.num_workers and _lost_its_process(error) else None
             if hasattr(batches, '_shutdown_workers'):  # now: after they were killed, queues would complain
                 batches._shutdown_workers()
             if end:
@@ -86,9 +86,9 @@ class Loader(DataLoader):
             raise
 
 
-def _end_of_a_process(batches):
+def _end_of_a_process(workers):
     """How a loader process ended whose connection broke, in PyTorch's words, which `raise_advice` knows."""
-    processes = {process.sentinel: process for process in batches._workers}
+    processes = {process.sentinel: process for process in workers}
     try:
         for ended in wait(processes, timeout=5):
             processes[ended].join(1)

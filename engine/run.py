@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import os
-import shutil
 import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -106,5 +105,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if is_new and [path.name for path in folder.iterdir()] == ['.lock']:
-                shutil.rmtree(folder)
+            with contextlib.suppress(OSError):  # whatever ends the run is what counts
+                if is_new and os.listdir(folder) == ['.lock']:
+                    os.unlink(file.name)
+                    os.rmdir(folder)

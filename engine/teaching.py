@@ -197,14 +197,14 @@ class Teacher:
         """Train all classes on all photographs, from where an earlier lesson left them."""
         self._train(self.earlier)
 
-    def _train(self, earlier, without=(), title='training'):
+    def _train(self, earlier, without=(), **progress):
         device = self.net.base_emb.device
         base_views = LabelledFeatures(self.base_views, device)
         self._load(self.untrained)
         self.net.start_from_supports(LabelledFeatures(_others(self.photographs, without), device), base_views)
         # with the standardisation that earlier prototypes were trained with; discriminants were just fitted to all
         self._load({key: value for key, value in earlier.items() if not key.startswith('discriminants.')})
-        learn(self.net, _others(self.views, without), self.base_views, self.settings, self.dtype, title)
+        learn(self.net, _others(self.views, without), self.base_views, self.settings, self.dtype, **progress)
         self.net.calibrate(base_views)
 
     def segment(self, ids: Collection[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:

@@ -51,7 +51,7 @@ class JointSpace(POP):
             self.register_buffer('novel_offset', torch.zeros(num_novel))
 
     @classmethod
-    def uses_base_views(cls, options: Mapping[str, str] | None = None) -> bool:
+    def uses_base_views(cls, options: Mapping[str, str]) -> bool:
         """Whether discriminants or calibration look at them."""
         chosen = cls.choose(options)
         return _has_discriminants(chosen) or chosen['calibration'] == 'base'

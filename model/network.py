@@ -110,7 +110,7 @@ class Network(nn.Module):
         return f'{cls.title} ({", ".join(different)})' if different else cls.title
 
     @classmethod
-    def uses_base_views(cls, options: Mapping[str, str] | None = None) -> bool:
+    def uses_base_views(cls, options: Mapping[str, str]) -> bool:
         """Whether `start_from_supports` and `calibrate` get base views, with these options."""
         return False
 

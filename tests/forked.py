@@ -1,7 +1,8 @@
 """The scripts in processes of their own, forked from a server that has imported them and done nothing else.
 
-A new interpreter needs five seconds of a core to import PyTorch. What a fork of the server runs is otherwise the same:
-it has its own arguments, environment and output, leads a process group, and can be killed.
+A new interpreter needs five seconds of a core to import PyTorch. A fork has its own arguments, output and process
+group, and can be killed. What it shares with other forks is the order of sets of strings: where a test is about the
+same results of two runs, one of them is `run_new`.
 """
 
 import atexit
@@ -12,15 +13,17 @@ import os
 import runpy
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from pathlib import Path
 from unittest import mock
 
+import numpy
+
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = (
-    'train_base', 'ft_pop', 'test', 'utils.coco_parse_script', 'utils.gen_fs_list', 'utils.predict', 'utils.sweep'
-)  # fmt: skip
+SCRIPTS = ('train_base', 'ft_pop', 'test', 'utils.gen_fs_list', 'utils.predict', 'utils.sweep')
+ONE_THREAD = {'OMP_NUM_THREADS': '1'}
 CONTEXT = multiprocessing.get_context('forkserver')
 CONTEXT.set_forkserver_preload([*SCRIPTS, 'torch._dynamo', 'tensorboardX'])
 
@@ -31,18 +34,15 @@ class Forked:
     Args:
         command: a script or '-m' and a module, then flags.
         processes: how many; several find each other as under torchrun, but nobody restarts or ends them.
-        env: environment variables beside those of this process.
-        cwd: working directory.
     """
 
-    def __init__(self, *command, processes=1, env=None, cwd=ROOT):
-        environment = {**os.environ, 'OMP_NUM_THREADS': '1', **(env or {})}
-        with mock.patch.dict(os.environ, {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}):
+    def __init__(self, *command, processes=1):
+        with mock.patch.dict(os.environ, ONE_THREAD | {'PYTHONPATH': str(ROOT)}):
             multiprocessing.forkserver.ensure_running()
         reader, writer = CONTEXT.Pipe(duplex=False)
         command = [str(part) for part in command]
         self._processes = [
-            CONTEXT.Process(target=_run, args=(command, environment | ranks, str(cwd), writer))
+            CONTEXT.Process(target=_run, args=(command, {**os.environ, **ONE_THREAD, **ranks}, writer))
             for ranks in _ranks(processes)
         ]
         for process in self._processes:
@@ -74,14 +74,23 @@ class Forked:
         return max((process.exitcode for process in self._processes), key=abs)
 
 
-def run_process(*command, timeout=240, **how):
+def run_process(*command, timeout=240, processes=1):
     """Run a script as `Forked` does, for `timeout` seconds at most; returns (exit code, output)."""
-    process = Forked(*command, **how)
+    process = Forked(*command, processes=processes)
     watch = threading.Timer(timeout, process.kill)
     watch.start()
     output = process.stdout.read()
     watch.cancel()
     return process.wait(), output
+
+
+def run_new(*command):
+    """As `run_process`, in an interpreter of its own."""
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, timeout=240, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, env={**os.environ, **ONE_THREAD},
+    )  # fmt: skip
+    return done.returncode, done.stdout
 
 
 def _ranks(processes):
@@ -96,19 +105,21 @@ def _ranks(processes):
     return [common | {'RANK': str(rank), 'LOCAL_RANK': str(rank)} for rank in range(processes)]
 
 
-def _run(command, environment, folder, output):
+def _run(command, environment, output):
     """Become the process of a command."""
     os.setpgid(0, 0)
-    os.dup2(output.fileno(), 1)
-    os.dup2(output.fileno(), 2)
-    sys.stdout, sys.stderr = (os.fdopen(number, 'w', 1, closefd=False) for number in (1, 2))
+    for number in (1, 2):
+        os.dup2(output.fileno(), number)
     output.close()
+    sys.stdout, sys.stderr = os.fdopen(1, 'w', closefd=False), os.fdopen(2, 'w', 1, closefd=False)
     os.environ.clear()
     os.environ.update(environment)
-    os.chdir(folder)
+    os.chdir(ROOT)
+    numpy.random.seed()  # not that of other forks
     try:
         if command[0] == '-m':
             sys.argv = command[1:]
+            sys.modules.pop(command[1], None)
             runpy.run_module(command[1], run_name='__main__', alter_sys=True)
         else:
             sys.argv = command

@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 from conftest import same_results, stage_1, stage_2
-from forked import Forked, run_process
+from forked import Forked, run_new, run_process
 
 
 def kill_when_it_prints(process, text):
@@ -37,7 +37,7 @@ def test_a_killed_run_of_stage_1_resumes_to_the_same_weights(shapes, whole, tmp_
 
 def test_a_killed_run_of_stage_2_resumes_to_the_same_weights(shapes, base_run, few_shot_run, tmp_path):
     whole, killed = tmp_path / 'whole', tmp_path / 'killed'
-    code, output = run_process(*stage_2(shapes, base_run, whole))
+    code, output = run_new(*stage_2(shapes, base_run, whole))
     assert code == 0, output
     # the second seed is added when the run is started again
     for seeds, moment in (('123', 'seed 123 epoch 1/2 step 4/'), ('123,234', 'seed 234 epoch 2/2 step 1/')):

@@ -1,6 +1,7 @@
 """Loader processes that die, hang or meet a limit: the run goes on, or ends with advice, and never waits."""
 
 import contextlib
+import multiprocessing
 import os
 import resource
 import signal
@@ -131,6 +132,26 @@ def test_a_process_that_ends_while_it_hands_over_a_batch_is_named(monkeypatch, e
     message = {signal.SIGKILL: 'killed by signal: Killed.*--num-workers', signal.SIGBUS: '/dev/shm is full'}[cause]
     with pytest.raises(InputError, match=message), process_group('cpu'):
         read(Scenes())
+
+
+@pytest.mark.parametrize(('end', 'said'), (
+    (lambda: os.kill(os.getpid(), signal.SIGKILL), 'killed by signal: Killed'), (lambda: os._exit(3), 'exited unexp'),
+))  # fmt: skip
+def test_how_a_process_ended_is_known_without_the_handler_of_pytorch(end, said):
+    context = multiprocessing.get_context('fork')
+    workers = [context.Process(target=target, daemon=True) for target in (signal.pause, end)]
+    for worker in workers:
+        worker.start()
+    assert said in loaders._end_of_a_process(workers)
+
+
+@pytest.mark.parametrize('error', (EOFError(), ConnectionResetError(104, 'reset')))
+def test_without_processes_no_process_is_blamed(error):
+    def fail(index):
+        raise error
+
+    with pytest.raises(type(error)):
+        list(evaluation_loader(Scenes(trouble=fail), 2, num_workers=0, device=CPU))
 
 
 @pytest.mark.parametrize('error', (FileNotFoundError(2, 'gone', 'a.jpg'), EOFError('Caught EOFError in worker 0')))

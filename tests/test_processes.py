@@ -12,7 +12,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import same_results, stage_1, stage_2
-from forked import ROOT, run_process
+from forked import ONE_THREAD, ROOT, run_process
 
 from core.errors import InputError
 from core.ranks import check_ranks
@@ -22,8 +22,9 @@ def torchrun(*command):
     """Start a script in two processes as the documentation does; its output can be read."""
     launch = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', 2)
     return subprocess.Popen(
-        list(map(str, launch + command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+        list(map(str, launch + command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, **ONE_THREAD},
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize('stage', (1, pytest.param(2, marks=pytest.mark.slow)))
@@ -69,7 +70,7 @@ def test_an_error_of_one_process_ends_all_with_its_message(shapes, tmp_path):
     began = time.monotonic()
     # the error arises in a loader process, which must end too
     process = torchrun(*stage_1(copy, tmp_path / 'run', '--num-workers', 1))
-    output = process.communicate()[0]
+    output = process.communicate(timeout=240)[0]
     assert process.returncode == 1 and output.count(f'error: image {image} cannot be decoded') == 1, output
     assert '[rank' not in output and time.monotonic() - began < 60, output
 

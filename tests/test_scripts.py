@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, TINY_TRAINING
-from forked import run_process
+from forked import run_new, run_process
 from PIL import Image
 
 from core import parallel
@@ -200,8 +200,8 @@ def test_a_stage_1_network_is_evaluated_on_base_classes(run_script, shapes, base
 
 @pytest.mark.slow
 def test_same_seed_gives_the_same_weights_with_any_number_of_workers(shapes, tmp_path):
-    for name, workers in (('a', 0), ('b', 2)):
-        code, output = run_process(
+    for run, name, workers in ((run_new, 'a', 0), (run_process, 'b', 2)):
+        code, output = run(
             'train_base.py', *TINY[:-1], workers, *TINY_TRAINING, '--data-dir', shapes,
             '--restore-from', 'none', '--snapshot-dir', tmp_path / name, '--num-epoch', 1, '--batch-size', 40,
             '--deterministic', '--no-memory',

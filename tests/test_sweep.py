@@ -300,7 +300,7 @@ def test_a_killed_sweep_resumes_and_skips_what_is_done(shapes, tmp_path, capsys,
         )
     assert 'shapes, weights of the last epoch: mIoU in %' in output
     assert r'\toprule' in (out / 'table.tex').read_text()
-    assert f'* pspnet_pop, 1-shot: `{TRAINING} --batch-size 5`' in output
+    assert f'* pspnet_pop, 1-shot: `{FLAGS} {TRAINING} --batch-size 5`' in output
 
     sweep.main(sweep.parse_args(flags))
     assert '6 commands, 6 of them done before' in capsys.readouterr().out

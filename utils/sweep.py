@@ -267,7 +267,7 @@ def update_tables(args: argparse.Namespace, steps: list[Step]):
     evaluated = [step.folder for step in steps if step.script == 'test' and step.done()]
     flags = {
         f'{model}, {shot}-shot': shlex.join(
-            [*args.training_flags, *args.novel_flags, *args.shot_flags[shot], *args.model_flags[model]]
+            [*args.flags, *args.training_flags, *args.novel_flags, *args.shot_flags[shot], *args.model_flags[model]]
         )
         for model in args.model for shot in args.shot
     }  # fmt: skip

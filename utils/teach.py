@@ -134,7 +134,10 @@ class Lesson:
 
 
 def read_lesson(args: argparse.Namespace, device: torch.device) -> Lesson:
-    """Read network, memory and photographs. Raises InputError for what is wrong with them, and writes nothing."""
+    """Read network, memory and photographs. Raises InputError for what is wrong with them.
+
+    Writes nothing but the class lists of --data-dir, where these are missing.
+    """
     checkpoint = read_checkpoint(resolve_checkpoint(args.restore_from))
     before = taught_before(checkpoint)
     base, legend = described_network(checkpoint, base_only=True)
