@@ -15,6 +15,7 @@ from model.network import Labelled, Maps
 from model.pop import POP, vectors
 
 EVIDENCE = 0.1  # of discriminant analysis: the share of its margins that counts
+DROPOUT = 0.8  # share of the backbone's values that --dropout leaves out of a step
 
 
 class JointPOP(JointSpace):
@@ -30,6 +31,8 @@ class JointPOP(JointSpace):
     From one image, a mean feature can say more than a training. So evaluation can add, with a small weight, how much
     likelier discriminant analysis calls a novel class than background and base classes (`Discriminants.margins`).
 
+    Trained on a few images, prototypes may rely on a few channels. Dropout makes them use more (`--dropout backbone`).
+
     Untrained, the prototypes have zeros in the backbone's channels, and phi_n ignores these: the network then equals
     POP's, but for the background if it is 'base'.
 
@@ -44,6 +47,7 @@ class JointPOP(JointSpace):
         },
         'background': {'base': 'scored as stage 1 learned it', 'novel': 'learned anew, as POP'},
         'discriminants': {'none': 'not used, as POP', 'added': 'those of pspnet_lda count in evaluation'},
+        'dropout': {'none': 'not used, as POP', 'backbone': "trained without four fifths of the backbone's values"},
         **JointSpace.OPTIONS,
     })  # fmt: skip
     STAGE_2_PREFIXES = (*POP.STAGE_2_PREFIXES, *JointSpace.STAGE_2_PREFIXES, 'backbone_mean', 'backbone_std')
@@ -79,6 +83,8 @@ class JointPOP(JointSpace):
             where the background needs it; and in evaluation 'discriminants' [N, 1 + Kb + Kn], their part of these.
         """
         z = (x - self.backbone_mean) / self.backbone_std
+        if self.options['dropout'] == 'backbone':
+            z = F.dropout(z, DROPOUT, self.training)
         s = F.normalize(self.novel_emb, dim=1)[:, -self.extra :]
         projected = {'novel': z @ s.T}
         if not self.fixed_background:

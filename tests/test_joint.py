@@ -9,7 +9,7 @@ from engine.checkpoint import read_checkpoint, save_checkpoint
 from engine.features import LabelledFeatures
 from model import POP, Head, build_model, joint_space
 from model.discriminants import LEAST_STD
-from model.joint import EVIDENCE, JointPOP
+from model.joint import DROPOUT, EVIDENCE, JointPOP
 from model.kernels import fuse
 from model.losses import orthogonality
 from model.network import Labelled, labels_at
@@ -106,6 +106,22 @@ def test_logits_and_gradients_are_those_of_the_formulas(options):
     for outputs in (logits[0].permute(1, 2, 0), plain):
         grads.append(torch.autograd.grad((outputs * weights).sum(), trained))
     assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(*grads, strict=True))
+
+
+def test_dropout_leaves_values_of_the_backbone_out_of_the_training_only():
+    plain, dropping = network(PLAIN), network(PLAIN | {'dropout': 'backbone'})
+    image = torch.randn(1, 6, 3, 4, dtype=torch.float64)
+    maps = plain.maps(image)
+    assert torch.equal(dropping.eval()(image), plain.eval()(image))
+    plain.train(), dropping.train()
+    whole, base = plain.classify(plain.finish_maps(maps)), 1 + plain.num_base
+    drawn = torch.stack([dropping.classify(dropping.finish_maps(maps)) for _ in range(20)])
+    assert torch.allclose(drawn[:, :, :base], whole[:, :base]) and (drawn[:, :, base:].std(dim=0) > 0).all()
+    x = torch.ones(1000, plain.extra, dtype=torch.float64)
+    for net, expected in ((plain, 0), (dropping, DROPOUT)):
+        x.requires_grad_(True)
+        (grad,) = torch.autograd.grad(net.project_backbone(x)['novel'].sum(), x)
+        assert (grad == 0).double().mean() == pytest.approx(expected, abs=0.02)
 
 
 def test_it_starts_as_pop_and_without_its_options_is_pop():
