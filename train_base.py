@@ -111,6 +111,11 @@ def restore(net: Network, args: argparse.Namespace, config: dict):
     is_network = checkpoint is not None and checkpoint.holds_network
     if args.start_epoch and not is_network:
         raise InputError(f'--start-epoch needs a stage-1 checkpoint; --restore-from {args.restore_from} is none')
+    if is_network and checkpoint.class_counts[1]:
+        raise InputError(
+            f'{checkpoint.path} has novel classes, which stage 1 does not train; expected backbone weights, or a '
+            'checkpoint of stage 1'
+        )
     if is_network:
         checkpoint.load_into(net, config)
     elif checkpoint is not None:

@@ -1,6 +1,7 @@
 """SIGTERM and SIGINT ask a run to save its state and stop. A signal is remembered here until the run asks for it."""
 
 import multiprocessing
+import os
 import signal
 from collections.abc import Sequence
 
@@ -65,3 +66,5 @@ def _remember(number, _frame):
     if _received == number == signal.SIGINT:
         raise KeyboardInterrupt
     _received = number
+    if number == signal.SIGINT and os.environ.get('RANK', '0') == '0':  # someone waits at a terminal
+        os.write(2, b'\nstopping soon; press Ctrl-C again to stop at once\n')

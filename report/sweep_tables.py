@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from core.errors import some
 from core.files import atomic_write, parse_json
 from engine.config import DEFAULT_MODEL
 from engine.metrics import SUMMARY
@@ -87,7 +88,10 @@ def with_weights(rows: Sequence[dict], weights: str) -> list[dict]:
     ]  # fmt: skip
 
 
-def write_tables(out: Path, rows: Sequence[dict], folds: Sequence[int], flags: Mapping[str, str] | None = None):
+def write_tables(
+    out: Path, rows: Sequence[dict], folds: Sequence[int], flags: Mapping[str, str] | None = None,
+    missing: Sequence[str] = (),
+):  # fmt: skip
     """Write table.md, table.tex and table.csv.
 
     Args:
@@ -95,6 +99,7 @@ def write_tables(out: Path, rows: Sequence[dict], folds: Sequence[int], flags: M
         rows: from `read_results`, at least one; the first method is what the others are compared with.
         folds: all folds of the grid.
         flags: how a method and shot is called -> the flags of its stage 2, listed below the tables.
+        missing: names of evaluations that are not done.
     """
     markdown, latex = [], []
     for dataset in dict.fromkeys(row['dataset'] for row in rows):
@@ -120,6 +125,8 @@ def write_tables(out: Path, rows: Sequence[dict], folds: Sequence[int], flags: M
     if flags:
         markdown.append('Flags of ft_pop.py:\n')
         markdown += [f'* {run}: {f"`{of_run}`" if of_run else "none"}' for run, of_run in flags.items()]
+    if missing:
+        markdown.append(f'\nNot evaluated: {some(missing)}.\n')
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]))
     writer.writeheader()

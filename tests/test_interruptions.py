@@ -72,6 +72,7 @@ def test_a_signal_saves_and_stops(shapes, tmp_path, number, code):
             process.send_signal(number)
             break
     rest = process.stdout.read()
+    assert ('stopping soon' in rest) == (number == signal.SIGINT)
     assert process.wait() == code and 'Traceback' not in rest and 'run the same command again to resume' in rest, rest
     progress = torch.load(tmp_path / 'last.pth', weights_only=True)['training']['progress']
     assert progress['epoch'] == 0 and progress['step'] >= 2

@@ -226,8 +226,9 @@ def test_tables_name_evaluations_that_left_images_out(tmp_path):
     (tmp_path / 'run').mkdir()
     content = {'dataset': 'shapes', 'fold': 0, 'shot': 1, 'seeds': seeds}
     (tmp_path / 'run/results.json').write_text(json.dumps(content))
-    write_tables(tmp_path, read_results([tmp_path / 'run'], tmp_path), folds=[0])
+    write_tables(tmp_path, read_results([tmp_path / 'run'], tmp_path), folds=[0], missing=['run, evaluation'])
     table = (tmp_path / 'table.md').read_text()
+    assert 'Not evaluated: run, evaluation.' in table
     assert 'run, seed 2: on 5 of 8 images' in table and 'seed 1:' not in table and 'seed 3:' not in table
     rows = csv.DictReader((tmp_path / 'table.csv').read_text().splitlines())
     assert [row['images'] for row in rows] == ['8', '5', '']

@@ -264,7 +264,9 @@ class FoldPlan:
 
 def update_tables(args: argparse.Namespace, steps: list[Step]):
     """Write the tables of the evaluations that are done, if any."""
-    evaluated = [step.folder for step in steps if step.script == 'test' and step.done()]
+    evaluations = [step for step in steps if step.script == 'test']
+    evaluated = [step.folder for step in evaluations if step.done()]
+    missing = [step.name for step in evaluations if step.folder not in evaluated]
     flags = {
         f'{model}, {shot}-shot': shlex.join(
             [*args.flags, *args.training_flags, *args.novel_flags, *args.shot_flags[shot], *args.model_flags[model]]
@@ -272,7 +274,7 @@ def update_tables(args: argparse.Namespace, steps: list[Step]):
         for model in args.model for shot in args.shot
     }  # fmt: skip
     if rows := read_results(evaluated, args.out):
-        write_tables(args.out, rows, args.fold, flags)
+        write_tables(args.out, rows, args.fold, flags, missing)
 
 
 @partial(exits_cleanly, resumes=True)
