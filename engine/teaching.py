@@ -54,7 +54,7 @@ def novel_state(net: POP) -> dict[str, torch.Tensor]:
 
 def learn(
     net: POP, support: KeptFeatures, base: KeptFeatures, settings: TrainingSettings, dtype: torch.dtype,
-    title: str = 'training',
+    title: str,
 ):  # fmt: skip
     """Train the novel prototypes and phi_n of a network, in place.
 
@@ -195,16 +195,16 @@ class Teacher:
 
     def learn(self):
         """Train all classes on all photographs, from where an earlier lesson left them."""
-        self._train(self.earlier)
+        self._train(self.earlier, 'training')
 
-    def _train(self, earlier, without=(), **progress):
+    def _train(self, earlier, title, without=()):
         device = self.net.base_emb.device
         base_views = LabelledFeatures(self.base_views, device)
         self._load(self.untrained)
         self.net.start_from_supports(LabelledFeatures(_others(self.photographs, without), device), base_views)
         # with the standardisation that earlier prototypes were trained with; discriminants were just fitted to all
         self._load({key: value for key, value in earlier.items() if not key.startswith('discriminants.')})
-        learn(self.net, _others(self.views, without), self.base_views, self.settings, self.dtype, **progress)
+        learn(self.net, _others(self.views, without), self.base_views, self.settings, self.dtype, title)
         self.net.calibrate(base_views)
 
     def segment(self, ids: Collection[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -231,7 +231,7 @@ class Teacher:
         total, found, trained = 0, {}, novel_state(self.net)
         parts = turns(self.samples)
         for turn, ids in enumerate(parts, start=1):
-            self._train({}, without=ids, title=f'left out {turn} of {len(parts)}')
+            self._train({}, f'left out {turn} of {len(parts)}', without=ids)
             confusion, predictions = self.segment(ids)
             total, found = total + confusion, found | predictions
         self._load(trained)

@@ -39,7 +39,7 @@ def test_learns_a_direction_and_leaves_the_base_as_it_is():
         net.base_emb.copy_(torch.stack([directions[1], directions[2]]))
     before = {name: value.clone() for name, value in net.state_dict().items()}
     support, base = kept(net, [3] * 4, directions), kept(net, [1, 1, 2, 2], directions)
-    teaching.learn(net, support, base, TrainingSettings(steps=150, batch_size=2, learning_rate=0.03), torch.float32)
+    teaching.learn(net, support, base, TrainingSettings(steps=150, batch_size=2, learning_rate=0.03), torch.float32, '')
     after = net.state_dict()
     changed = {name for name in after if not torch.equal(after[name], before[name])}
     assert changed == {'novel_emb', *(name for name in after if name.startswith('classifier_n.'))}
