@@ -1,5 +1,6 @@
 """SIGTERM and SIGINT ask a run to save its state and stop. A signal is remembered here until the run asks for it."""
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -21,10 +22,14 @@ class Stopped(Exception):
         self.exit_code = 128 + number
 
 
-def listen():
-    """Remember SIGTERM and SIGINT instead of ending at once; a second SIGINT raises KeyboardInterrupt."""
+def listen(tell: bool = True):
+    """Remember SIGTERM and SIGINT instead of ending at once; a second SIGINT raises KeyboardInterrupt.
+
+    Args:
+        tell: say at a SIGINT that it was noticed: someone waits at a terminal.
+    """
     for number in NUMBERS:
-        signal.signal(number, _remember)
+        signal.signal(number, functools.partial(_remember, tell))
 
 
 def received() -> tuple[int, ...]:
@@ -61,10 +66,10 @@ def end_workers():
         signal.signal(signal.SIGCHLD, handler)
 
 
-def _remember(number, _frame):
+def _remember(tell, number, _frame):
     global _received
     if _received == number == signal.SIGINT:
         raise KeyboardInterrupt
     _received = number
-    if number == signal.SIGINT and os.environ.get('RANK', '0') == '0':  # someone waits at a terminal
+    if number == signal.SIGINT and tell:
         os.write(2, b'\nstopping soon; press Ctrl-C again to stop at once\n')

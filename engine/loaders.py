@@ -76,8 +76,9 @@ class Loader(DataLoader):
         try:
             yield from batches
         except Exception as error:
-            end = _end_of_a_process(batches._workers) if self.num_workers and _lost_its_process(error) else None
-            if hasattr(batches, '_shutdown_workers'):  # now: after they were killed, queues would complain
+            workers = getattr(batches, '_workers', ())  # this process may read by itself
+            end = _end_of_a_process(workers) if workers and _lost_its_process(error) else None
+            if workers:  # now: after they were killed, queues would complain
                 batches._shutdown_workers()
             if end:
                 raise_advice(RuntimeError(end))

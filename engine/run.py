@@ -35,7 +35,7 @@ def training_process(folder: Path, device: str, timeout_minutes: float, determin
         InputError: there is no such device, or another run uses --snapshot-dir.
     """
     with process_group(device, timeout_minutes, deterministic) as process_device, locked(folder):
-        signals.listen()
+        signals.listen(tell=is_main())
         yield process_device
 
 

@@ -180,6 +180,11 @@ def plan(args: argparse.Namespace) -> list[Step]:
     return steps
 
 
+def novel_flags(args: argparse.Namespace, model: str, shot: int) -> list[str]:
+    """Flags that ft_pop.py alone gets for a method and shot; later ones have priority."""
+    return [*args.novel_flags, *args.shot_flags[shot], *args.model_flags[model]]
+
+
 class FoldPlan:
     """Plans a fold, method by method.
 
@@ -249,7 +254,7 @@ class FoldPlan:
             taught = self._add(
                 'training', 'ft_pop', runs, [*after, self._lists[shot]], sys.executable, ROOT / 'ft_pop.py', *flags,
                 *args.training_flags, *draws, '--restore-from', base, '--snapshot-dir', runs,
-                *args.novel_flags, *args.shot_flags[shot], *args.model_flags[model],
+                *novel_flags(args, model, shot),
             )  # fmt: skip
             # without training, both have the same weights
             for select in args.select if MODELS[model].TRAINS_NOVEL else args.select[:1]:
@@ -268,9 +273,7 @@ def update_tables(args: argparse.Namespace, steps: list[Step]):
     evaluated = [step.folder for step in evaluations if step.done()]
     missing = [step.name for step in evaluations if step.folder not in evaluated]
     flags = {
-        f'{model}, {shot}-shot': shlex.join(
-            [*args.flags, *args.training_flags, *args.novel_flags, *args.shot_flags[shot], *args.model_flags[model]]
-        )
+        f'{model}, {shot}-shot': shlex.join([*args.flags, *args.training_flags, *novel_flags(args, model, shot)])
         for model in args.model for shot in args.shot
     }  # fmt: skip
     if rows := read_results(evaluated, args.out):
